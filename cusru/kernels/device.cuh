@@ -1,0 +1,82 @@
+// What the kernels ask of the machine, and nothing else: global memory, 16-bit conversions, the two special functions.
+// Every access to global memory passes through here, so that vector width, cache policy, alignment checks and the
+// simulator's counters have one place. `cuda_on_cpu.h` is this file's twin: the same names, for a CPU.
+#pragma once
+
+#ifdef CUSRU_SIMULATOR
+#include "cuda_on_cpu.h"
+#else
+
+#define CUSRU_SHARED(type, name, count) __shared__ __align__(16) type name[count]
+#define CUSRU_SIMULATED_KERNEL(kernel, arguments)
+
+template <int BYTES> struct Word;
+template <> struct Word<1> { using type = unsigned char; };
+template <> struct Word<2> { using type = unsigned short; };
+template <> struct Word<4> { using type = unsigned int; };
+template <> struct Word<8> { using type = uint2; };
+template <> struct Word<16> { using type = uint4; };
+
+// Inputs, which no kernel of the launch writes: through the read-only cache. L1 keeps the line, since a scalar read of a
+// packed u takes its k values in k requests.
+template <int BYTES> __device__ __forceinline__ void global_load(void* destination, const void* global) {
+    using word = typename Word<BYTES>::type;
+    *static_cast<word*>(destination) = __ldg(static_cast<const word*>(global));
+}
+
+// Results, which this launch does not read again: evict-first, so that they do not push inputs out of L2.
+template <int BYTES> __device__ __forceinline__ void global_store(void* global, const void* source) {
+    using word = typename Word<BYTES>::type;
+    __stcs(static_cast<word*>(global), *static_cast<const word*>(source));
+}
+
+// Scratch memory that a kernel writes and reads: coherent, default cache policy.
+template <int BYTES> __device__ __forceinline__ void workspace_load(void* destination, const void* global) {
+    using word = typename Word<BYTES>::type;
+    *static_cast<word*>(destination) = *static_cast<const word*>(global);
+}
+template <int BYTES> __device__ __forceinline__ void workspace_store(void* global, const void* source) {
+    using word = typename Word<BYTES>::type;
+    *static_cast<word*>(global) = *static_cast<const word*>(source);
+}
+
+// The end of a group of loads that were issued together; the simulator counts sectors between two of them.
+__device__ __forceinline__ void tile_boundary() {}
+
+// 2^x to a relative error of 2^-22 and 1/x to 1 ulp, one special-function operation each, no slow path.
+__device__ __forceinline__ float ex2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float rcp_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float half_to_float(unsigned short bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+__device__ __forceinline__ unsigned short float_to_half(float value) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+__device__ __forceinline__ float bfloat_to_float(unsigned short bits) {
+    return __uint_as_float(static_cast<unsigned>(bits) << 16);
+}
+__device__ __forceinline__ unsigned short float_to_bfloat(float value) {
+#if __CUDA_ARCH__ >= 800
+    unsigned short bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+#else  // round to nearest, ties to even; a NaN keeps a set mantissa bit
+    unsigned bits = __float_as_uint(value);
+    if (value != value) return static_cast<unsigned short>((bits >> 16) | 0x40);
+    return static_cast<unsigned short>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+#endif
+}
+#endif
