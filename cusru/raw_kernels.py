@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # Specialisations: what is fixed when a kernel is compiled. The numbers are the enums of sru.cuh and numbers.cuh.
 
 TYPES = {"float64": "double", "float32": "float", "float16": "Half", "bfloat16": "Bfloat"}
+STORAGE = {"float64": "f8", "float32": "f4", "float16": "u2", "bfloat16": "u2"}
 SKIPS = {"none": 0, "x": 1, "projected": 2}
 ACTIVATIONS = {"identity": 0, "tanh": 1, "relu": 2, "selu": 3}
 CANDIDATES = {"identity": 0, "tanh": 1}
@@ -66,9 +67,17 @@ class Specialisation(NamedTuple):
 
     @property
     def ahead(self) -> int:
-        """Steps whose loads are in flight; with `columns` they set the registers."""
-        steps = 8 if self.direction == "forward" else 4
-        return steps if self.columns == 1 else steps // 2
+        """Steps whose loads are in flight: as many as 40 registers hold (64 where a thread walks several columns), at most 8
+        forward and 4 backward, half as many with several columns."""
+        several = self.columns > 1
+        item = np.dtype(STORAGE[self.dtype]).itemsize
+        state = max(item, 4)
+        values = 4 if self.skip != "none" else 3  # k of u, and x
+        each = values + (self.weight == "step") * 2 + (self.direction == "backward")  # + grad_h
+        size = each * (item if several else state) + ((self.direction == "backward") + (self.weight == "step_state") * 2) * state
+        most = (8 if self.direction == "forward" else 4) // (2 if several else 1)
+        fit = (64 if several else 40) * 4 // (size * self.columns)
+        return min(most, 1 << (fit.bit_length() - 1))
 
     @property
     def macros(self) -> tuple[str, ...]:

@@ -188,19 +188,16 @@ struct Cursor {
     }
 };
 
-// Sums of a parameter gradient over time: short plain sums, each then added with Kahan's compensation, so that the error
-// stays at a few ulps of the sum of magnitudes whatever the length. Order depends on the step's time only.
+// A sum of a parameter gradient, with Kahan's compensation: the error stays at a few ulps of the sum of magnitudes however
+// long it grows, and there is arithmetic to spare.
 template <typename S> struct Sum {
-    S local = 0, total = 0, lost = 0;
-    __device__ __forceinline__ void add(S v) { local += v; }
-    __device__ __forceinline__ void settle() {
-        S y = local - lost, t = total + y;
+    S total = 0, lost = 0;
+    __device__ __forceinline__ void add(S v) {
+        S y = v - lost, t = total + y;
         lost = (t - total) - y;
         total = t;
-        local = 0;
     }
 };
-constexpr int SETTLE = 32;  // steps between settlements
 
 template <typename V> struct Thread {  // which columns a thread walks, and what stays fixed over time
     using S = typename V::S;
@@ -417,15 +414,6 @@ template <typename V> struct Gradients {
         }
     }
 
-    __device__ __forceinline__ void settle() {
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            bias_f[i].settle();
-            bias_r[i].settle();
-            v_f[i].settle();
-            v_r[i].settle();
-        }
-    }
     __device__ __forceinline__ void begin(const Thread<V>& thread) {
         const Args& args = thread.args;
 #pragma unroll
@@ -434,7 +422,6 @@ template <typename V> struct Gradients {
     }
     __device__ __forceinline__ void end(const Thread<V>& thread) {
         const Args& args = thread.args;
-        settle();
         if (!args.grad_c0.data) return;
 #pragma unroll
         for (int i = 0; i < N; ++i) store_one<T>(args.grad_c0.at(0, thread.b, thread.d + i, 0), carry[i], (args.flags & NARROW_C0) != 0);
@@ -489,7 +476,6 @@ template <typename V, int AHEAD> __device__ __forceinline__ void backward_saved(
             for (int i = 0; i < N; ++i) in.c_prev.set(i, thread.initial(i));
         }
     };
-    long long to_use = args.length;
     auto use = [&](const BackwardInputs<V>& in) {
         S c_prev[N];
 #pragma unroll
@@ -497,7 +483,6 @@ template <typename V, int AHEAD> __device__ __forceinline__ void backward_saved(
         gradients.step(thread, in, [&](int k, int i) { return in.u.get(k, i); }, in.x, in.gh, c_prev, c, grad_u, grad_x, grad_weight);
 #pragma unroll
         for (int i = 0; i < N; ++i) c[i] = c_prev[i];
-        if (--to_use % SETTLE == 0) gradients.settle();
     };
     walk<AHEAD, BackwardInputs<V>>(args.length, load, use);
 }
@@ -582,7 +567,6 @@ template <typename V, int AHEAD, int TILE, int THREADS> __device__ __forceinline
                     gradients.step(thread, in, [&](int k, int i) { return slot(step, k, i); }, in.x, in.gh, c_prev, c, grad_u, grad_x, grad_weight);
 #pragma unroll
                     for (int i = 0; i < N; ++i) c[i] = c_prev[i];
-                    if ((begin + step) % SETTLE == 0) gradients.settle();
                 });
         }
     }
@@ -626,7 +610,6 @@ template <typename T, int WARPS> __device__ __forceinline__ void reduce(const Ar
             S v;
             workspace_load<sizeof(S)>(&v, partial + row * width);
             sum.add(v);
-            sum.settle();
         }
     of_warp[warp * 32 + lane] = sum.total;
     __syncthreads();
@@ -634,7 +617,6 @@ template <typename T, int WARPS> __device__ __forceinline__ void reduce(const Ar
     Sum<S> all;
     for (int w = 0; w < WARPS; ++w) {
         all.add(of_warp[w * 32 + lane]);
-        all.settle();
     }
     long long gate = index / args.width, d = index % args.width;
     if (args.grad_bias.data) {
