@@ -408,7 +408,9 @@ def _out_members(out: Any, names: list[str]) -> dict[str, Any]:
     if not isinstance(out, Sequence) or isinstance(out, str | bytes):
         raise TypeError(f"out must be a sequence of {len(names)} ({', '.join(names)}); got {type(out).__name__}")
     if len(out) != len(names):
-        raise ValueError(f"out has {len(out)} members; expected {len(names)} ({', '.join(names)}), None where cusru is to allocate")
+        raise ValueError(
+            f"out has {len(out)} members; expected {len(names)} ({', '.join(names)}), None where cusru is to allocate"
+        )
     return dict(zip(names, out, strict=True))
 
 

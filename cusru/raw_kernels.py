@@ -172,20 +172,22 @@ def _memory_half(
     directions = 2 if problem.bidirectional else 1
     u, grad_u = arrays["u"], results.get("u")
     streams = [a for n, a in {**arrays, **results}.items() if len(a.shape) == 3]  # (L or blocks, B, D): x, h, c, grad_h, ...
-    if problem.step_weight:
-        weights = [arrays["weight_c"]] + ([results["weight_c"]] if "weight_c" in results else [])
-    else:
-        weights = []
+    weights = [a["weight_c"] for a in (arrays, results) if problem.step_weight and "weight_c" in a]
 
     columns = wide(problem.dtype, recompute)
     # Four warps for each multiprocessor come before vectors: one warp alone is bound by its special functions.
     enough = rows * problem.width // columns >= 4 * 32 * multiprocessors
-    if columns > 1 and enough and problem.width % (columns * directions) == 0:
-        if all(_aligned(a, columns, 1) for a in streams) and all(_aligned(a, columns, 2) for a in weights):
-            packed = _aligned(u, columns, problem.k)
-            grad_u_packed = grad_u is not None and _aligned(grad_u, columns, problem.k)
-            if (packed or _aligned(u, columns, 1)) and (grad_u is None or grad_u_packed or _aligned(grad_u, columns, 1)):
-                return columns, packed, grad_u_packed
+    if (
+        columns > 1
+        and enough
+        and problem.width % (columns * directions) == 0
+        and all(_aligned(a, columns, 1) for a in streams)
+        and all(_aligned(a, columns, 2) for a in weights)
+    ):
+        packed = _aligned(u, columns, problem.k)
+        grad_u_packed = grad_u is not None and _aligned(grad_u, columns, problem.k)
+        if (packed or _aligned(u, columns, 1)) and (grad_u is None or grad_u_packed or _aligned(grad_u, columns, 1)):
+            return columns, packed, grad_u_packed
     packed = problem.k == 4 and _aligned(u, 1, 4)
     return 1, packed, grad_u is not None and _aligned(grad_u, 1, problem.k)
 
@@ -332,8 +334,8 @@ def source() -> str:
             return ""
         seen.add(name)
         text = resources.files("cusru").joinpath("kernels", name).read_text()
-        text = re.sub(r"^#pragma once\n", "", text, flags=re.M)
-        text = re.sub(r'^#include "(\w+\.cuh)"\n', lambda include: inline(include[1]), text, flags=re.M)
+        text = re.sub(r"^#pragma once\n", "", text, flags=re.MULTILINE)
+        text = re.sub(r'^#include "(\w+\.cuh)"\n', lambda include: inline(include[1]), text, flags=re.MULTILINE)
         return f'#line 1 "{name}"\n{text}' if name.endswith(".cu") else text
 
     return inline("sru.cu")

@@ -5,13 +5,14 @@
 // One column (b, d) at one step, with u = (u0, u1, u2[, u3]):
 //     f = sigmoid(u1 + b_f + v_f c')        g = 1 - f            c' the state before, c the state after the step
 //     r = sigmoid(u2 + b_r + v_r c')        q = 1 - r
-//     c = c' + g (candidate(u0) - c')                            = f c' + g z, without the rounding of f near 1
+//     c = c' + g (z - c')                   z = candidate(u0)    = f c' + g z, without the rounding of an f near 1
 //     h = r m a + w s                       a = activation(c)    s = scale_x x | u3 | 0
 //     w = q + (1 - n) r                     n = 1 (mask_target "state") or m ("gate"): w = 1 - n r
 // Backward, with the carry that arrives from the step after:
 //     gc = gh m r a' + carry                gr = gh (m a - n s)          gs = gh w
 //     A = (c' - z) f g                      gu1 = gc A   gu2 = gr r q   gu0 = gc g z'
 //     carry = gc + (A v_f - g) gc + gu2 v_r                      = f gc + ..., again without the rounding of f
+// Where f is small the plain forms are used, since there the others lose f: in both, each term keeps its own last bits.
 #pragma once
 #include "numbers.cuh"
 
@@ -91,13 +92,16 @@ template <typename S> struct Column {
     S bias_f, bias_r, v_f, v_r, m, n, scale;
 };
 
-// c' -> c; g and z are left for the backward.
+// Whether f is so small that c' + g (z - c') would keep too few of f c' 's bits.
+template <typename S> __device__ __forceinline__ bool forgets(S f) { return f < S(0.25); }
+
+// c' -> c; f, g and z are left for the backward.
 template <typename V, typename S> __device__ __forceinline__ S advance(S u0, S u1, S v_f, S bias_f, S c_prev, S& f, S& g, S& z, S& slope_z) {
     S x = u1 + bias_f;
     if constexpr (V::WEIGHT != NO_WEIGHT) x = fma(v_f, c_prev, x);
     sigmoid(x, f, g);
     activate<V::CANDIDATE>(u0, z, slope_z);
-    return fma(g, z - c_prev, c_prev);
+    return forgets(f) ? fma(f, c_prev, g * z) : fma(g, z - c_prev, c_prev);
 }
 
 template <typename V, typename S> __device__ __forceinline__ void reset_gate(S u2, S v_r, S bias_r, S c_prev, S& r, S& q) {
@@ -134,10 +138,12 @@ __device__ __forceinline__ Gradient<S> retreat(const Column<S>& k, S u0, S u1, S
     grad.u2 = gr * (r * q);
     grad.u1 = gc * forget;
     grad.u0 = gc * g * slope_z;
+    S keep = forgets(f) ? f : -g;  // carry = keep gc + base
+    S base = forgets(f) ? S(0) : gc;
     if constexpr (V::WEIGHT == NO_WEIGHT)
-        carry = fma(-g, gc, gc);
+        carry = fma(keep, gc, base);
     else
-        carry = fma(grad.u2, v_r, fma(fma(forget, v_f, -g), gc, gc));
+        carry = fma(grad.u2, v_r, fma(fma(forget, v_f, keep), gc, base));
     return grad;
 }
 

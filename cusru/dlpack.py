@@ -1,0 +1,537 @@
+"""Any framework's array in, the same framework's array out, never copied; and the streams that order the two.
+
+An array comes in through `borrow` and leaves through `empty` and `give`. NumPy, CuPy and torch arrays are read
+directly; every other framework's through its DLPack capsule, by ctypes, because NumPy cannot import bfloat16. Only
+NumPy is imported here: a framework is looked up in `sys.modules` once one of its arrays has arrived.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+CPU = ("cpu", 0)
+INSTALL = "pip install 'cusru[cuda13]' (with a CUDA 12 driver: pip install 'cusru[cuda12]')"
+
+_ALIGNMENT = 64  # bytes: JAX copies a CPU array that is aligned to less, TensorFlow aborts
+_LEGACY, _VERSIONED = b"dltensor", b"dltensor_versioned"
+_USED = {_LEGACY: b"used_dltensor", _VERSIONED: b"used_dltensor_versioned"}
+_READ_ONLY = 1  # a bit of the versioned capsule's flags
+_BFLOAT = 4
+_TYPE_CODES = {0: "int", 1: "uint", 2: "float", 3: "opaque", _BFLOAT: "bfloat", 5: "complex", 6: "bool"}
+_DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}  # 3 is pinned, 13 managed memory
+_FOREIGN_DEVICES = {
+    4: "OpenCL", 7: "Vulkan", 8: "Metal (MPS)", 9: "VPI", 10: "ROCm", 11: "ROCm host", 12: "extension",
+    14: "oneAPI", 15: "WebGPU", 16: "Hexagon", 17: "MAIA", 18: "Trainium",
+}  # fmt: skip
+
+
+@dataclass(slots=True, eq=False)
+class Array:
+    """A borrowed view of one framework's array: where its elements lie, and what keeps them alive."""
+
+    name: str  # the argument's name, for messages
+    pointer: int  # address of element [0, ..., 0]; may be 0 when there is none
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+    dtype: str
+    device: tuple[str, int]
+    readonly: bool
+    framework: str
+    owner: Any = field(repr=False)  # keeps the memory alive
+    source: Any = field(repr=False)  # what the caller passed
+
+    @property
+    def itemsize(self) -> int:
+        return _itemsize(self.dtype)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def numpy(self) -> np.ndarray:
+        """The same CPU memory as a NumPy array; bfloat16 as its bits in uint16."""
+        if self.device != CPU:
+            raise TypeError(f"{self.name} is on {_text(self.device)}, and NumPy reads CPU memory only")
+        return _view(self, _storage(self.dtype).str, self.readonly)
+
+
+# ---- in ------------------------------------------------------------------------------------------------------------
+
+
+def device_of(obj: Any, name: str) -> tuple[str, int]:
+    """Where the array is: ("cpu", 0) or ("cuda", index)."""
+    framework = _framework(obj)
+    if framework == "numpy":
+        return CPU
+    if framework == "cupy" and not sys.modules["cupy"].cuda.runtime.is_hip:
+        return "cuda", obj.data.device_id  # its __dlpack_device__ would ask the driver
+    if framework == "torch":
+        device = obj.device
+        if device.type == "cpu":
+            return CPU
+        if device.type == "cuda" and sys.modules["torch"].version.hip is None:
+            return "cuda", device.index
+    if not hasattr(obj, "__dlpack__") or not hasattr(obj, "__dlpack_device__"):
+        raise _no_array(obj, name)
+    try:
+        kind, index = obj.__dlpack_device__()
+    except Exception as error:
+        if _is_traced(obj):
+            raise _no_array(obj, name) from error
+        if framework == "jax" and obj.is_deleted():
+            raise RuntimeError(f"{name} is a JAX array that was deleted, or donated to a jitted function") from error
+        where = getattr(obj, "device", "unknown")
+        raise ValueError(f"{name} has no device that DLPack knows ({where}): {error}") from error
+    return _device(int(kind), int(index), name)
+
+
+def stream_handle(stream: Any, u: Any, device: tuple[str, int]) -> int:
+    """The cudaStream_t to work on: the caller's `stream`, or else the current one of torch or CuPy."""
+    if stream is None:
+        u = u.source if isinstance(u, Array) else u
+        framework = _framework(u)
+        cupy = _cupy(proven=framework == "cupy")
+        if framework == "torch":
+            return int(sys.modules["torch"].cuda.current_stream(device[1]).cuda_stream)
+        return int(cupy.cuda.get_current_stream(device[1]).ptr)
+    if isinstance(stream, (int, np.integer)) and not isinstance(stream, bool):
+        handle = int(stream)
+    elif hasattr(stream, "__cuda_stream__"):
+        pair = stream.__cuda_stream__
+        version, handle = pair() if callable(pair) else pair
+        if version != 0:
+            raise TypeError(f"stream speaks version {version} of __cuda_stream__, and cusru version 0")
+    else:
+        raise TypeError(f"stream must be an integer handle or an object with __cuda_stream__, not {_type(stream)}")
+    if handle < 0:
+        raise ValueError(f"stream must be a cudaStream_t, which is never negative: got {handle}")
+    return int(handle)
+
+
+def borrow(obj: Any, name: str, stream: int | None = None) -> Array:
+    """Read an array where it lies. One on a device is ready for the work that `stream` gets from now on.
+
+    `stream=None` stands for the producer's own current stream (torch, CuPy), else for CuPy's; on a CPU it has no
+    meaning. The producer's side of the handshake is its current stream: call this before entering `stream`'s scope.
+    """
+    device = device_of(obj, name)
+    framework = _framework(obj)
+    if device[0] == "cuda":
+        _cupy(proven=framework == "cupy")
+    else:
+        stream = None
+    read = {"numpy": _read_numpy, "cupy": _read_cupy, "torch": _read_torch}.get(framework, _read_capsule)
+    array = read(obj, name, device, stream)
+    if not array.pointer and array.size:
+        raise TypeError(f"{name} holds no memory: {_type(obj)} of shape {array.shape} (a fake or traced tensor?)")
+    return array
+
+
+def _read_numpy(obj: np.ndarray, name: str, device: tuple[str, int], stream: int | None) -> Array:
+    if not obj.dtype.isnative:
+        raise TypeError(f"{name} has dtype {obj.dtype.str}: a byte order that is not this machine's")
+    strides = _in_elements(obj, name)
+    pointer = obj.ctypes.data
+    if obj.size and pointer % obj.dtype.alignment:
+        raise ValueError(f"{name} starts at an address that is not aligned to its dtype {obj.dtype.name}")
+    return Array(name, pointer, obj.shape, strides, _name(obj.dtype), device, not obj.flags.writeable, "numpy", obj, obj)
+
+
+def _read_cupy(obj: Any, name: str, device: tuple[str, int], stream: int | None) -> Array:
+    dtype = _name(obj.dtype)
+    if stream is not None and stream != sys.modules["cupy"].cuda.get_current_stream(device[1]).ptr:
+        # only the handshake matters here, and CuPy exports no bfloat16
+        _export(obj.view(np.uint16) if dtype == "bfloat16" else obj, name, device, stream)
+    return Array(name, obj.data.ptr, obj.shape, _in_elements(obj, name), dtype, device, False, "cupy", obj, obj)
+
+
+def _read_torch(obj: Any, name: str, device: tuple[str, int], stream: int | None) -> Array:
+    torch = sys.modules["torch"]
+    if obj.requires_grad and torch.is_grad_enabled():
+        raise TypeError(
+            f"{name} requires grad, and a kernel call is not recorded for autograd: use cusru.torch.sru, or pass {name}.detach()"
+        )
+    if obj.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {obj.layout}: pass a strided tensor ({name}.to_dense())")
+    if obj.is_conj() or obj.is_neg():  # a negated view is exported by torch as if it were not
+        raise TypeError(f"{name} is a lazily conjugated or negated view: pass {name}.resolve_conj().resolve_neg()")
+    try:
+        pointer, shape, strides = obj.data_ptr(), tuple(obj.shape), obj.stride()
+    except Exception as error:
+        raise TypeError(f"{name} is a torch tensor without memory of its own (inside a transform?): {error}") from error
+    if stream is not None and stream != torch.cuda.current_stream(device[1]).cuda_stream:
+        with torch.cuda.device(device[1]):  # torch exports from the current device only
+            _export(obj.detach(), name, device, stream)
+    dtype = str(obj.dtype).removeprefix("torch.")
+    return Array(name, pointer, shape, strides, dtype, device, False, "torch", obj, obj)
+
+
+def _read_capsule(obj: Any, name: str, device: tuple[str, int], stream: int | None) -> Array:
+    framework = _framework(obj)
+    if device[0] == "cuda" and stream is None:
+        stream = stream_handle(None, obj, device)
+    capsule = _export(obj, name, device, stream)
+    tensor, owner, readonly = _consume(capsule, name)
+    shape = tuple(tensor.shape[: tensor.ndim]) if tensor.ndim else ()
+    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.ndim and tensor.strides else _compact(shape)
+    kind = _TYPE_CODES.get(tensor.code, f"dlpack{tensor.code}_")
+    dtype = kind if (kind, tensor.bits) == ("bool", 8) else f"{kind}{tensor.bits}"
+    if tensor.lanes != 1:
+        dtype += f"x{tensor.lanes}"
+    device = _device(tensor.device_type, tensor.device_id, name)
+    readonly = readonly or framework in ("jax", "tensorflow")  # whose arrays are values: XLA may share or fold them
+    pointer = (tensor.data or 0) + tensor.byte_offset
+    return Array(name, pointer, shape, strides, dtype, device, readonly, framework, owner, obj)
+
+
+def _export(obj: Any, name: str, device: tuple[str, int], stream: int | None) -> Any:
+    """obj's DLPack capsule, and on a device `stream` made to wait for what obj's producer has enqueued."""
+    try:
+        if _framework(obj) == "tensorflow":
+            return obj.__dlpack__()  # takes no stream: it waits on the host
+        wishes = {} if device[0] == "cpu" else {"stream": stream or 1}  # DLPack calls the legacy default stream 1
+        try:
+            return obj.__dlpack__(max_version=(1, 0), **wishes)
+        except TypeError:  # a producer older than DLPack 1.0
+            return obj.__dlpack__(**wishes)
+    except Exception as error:
+        kind = type(error) if type(error) in (ValueError, RuntimeError, MemoryError) else TypeError
+        raise kind(f"{name}: {_type(obj)} could not be exported through DLPack: {error}") from error
+
+
+# ---- out -----------------------------------------------------------------------------------------------------------
+
+
+def empty(
+    name: str,
+    shape: Iterable[int],
+    dtype: str,
+    device: tuple[str, int],
+    like_framework: str,
+    strides_order: Iterable[int] | None = None,
+) -> Array:
+    """New compact memory. `strides_order` lists the axes outermost first; None is C order.
+
+    On a device it is CuPy's, on the current device and stream.
+    """
+    shape = tuple(shape)
+    order = tuple(range(len(shape))) if strides_order is None else tuple(strides_order)
+    laid_out = tuple(shape[axis] for axis in order)
+    strides = [0] * len(shape)
+    for axis, stride in zip(order, _compact(laid_out), strict=True):
+        strides[axis] = stride
+    storage = _storage(dtype)
+    owner: Any
+    if device[0] == "cpu":
+        nbytes = math.prod(shape) * storage.itemsize
+        raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % _ALIGNMENT
+        owner = np.ndarray(laid_out, storage, raw, start)  # a slice of length 0 would start at raw's own address
+        pointer = owner.ctypes.data
+    else:
+        owner = _cupy(proven=True).empty(laid_out, storage)
+        pointer = owner.data.ptr
+    if strides_order is not None:
+        owner = owner.transpose([order.index(axis) for axis in range(len(shape))])
+    return Array(name, pointer, shape, tuple(strides), dtype, device, False, like_framework, owner, owner)
+
+
+def give(array: Array, u: Array) -> Any:
+    """What `empty` made, as the type of `u`, over the same memory."""
+    export = _Export(array)
+    if u.framework == "torch":
+        return sys.modules["torch"].from_dlpack(export)
+    if u.framework == "jax":
+        import jax.dlpack  # not an attribute of jax until imported
+
+        return jax.dlpack.from_dlpack(export)
+    if u.framework == "tensorflow":
+        if array.device[0] == "cuda":  # its import knows no streams
+            sys.modules["cupy"].cuda.get_current_stream().synchronize()
+        capsule = export.__dlpack__()
+        if array.strides == _compact(array.shape):
+            _peek(capsule).strides = None  # it checks them more strictly than need be where an extent is 0
+        return sys.modules["tensorflow"].experimental.dlpack.from_dlpack(capsule)
+    if u.framework == "other" and hasattr(u.source, "__array_namespace__"):
+        namespace = u.source.__array_namespace__()
+        if hasattr(namespace, "from_dlpack"):
+            return namespace.from_dlpack(export)
+    return array.owner.view(_bfloat16()) if array.dtype == "bfloat16" else array.owner
+
+
+class _Export:
+    """What a framework's from_dlpack is handed: NumPy's or CuPy's own capsule, with uint16 relabelled as bfloat16.
+
+    So they bring the deleter, written in C, that is safe on any thread and when the interpreter shuts down.
+    """
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+
+    def __dlpack__(self, **wishes: Any) -> Any:
+        capsule = self.array.owner.__dlpack__(**wishes)
+        if self.array.dtype == "bfloat16":
+            _peek(capsule).code = _BFLOAT
+        return capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        kind, index = self.array.device
+        return (1 if kind == "cpu" else 2), index
+
+
+# ---- overlap -------------------------------------------------------------------------------------------------------
+
+_AFFORDABLE = 1 << 16  # candidates, or elements, that an exact answer may look at: about a millisecond
+
+
+def overlaps(a: Array, b: Array) -> bool:
+    """Whether two arrays share a byte. Exact, unless that takes too long: then True when their bounds meet."""
+    if a.device != b.device or not a.size or not b.size:
+        return False
+    (a_low, a_high), (b_low, b_high) = _bounds(a), _bounds(b)
+    if a_high <= b_low or b_high <= a_low:
+        return False
+    try:  # nothing is read: views of device memory do as well
+        a_bytes, b_bytes = (_view(x, f"|V{x.itemsize}", True) for x in (a, b))
+        return np.shares_memory(a_bytes, b_bytes, max_work=_AFFORDABLE)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def overlaps_itself(a: Array) -> bool:
+    """Whether two indices of one array reach the same element. Exact, unless that takes too long: then True."""
+    if not a.size:
+        return False
+    axes = sorted((abs(stride), extent) for stride, extent in zip(a.strides, a.shape, strict=True) if extent > 1)
+    reach, nested = 0, True
+    for stride, extent in axes:
+        nested = nested and stride > reach  # each step of this axis clears all that the inner ones reach
+        reach += stride * (extent - 1)
+    if nested:
+        return False
+    if a.size > reach + 1 or a.size > _AFFORDABLE:
+        return True
+    offsets = np.zeros(1, np.int64)
+    for stride, extent in axes:
+        offsets = np.add.outer(offsets, stride * np.arange(extent)).ravel()
+    return len(np.unique(offsets)) < a.size
+
+
+def _bounds(a: Array) -> tuple[int, int]:
+    """The first byte of a, and the one after its last."""
+    steps = [stride * (extent - 1) for stride, extent in zip(a.strides, a.shape, strict=True)]
+    low, high = sum(step for step in steps if step < 0), sum(step for step in steps if step > 0)
+    return a.pointer + low * a.itemsize, a.pointer + (high + 1) * a.itemsize
+
+
+# ---- DLPack's C structures, by ctypes ------------------------------------------------------------------------------
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class _Managed(ctypes.Structure):
+    _fields_ = [("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
+
+
+class _ManagedVersioned(ctypes.Structure):
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _Tensor),
+    ]
+
+
+# prototypes of our own: setting argtypes on ctypes.pythonapi would change them for the whole process
+_capsule_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
+_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+_capsule_rename = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_SetName", ctypes.pythonapi))
+_Deleter = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)  # called with the GIL held, as a capsule's own destructor would
+
+
+class _Owner:
+    """A managed tensor whose deleter is ours to call: once, when the last reference goes."""
+
+    __slots__ = ("address", "deleter")
+
+    def __init__(self, address: int, deleter: int | None) -> None:
+        self.address = address
+        self.deleter = _Deleter(deleter) if deleter else None
+
+    def __del__(self) -> None:
+        if self.deleter is not None:
+            self.deleter(self.address)
+
+
+def _managed(capsule: Any) -> tuple[bytes, int, _Managed | _ManagedVersioned]:
+    for kind, structure in ((_VERSIONED, _ManagedVersioned), (_LEGACY, _Managed)):
+        if _capsule_is_valid(capsule, kind):
+            address = _capsule_pointer(capsule, kind)
+            return kind, address, structure.from_address(address)
+    raise TypeError(f"not a fresh DLPack capsule: {capsule!r}")
+
+
+def _peek(capsule: Any) -> _Tensor:
+    tensor: _Tensor = _managed(capsule)[2].tensor
+    return tensor
+
+
+def _consume(capsule: Any, name: str) -> tuple[_Tensor, _Owner, bool]:
+    """A capsule's tensor, the owner that frees it, and whether it is read-only."""
+    try:
+        kind, address, managed = _managed(capsule)
+    except TypeError as error:
+        raise TypeError(f"{name}: its __dlpack__ returned something that is {error}") from error
+    _capsule_rename(capsule, _USED[kind])
+    owner = _Owner(address, managed.deleter)
+    if kind == _VERSIONED and managed.major > 1:
+        raise TypeError(f"{name} speaks DLPack {managed.major}.{managed.minor}, and cusru 1.x")
+    return managed.tensor, owner, kind == _VERSIONED and bool(managed.flags & _READ_ONLY)
+
+
+# ---- small parts ---------------------------------------------------------------------------------------------------
+
+
+class _Memory:
+    """Lends an address to NumPy, whose array then keeps `owner` alive."""
+
+    __slots__ = ("__array_interface__", "owner")
+
+    def __init__(self, interface: dict[str, Any], owner: object) -> None:
+        self.__array_interface__ = interface
+        self.owner = owner
+
+
+def _view(a: Array, typestr: str, readonly: bool) -> np.ndarray:
+    strides = tuple(stride * a.itemsize for stride in a.strides)
+    interface = {"data": (a.pointer, readonly), "shape": a.shape, "strides": strides, "typestr": typestr, "version": 3}
+    return np.asarray(_Memory(interface, a.owner))
+
+
+def _compact(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, stride = [], 1
+    for extent in reversed(shape):
+        strides.append(stride)
+        stride *= max(extent, 1)
+    return tuple(reversed(strides))
+
+
+def _in_elements(obj: Any, name: str) -> tuple[int, ...]:
+    """NumPy's or CuPy's strides, which are in bytes, in elements."""
+    itemsize = obj.itemsize or 1
+    if obj.size and any(step % itemsize and extent > 1 for step, extent in zip(obj.strides, obj.shape, strict=True)):
+        raise ValueError(f"{name} has strides of {obj.strides} bytes: not whole elements of {itemsize} bytes")
+    return tuple(step // itemsize for step in obj.strides)
+
+
+@functools.lru_cache(64)
+def _itemsize(dtype: str) -> int:
+    bits = re.search(r"\d+", dtype)
+    return max(int(bits[0]) // 8, 1) if bits else 1
+
+
+@functools.lru_cache(64)
+def _name(dtype: np.dtype[Any]) -> str:
+    return dtype.name  # NumPy composes it anew each time
+
+
+@functools.lru_cache(64)
+def _storage(dtype: str) -> np.dtype[Any]:
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
+
+
+def _bfloat16() -> np.dtype[Any]:
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as error:
+        raise ImportError("bfloat16 NumPy and CuPy arrays need ml_dtypes: pip install ml_dtypes") from error
+    dtype: np.dtype[Any] = np.dtype(bfloat16)
+    return dtype
+
+
+def _framework(obj: Any) -> str:
+    kind: Any = type(obj)
+    return _framework_of(kind)
+
+
+@functools.lru_cache(256)
+def _framework_of(kind: type) -> str:
+    if issubclass(kind, np.ndarray):
+        return "numpy"
+    for framework, array in (("cupy", "ndarray"), ("torch", "Tensor"), ("jax", "Array"), ("tensorflow", "Tensor")):
+        base = getattr(sys.modules.get(framework), array, None)
+        if isinstance(base, type) and issubclass(kind, base):
+            return framework
+    return "other"
+
+
+def _cupy(proven: bool) -> Any:
+    """CuPy, and seen to work unless that is `proven`, as it is by any CuPy array."""
+    try:
+        import cupy  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ImportError(f"arrays on a CUDA device need CuPy: {INSTALL}") from error
+    if not proven:
+        _check_cuda()
+    return cupy
+
+
+@functools.cache  # of success: an exception is not cached
+def _check_cuda() -> None:
+    try:
+        sys.modules["cupy"].cuda.runtime.getDeviceCount()
+    except Exception as error:
+        raise RuntimeError(f"CuPy finds no working CUDA ({error}). Is it the one for your driver? {INSTALL}") from error
+
+
+def _device(kind: int, index: int, name: str) -> tuple[str, int]:
+    if kind not in _DEVICES:
+        where = _FOREIGN_DEVICES.get(kind, f"unknown (DLPack {kind})")
+        raise ValueError(f"{name} is on {where} device {index}; cusru runs on CPUs and CUDA devices")
+    return CPU if _DEVICES[kind] == "cpu" else ("cuda", index)
+
+
+def _is_traced(obj: Any) -> bool:
+    return any(base.__name__ == "Tracer" and base.__module__.startswith("jax") for base in type(obj).__mro__)
+
+
+def _no_array(obj: Any, name: str) -> TypeError:
+    if _is_traced(obj):
+        return TypeError(f"{name} is a traced value ({_type(obj)}): it has no memory while jit, grad or vmap traces")
+    hint = ": pass its .value()" if type(obj).__name__.endswith("Variable") else ""  # TensorFlow's
+    return TypeError(f"{name} must be an array (NumPy's, or one that speaks DLPack), not {_type(obj)}{hint}")
+
+
+def _type(obj: Any) -> str:
+    kind = type(obj)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _text(device: tuple[str, int]) -> str:
+    return "the CPU" if device == CPU else f"{device[0]}:{device[1]}"

@@ -1,0 +1,284 @@
+"""SPEC.md sections 2, 3 and 5 as naive float64 loops over time: obviously right, slow, and sharing no code with cusru.
+
+The inputs are exact: the already rounded values, widened to float64 (`widen`). `forward` and `backward` return a dict of
+results with, under "magnitude" and "amplification", what `check` needs to bound the error of each:
+
+    bound = max(tolerance, 8 * eps * K) * magnitude + floor
+
+magnitude: the largest over time in the column, a difference counting with the magnitudes of both its terms (SPEC section 5).
+K: the amplification K_t = |dc_t/dc_{t-1}| * K_{t-1} + 1, its maximum over time, in columns whose recurrence amplifies
+(|dc_t/dc_{t-1}| > 1 somewhere); 0 elsewhere, so that the tolerance alone holds there: K counts steps too, and would excuse
+anything of a long memory.
+"""
+
+import numpy as np
+
+TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "float16": 1e-3, "bfloat16": 5e-3}
+LARGEST = {"float64": np.finfo(np.float64).max, "float32": np.finfo(np.float32).max, "float16": 65504.0, "bfloat16": 3.38e38}
+FLOOR = {"float64": 1e-305, "float32": 1e-37, "float16": 2.0**-23, "bfloat16": 1e-37}  # subnormals may be flushed or rounded
+STATE_RESULTS = ("c", "c_last")  # held in the state's dtype always
+SCALE, ALPHA = 1.0507009873554804934, 1.6732632423543772848
+
+
+def widen(a):
+    """Any array, or bfloat16 bits in uint16, as float64; None stays None."""
+    if a is None:
+        return None
+    a = np.asarray(a)
+    if a.dtype == np.uint16:
+        return (a.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return a.astype(np.float64)
+
+
+def sigmoid(a):
+    return 1 / (1 + np.exp(-a))
+
+
+def function(name, c):
+    if name == "identity":
+        return c
+    if name == "tanh":
+        return np.tanh(c)
+    if name == "relu":
+        return np.where(c <= 0, 0, c)
+    if name == "selu":
+        return np.where(c > 0, SCALE * c, SCALE * ALPHA * np.expm1(np.where(c > 0, 0, c)))
+    raise ValueError(name)
+
+
+def derivative(name, c):
+    nan = np.where(np.isnan(c), np.nan, 0)
+    if name == "identity":
+        return np.ones_like(c)
+    if name == "tanh":
+        return 1 / np.cosh(c) ** 2
+    if name == "relu":
+        return np.where(c > 0, 1.0, 0.0) + nan
+    if name == "selu":
+        return np.where(c > 0, SCALE, SCALE * ALPHA * np.exp(np.where(c > 0, 0, c)))
+    raise ValueError(name)
+
+
+class _Inputs:
+    def __init__(self, u, x, bias, weight_c, c0, mask_c, mask_pad, scale_x, bidirectional):
+        self.u = widen(u)
+        length, batch, dim, k = self.shape = self.u.shape
+        zeros = np.zeros((length, batch, dim))
+        self.bias = np.zeros((2, dim)) if bias is None else widen(bias).reshape(2, dim)
+        self.per_step = weight_c is not None and np.ndim(weight_c) == 4
+        self.linear = weight_c is None  # then nothing is multiplied by v: 0 * NaN would be NaN
+        weight = np.zeros((2, dim)) if weight_c is None else widen(weight_c)
+        self.v = weight if self.per_step else np.broadcast_to(np.moveaxis(weight.reshape(2, dim), 0, 1), (length, batch, dim, 2))
+        self.c0 = np.zeros((batch, dim)) if c0 is None else widen(c0)
+        self.m = np.ones((batch, dim)) if mask_c is None else widen(mask_c)
+        self.pad = np.zeros((length, batch), bool) if mask_pad is None else np.asarray(mask_pad) != 0
+        self.s = self.u[..., 3] if k == 4 else zeros if x is None else float(scale_x) * widen(x)
+        self.halves = [(slice(0, dim), False)]
+        if bidirectional:
+            self.halves = [(slice(0, dim // 2), False), (slice(dim // 2, dim), True)]
+
+    def times_v(self, t, d, row, a):
+        return np.zeros_like(a) if self.linear else a * self.v[t, :, d, row]
+
+    def step(self, t, d, c_prev, candidate):
+        """f, 1 - f, r, 1 - r, z, dc/dc_prev."""
+        arg_f = self.u[t, :, d, 1] + self.bias[0, d] + self.times_v(t, d, 0, c_prev)
+        arg_r = self.u[t, :, d, 2] + self.bias[1, d] + self.times_v(t, d, 1, c_prev)
+        f, g, z = sigmoid(arg_f), sigmoid(-arg_f), function(candidate, self.u[t, :, d, 0])
+        return f, g, sigmoid(arg_r), sigmoid(-arg_r), z, f + self.times_v(t, d, 0, (c_prev - z) * f * g)
+
+
+def _largest(a):
+    """Over time, what is not finite left out; keeps the axis."""
+    a = np.where(np.isfinite(a), np.abs(a), 0)
+    return a.max(axis=0, keepdims=True, initial=0)
+
+
+def _amplification(jacobians):
+    """K per column, (1, B, D), from dc/dc_prev in the order of the recursion; 0 where nothing is amplified."""
+    k, worst = np.ones(jacobians.shape[1:]), np.ones(jacobians.shape[1:])
+    for j in np.abs(np.where(np.isfinite(jacobians), jacobians, 0)):
+        k = j * k + 1
+        worst = np.maximum(worst, k)
+    return np.where((_largest(jacobians) > 1), worst[None], 0)
+
+
+def forward(
+    u,
+    x=None,
+    bias=None,
+    weight_c=None,
+    c0=None,
+    mask_c=None,
+    mask_pad=None,
+    *,
+    activation="identity",
+    candidate="identity",
+    scale_x=1.0,
+    mask_target="state",
+    bidirectional=False,
+    save_every=1,
+):
+    i = _Inputs(u, x, bias, weight_c, c0, mask_c, mask_pad, scale_x, bidirectional)
+    length, batch, dim, _ = i.shape
+    h, h_size, all_c, jac = (np.zeros((length, batch, dim)) for _ in range(4))
+    c_last = i.c0.copy()
+    amplification = np.zeros((1, batch, dim))
+    count = 0 if save_every is None else -(-length // save_every)
+    saved = np.zeros((count, batch, dim))
+    with np.errstate(all="ignore"):
+        for d, reverse in i.halves:
+            c, times = i.c0[:, d], range(length)[:: -1 if reverse else 1]
+            m = i.m[:, d]
+            for t in times:
+                f, g, r, q, z, jac[t, :, d] = i.step(t, d, c, candidate)
+                new = f * c + g * z
+                a, s = function(activation, new), i.s[t, :, d]
+                if mask_target == "state":
+                    h_new, size = r * m * a + q * s, abs(r * m * a) + abs(q * s)
+                else:
+                    h_new, size = m * r * a + (1 - m * r) * s, abs(r * m * a) + (q + abs(1 - m) * r) * abs(s)
+                    h_new = np.where(m == 1, r * a + q * s, h_new)
+                pad = i.pad[t][:, None]
+                c = np.where(pad, c, new)
+                jac[t, :, d] = np.where(pad, 0, jac[t, :, d])  # nothing is computed at padding
+                h[t, :, d], h_size[t, :, d], all_c[t, :, d] = np.where(pad, 0, h_new), np.where(pad, 0, size), c
+            c_last[:, d] = c
+            amplification[:, :, d] = _amplification(np.where(i.pad[:, :, None], 1e-9, jac[:, :, d])[:: -1 if reverse else 1])
+            for j in range(count):
+                t = j * save_every if reverse else min((j + 1) * save_every, length) - 1
+                saved[j, :, d] = all_c[t, :, d]
+    c_size = np.maximum(_largest(all_c), _largest(i.c0[None]))
+    return {
+        "h": h, "c": None if save_every is None else saved, "c_last": c_last, "all_c": all_c,
+        "magnitude": {"h": _largest(h_size), "c": c_size, "c_last": c_size[0]},
+        "amplification": {"h": amplification, "c": amplification, "c_last": amplification[0]},
+    }  # fmt: skip
+
+
+def backward(
+    grad_h,
+    grad_c_last,
+    u,
+    x=None,
+    bias=None,
+    weight_c=None,
+    c0=None,
+    mask_c=None,
+    mask_pad=None,
+    *,
+    activation="identity",
+    candidate="identity",
+    scale_x=1.0,
+    mask_target="state",
+    bidirectional=False,
+    save_every=1,
+    states=None,
+):
+    """states: every c (L, B, D), as the backward under test is given it or recomputes it. Without them the oracle takes its
+    own, and where the recurrence amplifies K is the product of both directions', for the forward's error in c enters too."""
+    forward_k = 1.0
+    if states is None:
+        own = forward(u, x, bias, weight_c, c0, mask_c, mask_pad, activation=activation, candidate=candidate, scale_x=scale_x,
+                      mask_target=mask_target, bidirectional=bidirectional)  # fmt: skip
+        states, forward_k = own["all_c"], np.maximum(own["amplification"]["h"], 1)
+    states = widen(states)
+    i = _Inputs(u, x, bias, weight_c, c0, mask_c, mask_pad, scale_x, bidirectional)
+    length, batch, dim, k = i.shape
+    gh_all = widen(grad_h)
+    gu, gu_size = np.zeros((2, length, batch, dim, 4))
+    gw, gw_size = np.zeros((2, length, batch, dim, 2))
+    carry_last, jac = np.zeros((batch, dim)), np.zeros((length, batch, dim))
+    carry_size, amplification = np.zeros((1, batch, dim)), np.zeros((1, batch, dim))
+    with np.errstate(all="ignore"):
+        for d, reverse in i.halves:
+            carry = np.zeros_like(i.c0[:, d]) if grad_c_last is None else widen(grad_c_last)[:, d]
+            carry_sizes = [abs(carry)]
+            m, times = i.m[:, d], range(length)[:: 1 if reverse else -1]
+            for t in times:
+                before = t + 1 if reverse else t - 1
+                c_prev = states[before][:, d] if 0 <= before < length else i.c0[:, d]
+                f, g, r, q, z, jac[t, :, d] = i.step(t, d, c_prev, candidate)
+                c, s, gh = states[t][:, d], i.s[t, :, d], gh_all[t][:, d]
+                a = function(activation, c)
+                if mask_target == "state":
+                    gr, gr_size = gh * (m * a - s), abs(gh) * (abs(m * a) + abs(s))
+                    gs, gs_size = gh * q, abs(gh * q)
+                else:
+                    gr, gr_size = gh * m * (a - s), abs(gh * m) * (abs(a) + abs(s))
+                    gs, gs_size = gh * np.where(m == 1, q, 1 - m * r), abs(gh) * (q + abs(1 - m) * r)
+                through_h = gh * m * r * derivative(activation, c)
+                gc, gc_size = through_h + carry, abs(through_h) + abs(carry)
+                dz = derivative(candidate, i.u[t, :, d, 0])
+                gu2, gu2_size = gr * r * q, gr_size * r * q
+                gu1, gu1_size = gc * (c_prev - z) * f * g, gc_size * (abs(c_prev) + abs(z)) * f * g
+                gu0, gu0_size = gc * g * dz, gc_size * g * abs(dz)
+                new = gc * f + i.times_v(t, d, 0, gu1) + i.times_v(t, d, 1, gu2)
+                new_size = gc_size * f + abs(i.times_v(t, d, 0, gu1_size)) + abs(i.times_v(t, d, 1, gu2_size))
+                pad = i.pad[t][:, None]
+                carry = np.where(pad, carry, new)
+                carry_sizes.append(np.where(pad, 0, new_size))
+                gu[t, :, d] = np.where(pad[..., None], 0, np.stack([gu0, gu1, gu2, gs], -1))
+                gu_size[t, :, d] = np.where(pad[..., None], 0, np.stack([gu0_size, gu1_size, gu2_size, gs_size], -1))
+                gw[t, :, d] = np.where(pad[..., None], 0, np.stack([gu1 * c_prev, gu2 * c_prev], -1))
+                gw_size[t, :, d] = np.where(pad[..., None], 0, np.stack([gu1_size, gu2_size], -1) * abs(c_prev)[..., None])
+            carry_last[:, d] = carry
+            carry_size[:, :, d] = _largest(np.array(carry_sizes))
+            amplification[:, :, d] = _amplification(np.where(i.pad[:, :, None], 1e-9, jac[:, :, d])[:: 1 if reverse else -1])
+
+    amplification = amplification * forward_k
+
+    def parameter(a):  # (L, B, D, 2) -> (2, D)
+        with np.errstate(all="ignore"):
+            return np.moveaxis(a.sum(axis=(0, 1)), -1, 0)
+
+    results, sizes, ks = {}, {}, {}
+    per_d = amplification.max(axis=(0, 1), initial=0)
+    results["u"], sizes["u"], ks["u"] = gu[..., :k], _largest(gu_size[..., :k]), amplification[..., None]
+    results["c0"], sizes["c0"], ks["c0"] = carry_last, carry_size[0], amplification[0]
+    results["x"], sizes["x"], ks["x"] = scale_x * gu[..., 3], _largest(scale_x * gu_size[..., 3]), amplification
+    results["bias"], sizes["bias"], ks["bias"] = parameter(gu[..., 1:3]), parameter(gu_size[..., 1:3]), per_d
+    if i.per_step:
+        results["weight_c"], sizes["weight_c"], ks["weight_c"] = gw, _largest(gw_size), amplification[..., None]
+    else:
+        results["weight_c"], sizes["weight_c"], ks["weight_c"] = parameter(gw), parameter(gw_size), per_d
+    for name, given in {"x": x, "bias": bias, "weight_c": weight_c, "c0": c0}.items():
+        if given is None:
+            results[name] = None
+    return results | {"magnitude": sizes, "amplification": ks}
+
+
+def check(actual, expected, dtype_name, state_results=STATE_RESULTS, scale=1.0):
+    """Every result of `actual` (a dict or a NamedTuple of arrays; None: skipped) against `expected`; returns the worst
+    error / bound.
+
+    state_results names those that are held in the state's dtype; the others are held in u's, `dtype_name`. scale tightens the
+    bound.
+    """
+    actual = actual if isinstance(actual, dict) else actual._asdict()
+    state = "float64" if dtype_name == "float64" else "float32"
+    eps = 2.0**-53 if state == "float64" else 2.0**-24
+    worst = 0.0
+    for name, given in actual.items():
+        if given is None:
+            continue
+        dtype = state if name in state_results else dtype_name
+        want = expected[name]
+        got = widen(given).reshape(np.shape(want))
+        if got.size == 0:
+            continue
+        with np.errstate(all="ignore"):
+            k = np.where(np.isnan(expected["amplification"][name]), np.inf, expected["amplification"][name])
+            bound = np.maximum(TOLERANCE[dtype], 8 * eps * k) * expected["magnitude"][name] * scale + FLOOR[dtype]
+            bound = np.broadcast_to(bound, want.shape)
+            ratio = abs(got - want) / bound
+            overflowed = abs(want) + bound > LARGEST[dtype]
+            wrong_kind = np.isfinite(got) != np.isfinite(want)
+            ratio = np.where(wrong_kind, np.inf, np.where(np.isfinite(want), ratio, 0))
+            ratio = np.where(overflowed & np.isfinite(want) & ~np.isfinite(got), 0, ratio)
+        worst = max(worst, float(ratio.max()))
+        if not ratio.max() <= 1:
+            at = tuple(map(int, np.unravel_index(np.argmax(ratio), ratio.shape)))
+            raise AssertionError(f"{name}{list(at)}: {got[at]!r}, expected {want[at]!r}; error / bound = {ratio[at]:.3g} "
+                                 f"({np.count_nonzero(ratio > 1)} of {ratio.size} beyond the bound, {dtype})")  # fmt: skip
+    return worst

@@ -1,0 +1,285 @@
+"""The caller owns the memory: what `out` and `workspace` promise, what comes back and where it lies, and huge arrays."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cusru
+from cusru import raw_kernels
+
+L, B, D = 70, 3, 8
+
+
+@pytest.fixture(params=["0", "1"], ids=["numpy", "simulator"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("CUSRU_SIMULATE", request.param)
+    return request.param
+
+
+def problem(dtype: str = "f4", length: int = L, batch: int = B, width: int = D) -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(dtype)
+
+    return dict(
+        u=normal(length, batch, width, 3), x=normal(length, batch, width), bias=normal(2 * width), weight_c=normal(2, width),
+        c0=normal(batch, width),
+    )  # fmt: skip
+
+
+def both(arguments: dict[str, Any], save_every: int = 1, **of_backward: Any) -> tuple[Any, Any]:
+    o = cusru.sru_forward(**arguments, save_every=save_every)
+    return o, cusru.sru_backward(o.h, o.c_last, o.c, **arguments, save_every=save_every, **of_backward)
+
+
+def same(a: Any, b: Any) -> None:
+    for name in a._fields:
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+
+
+@pytest.mark.usefixtures("backend")
+def test_out_objects_come_back_and_hold_the_results() -> None:
+    arguments = problem()
+    o, g = both(arguments)
+    out = [np.full_like(a, np.nan) for a in o]
+    got = cusru.sru_forward(**arguments, out=out)
+    assert all(a is b for a, b in zip(got, out, strict=True))
+    same(got, o)
+    gradients = cusru.Gradients(*(np.full_like(a, np.nan) for a in g))
+    got = cusru.sru_backward(o.h, o.c_last, o.c, **arguments, out=gradients)
+    assert all(a is b for a, b in zip(got, gradients, strict=True))
+    same(got, g)
+
+
+@pytest.mark.usefixtures("backend")
+def test_out_may_have_any_strides() -> None:
+    arguments = problem()
+    o, g = both(arguments)
+
+    def odd(a: np.ndarray) -> np.ndarray:  # every axis gapped and reversed
+        return np.full([2 * n + 1 for n in a.shape], np.nan, a.dtype)[tuple(slice(2 * n, 0, -2) for n in a.shape)]
+
+    same(cusru.sru_forward(**arguments, out=[odd(a) for a in o]), o)
+    same(cusru.sru_backward(o.h, o.c_last, o.c, **arguments, out=[odd(a) for a in g]), g)
+
+
+@pytest.mark.parametrize("save_every", [1, 40, L])
+@pytest.mark.usefixtures("backend")
+def test_a_workspace_of_any_contents_and_alignment_gives_the_same_bits(save_every: int) -> None:
+    arguments = problem()
+    _, g = both(arguments, save_every)
+    size = cusru.workspace_size("backward", **arguments, save_every=save_every)
+    for offset in (0, 1, 7):
+        memory = np.full(size + offset + 64, 0xFF, np.uint8)
+        _, got = both(arguments, save_every, workspace=memory[offset : offset + size])
+        same(got, g)
+        assert (memory[:offset] == 0xFF).all()
+        assert (memory[offset + size :] == 0xFF).all(), "written past the size that workspace_size gave"
+
+
+def test_the_workspace_is_at_most_a_twentieth_of_the_floor() -> None:
+    for length, batch, width in [(512, 32, 512), (64, 4096, 64), (1, 4096, 64), (8, 512, 128), (31, 7, 33), (16384, 1, 64)]:
+        for dtype, floor in (("f4", 40), ("f2", 18), ("f8", 80)):
+            view = np.broadcast_to(np.zeros(1, dtype), (length, batch, width, 3))  # sizes alone matter
+            rows = np.zeros((2, width), dtype)
+            for save_every in (1, 32, length):
+                size = cusru.workspace_size("backward", view, bias=rows, weight_c=rows, save_every=save_every)
+                twentieth = length * batch * width * floor // 20
+                assert size <= max(twentieth, 4 * width * 8 + 32), (length, batch, width, dtype, save_every)
+            assert cusru.workspace_size("forward", view) == 0
+
+
+@pytest.mark.usefixtures("backend")
+def test_inputs_are_never_written_and_may_be_read_only() -> None:
+    arguments = problem()
+    before = {name: a.copy() for name, a in arguments.items()}
+    for a in arguments.values():
+        a.flags.writeable = False
+    both(arguments)
+    for name, a in arguments.items():
+        np.testing.assert_array_equal(a, before[name])
+
+
+@pytest.mark.usefixtures("backend")
+def test_cpu_results_are_compact_and_aligned_for_every_framework() -> None:
+    arguments = problem(width=5)
+    for results in both(arguments):
+        for a in results:
+            assert a.flags.c_contiguous
+            assert a.ctypes.data % 64 == 0
+
+
+@pytest.mark.usefixtures("backend")
+def test_torch_in_torch_out() -> None:
+    torch = pytest.importorskip("torch", reason='needs torch: pip install "cusru[torch]"')
+    arguments = problem()
+    o, g = both(arguments)
+    tensors = {name: torch.from_numpy(a) for name, a in arguments.items()}
+    for expected, got in zip((*o, *g), (r for results in both(tensors) for r in results), strict=True):
+        assert isinstance(got, torch.Tensor)
+        np.testing.assert_array_equal(got.numpy(), expected)
+    out = [torch.full_like(r, float("nan")) for r in both(tensors)[0]]
+    assert cusru.sru_forward(**tensors, out=out).h is out[0]
+    np.testing.assert_array_equal(out[0].numpy(), o.h)
+
+
+@pytest.mark.usefixtures("backend")
+def test_jax_in_jax_out() -> None:
+    jax = pytest.importorskip("jax", reason='needs JAX: pip install "cusru[jax]"')
+    arguments = problem()
+    o, g = both(arguments)
+    arrays = {name: jax.numpy.asarray(a) for name, a in arguments.items()}
+    for expected, got in zip((*o, *g), (r for results in both(arrays) for r in results), strict=True):
+        assert isinstance(got, jax.Array)
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.usefixtures("backend")
+def test_bfloat16_is_the_same_from_every_framework() -> None:
+    bfloat16 = pytest.importorskip("ml_dtypes", reason='needs ml_dtypes: pip install "cusru[test]"').bfloat16
+    torch = pytest.importorskip("torch", reason='needs torch: pip install "cusru[torch]"')
+    jax = pytest.importorskip("jax", reason='needs JAX: pip install "cusru[jax]"')
+    arguments = {name: a.astype(bfloat16) for name, a in problem().items()}
+    o, g = both(arguments)
+    assert o.h.dtype == bfloat16
+    assert o.c.dtype == np.float32
+    tensors = {name: torch.from_numpy(a.view("i2")).view(torch.bfloat16) for name, a in arguments.items()}
+    arrays = {name: jax.numpy.asarray(a) for name, a in arguments.items()}
+    for from_torch, from_jax, expected in zip(
+        (r for results in both(tensors) for r in results), (r for results in both(arrays) for r in results), (*o, *g), strict=True
+    ):
+        np.testing.assert_array_equal(from_torch.float().numpy(), expected.astype("f4"))
+        np.testing.assert_array_equal(np.asarray(from_jax), expected)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2"])
+@pytest.mark.usefixtures("backend")
+def test_more_than_two_to_the_31_elements(dtype: str) -> None:
+    """Strides of 2^30 elements and more, over a sparse map: only the touched pages exist."""
+    item = np.dtype(dtype).itemsize
+    length, batch, width, step = 5, 2, 4, 2**30
+    size = (length * step + step // 2 + 4096) * item
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000))
+    except OSError as error:
+        pytest.skip(f"no {size >> 30} GiB of address space: {error}")
+    flat = np.frombuffer(memory, dtype)
+    rng = np.random.default_rng(2)
+
+    def far(offset: int, *last: int) -> np.ndarray:
+        inner = np.cumprod((1, *last[:0:-1]))[::-1] * item
+        return np.lib.stride_tricks.as_strided(flat[offset:], (length, batch, *last), (step * item, step // 2 * item, *inner))
+
+    u, x, h, gu = far(0, width, 3), far(100, width), far(200, width), far(300, width, 3)
+    u[...], x[...] = rng.standard_normal(u.shape), rng.standard_normal(x.shape)
+    assert (length - 1) * step > 2**31
+    near = cusru.sru_forward(u.copy(), x.copy())
+    got = cusru.sru_forward(u, x, out=(h, None, None))
+    same(got, near)
+    expected = cusru.sru_backward(near.h, None, near.c, u.copy(), x.copy())
+    same(cusru.sru_backward(h, None, got.c, u, x, out=(gu, None, None, None, None)), expected)
+
+
+def test_the_struct_of_arguments_is_the_kernels_own() -> None:
+    """Sizes are compared at each simulated launch; here its fields lie without gaps, as the compiler lays them."""
+    assert raw_kernels.ARGS.itemsize == sum(raw_kernels.ARGS[name].itemsize for name in raw_kernels.ARGS.names)
+    assert raw_kernels.ARGS.itemsize <= 4096, "more than a kernel may take by value"
+
+
+COLD = """
+import os, sys, threading
+import numpy as np
+import cusru
+rng = np.random.default_rng(0)
+u, v = rng.standard_normal((9, 4, 8, 3)).astype("f4"), rng.standard_normal((2, 8)).astype("f4")
+found, barrier = [None] * 8, threading.Barrier(8)
+def work(i):
+    barrier.wait()
+    o = cusru.sru_forward(u, weight_c=v)
+    found[i] = np.concatenate([np.ravel(a) for a in (*o, *cusru.sru_backward(o.h, None, o.c, u, weight_c=v)) if a is not None])
+threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+[t.start() for t in threads]; [t.join() for t in threads]
+assert all((f == found[0]).all() for f in found)
+print(found[0].tobytes().hex())
+"""
+
+
+def test_eight_threads_in_two_processes_on_a_cold_cache(tmp_path: Any) -> None:
+    environment = os.environ | {"CUSRU_SIMULATE": "1", "CUSRU_CACHE_DIR": str(tmp_path)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", COLD], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    printed = [p.communicate(timeout=300) for p in running]
+    assert [p.returncode for p in running] == [0, 0], printed
+    assert printed[0][0] == printed[1][0]
+    assert not [f for f in tmp_path.rglob("*") if f.suffix in (".tmp", ".part")], "a half-written file is left"
+
+
+FORK = """
+import os, threading
+import numpy as np
+import cusru
+from cusru import raw_kernels
+rng = np.random.default_rng(0)
+u = rng.standard_normal((9, 4, 8, 3)).astype("f4")
+expected = cusru.sru_forward(u).h
+held, release = threading.Event(), threading.Event()
+def hold():
+    with raw_kernels._compiling:
+        held.set()
+        release.wait(60)
+holder = threading.Thread(target=hold)
+holder.start()
+held.wait()
+child = os.fork()
+if child == 0:
+    status = 1
+    try:  # the lock that another thread held at the fork is new in the child
+        with raw_kernels._compiling:
+            o = cusru.sru_forward(u)
+            cusru.sru_backward(o.h, None, o.c, u)
+            status = int(not np.array_equal(o.h, expected))
+    finally:
+        os._exit(status)
+release.set()
+holder.join()
+assert np.array_equal(cusru.sru_forward(u).h, expected)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_fork_goes_on_working() -> None:
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120)
+
+
+@pytest.mark.usefixtures("backend")
+def test_concurrent_calls_give_what_one_gives() -> None:
+    arguments = problem()
+    expected = both(arguments)
+    failures: list[str] = []
+
+    def work() -> None:
+        for _ in range(5):
+            for a, b in zip(both(arguments), expected, strict=True):
+                try:
+                    same(a, b)
+                except AssertionError as error:
+                    failures.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures

@@ -1,0 +1,502 @@
+"""cusru.reference against finite differences, the naive oracle, the published sru package, and its own promises."""
+
+import warnings
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cusru import reference
+
+pytestmark = pytest.mark.filterwarnings("error")
+DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+TENSORS = ("u", "x", "bias", "weight_c", "c0", "mask_c", "mask_pad")
+OPTIONS = ("activation", "candidate", "scale_x", "mask_target", "bidirectional", "save_every")
+
+
+def rounded(a, name):
+    """As an array of the dtype: bfloat16 as its bits."""
+    if a is None:
+        return None
+    return np.asarray(a).astype(ml_dtypes.bfloat16).view(np.uint16) if name == "bfloat16" else np.asarray(a).astype(DTYPES[name])
+
+
+def make_case(
+    rng,
+    length,
+    batch,
+    dim,
+    k=3,
+    skip=True,
+    bias=True,
+    weight="static",
+    c0=True,
+    mask_c=True,
+    pad=True,
+    dtype="float64",
+    param_dtype=None,
+    gain=1.0,
+    **options,
+):
+    """Random inputs and options: a dict with the names of the interface."""
+    param = param_dtype or dtype
+
+    def normal(*shape, dtype=dtype):
+        return rounded(rng.standard_normal(shape), dtype)
+
+    shapes = {"none": None, "static": (2, dim), "step": (length, batch, dim, 2)}
+    weight_shape = shapes[weight]
+    case = {
+        "u": normal(length, batch, dim, k),
+        "x": normal(length, batch, dim) if k == 3 and skip else None,
+        "bias": normal(2, dim, dtype=param) if bias else None,
+        "weight_c": None if weight_shape is None else rounded(gain * rng.standard_normal(weight_shape), param),
+        "c0": normal(batch, dim, dtype=param) if c0 else None,
+        "mask_c": rounded((rng.random((batch, dim)) < 0.7) / 0.7, param) if mask_c else None,
+        "mask_pad": rng.random((length, batch)) < 0.3 if pad else None,
+    }
+    defaults = dict(zip(OPTIONS, ("identity", "identity", 1.0, "state", False, 1), strict=True))
+    return case | defaults | options
+
+
+def run_forward(case, save_every="same", layout=np.empty):
+    options = {name: case[name] for name in OPTIONS}
+    every = options["save_every"] = case["save_every"] if save_every == "same" else save_every
+    length, batch, dim, _ = case["u"].shape
+    state = reference.state_dtype(case["u"])
+    out = {"h": layout((length, batch, dim), case["u"].dtype), "c_last": layout((batch, dim), state)}
+    out["c"] = None if every is None else layout((-(-length // every), batch, dim), state)
+    reference.forward(*(case[name] for name in TENSORS), **options, **out)
+    return out
+
+
+def run_backward(case, grad_h, grad_c_last, c, layout=np.empty):
+    options = {name: case[name] for name in OPTIONS}
+    out = {n: None if case[n] is None else layout(case[n].shape, case[n].dtype) for n in ("u", "x", "bias", "weight_c", "c0")}
+    reference.backward(
+        grad_h, grad_c_last, c, *(case[name] for name in TENSORS), **options, **{f"grad_{n}": g for n, g in out.items()}
+    )
+    return out
+
+
+def expect_forward(case):
+    return oracle.forward(*(case[name] for name in TENSORS), **{name: case[name] for name in OPTIONS})
+
+
+def expect_backward(case, grad_h, grad_c_last, states=None):
+    options = {name: case[name] for name in OPTIONS}
+    return oracle.backward(grad_h, grad_c_last, *(case[name] for name in TENSORS), **options, states=states)
+
+
+def both(case, rng, dtype):
+    """Runs both passes and checks them; returns the results."""
+    out = run_forward(case)
+    oracle.check(out, expect_forward(case), dtype)
+    shape = case["u"].shape[:3]
+    grad_h, grad_c_last = rounded(rng.standard_normal(shape), dtype), rounded(rng.standard_normal(shape[1:]), dtype)
+    grads = run_backward(case, grad_h, grad_c_last, out["c"])
+    held = [n for n, g in grads.items() if g is not None and g.dtype == reference.state_dtype(case["u"])]
+    oracle.check(grads, expect_backward(case, grad_h, grad_c_last), dtype, held)
+    states = run_forward(case, save_every=1)["c"]  # and strictly, for the states it has
+    oracle.check(grads, expect_backward(case, grad_h, grad_c_last, states), dtype, held)
+    return out, grads
+
+
+def same_bits(a, b):
+    for name, array in a.items():
+        other = b[name]
+        assert (array is None) == (other is None), name
+        if array is not None:
+            assert np.ascontiguousarray(array).tobytes() == np.ascontiguousarray(other).tobytes(), name
+
+
+@st.composite
+def cases(draw, dtype="float64", smooth=False, most=6):
+    flag = st.booleans()
+    bidirectional = draw(flag)
+    batch, half = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    length = draw(st.integers(1, most))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    state = "float64" if dtype == "float64" else "float32"
+    case = make_case(
+        rng,
+        length,
+        batch,
+        2 * half if bidirectional else half,
+        k=draw(st.sampled_from((3, 4))),
+        skip=draw(flag),
+        bias=draw(flag),
+        weight=draw(st.sampled_from(("none", "static", "step"))),
+        c0=draw(flag),
+        mask_c=draw(flag),
+        pad=draw(flag),
+        dtype=dtype,
+        param_dtype=draw(st.sampled_from((dtype, state))),
+        activation=draw(st.sampled_from(("identity", "tanh", "relu", "selu"))),
+        candidate=draw(st.sampled_from(("identity", "tanh"))),
+        scale_x=draw(st.sampled_from((1.0, 1.7))),
+        mask_target=draw(st.sampled_from(("state", "gate"))),
+        bidirectional=bidirectional,
+        save_every=draw(st.sampled_from((1, 2, 3, 7))),
+    )
+    return case, rng
+
+
+# ----------------------------------------------------------------------------------------------------------------- right
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(cases())
+def test_gradients_are_central_finite_differences(drawn):
+    case, rng = drawn
+    shape = case["u"].shape[:3]
+    grad_h, grad_c_last = rng.standard_normal(shape), rng.standard_normal(shape[1:])
+    grads = run_backward(case, grad_h, grad_c_last, run_forward(case)["c"])
+
+    def loss(changed):
+        out = run_forward(changed, save_every=None)
+        return (out["h"] * grad_h).sum() + (out["c_last"] * grad_c_last).sum()
+
+    all_c = np.concatenate([expect_forward(case)["all_c"].ravel(), [1.0]])
+    if case["activation"] in ("relu", "selu") and abs(all_c).min() < 1e-4:
+        return  # too near the kink for a difference
+    for name, grad in grads.items():
+        if grad is None:
+            continue
+        for index in {tuple(int(rng.integers(n)) for n in grad.shape) for _ in range(4)}:
+            sides = []
+            for step in (1e-5, -1e-5):
+                changed = case | {name: case[name].copy()}
+                changed[name][index] += step
+                sides.append(loss(changed))
+            assert grad[index] == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-6, abs=1e-7), (name, index)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_agrees_with_the_oracle(dtype):
+    @settings(max_examples=80, deadline=None, derandomize=True, database=None)
+    @given(cases(dtype=dtype, most=20))
+    def run(drawn):
+        case, rng = drawn
+        both(case, rng, dtype)
+
+    run()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 4), (3, 0, 4), (3, 2, 0), (1, 1, 2), (700, 1, 2), (40, 3, 1500), (5, 9, 300), (2, 1, 5000)]
+)
+@pytest.mark.parametrize("weight", ["none", "static"])
+def test_shapes_that_tiles_and_blocks_cut_unevenly(shape, weight, dtype):
+    rng = np.random.default_rng(1)
+    case = make_case(rng, *shape, weight=weight, gain=0.3, dtype=dtype, bidirectional=True, activation="tanh", save_every=4)
+    out, grads = both(case, rng, dtype)
+    if shape[0] == 0:
+        assert np.array_equal(oracle.widen(out["c_last"]), oracle.widen(case["c0"]))
+        assert not grads["bias"].any()
+
+
+@pytest.mark.parametrize("forget_bias", [7.0, 9.0])
+@pytest.mark.parametrize("weight", ["none", "static"])
+@pytest.mark.parametrize("save_every", [1, 16384])
+def test_long_memory_keeps_the_tolerance(forget_bias, weight, save_every):
+    """No error may compound over 16,384 steps. The inputs have a mean, or nothing could drift; the bound has no K in it."""
+    rng = np.random.default_rng(2)
+    case = make_case(rng, 16384, 2, 4, weight=weight, gain=0.01, mask_c=False, pad=False, dtype="float32", save_every=save_every)
+    case["u"][..., 0] += 1
+    case["bias"][0] = forget_bias
+    out = run_forward(case)
+    expected = expect_forward(case)
+    grad_h, grad_c_last = (rng.standard_normal((16384, 2, 4)) + 1).astype(np.float32), np.ones((2, 4), np.float32)
+    grads = run_backward(case, grad_h, grad_c_last, out["c"])
+    wanted = expect_backward(case, grad_h, grad_c_last)
+    for results in (expected, wanted):
+        for name in results["amplification"]:
+            results["amplification"][name] = 0
+    print(oracle.check(out, expected, "float32"), oracle.check(grads, wanted, "float32"))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 2e-5), (np.float64, 1e-12)])
+def test_long_constant_parameter_sums(dtype, bound):
+    """A million equal terms: a plain running sum in float32 would be off by a percent."""
+    u = np.broadcast_to(np.array([0.3, 0.1, -0.2], dtype), (4000, 250, 1, 3))
+    u64 = u[:1, :1].astype(np.float64)
+    case = make_case(np.random.default_rng(0), 1, 1, 1, weight="none", c0=False, mask_c=False, pad=False) | {"u": u, "x": None}
+    case["bias"] = np.zeros((2, 1), dtype)
+    pads = np.zeros((4000, 250), bool)
+    c = np.ones((4000, 250, 1), dtype) * dtype(0.7)
+    grad_h = np.broadcast_to(dtype(1.1), (4000, 250, 1))
+    grads = run_backward(case | {"mask_pad": pads}, grad_h, None, c)
+    r = 1 / (1 + np.exp(-u64[0, 0, 0, 2]))
+    term = float(dtype(1.1)) * float(dtype(0.7)) * r * (1 - r)
+    assert abs(float(grads["bias"][1, 0]) / (term * 1e6) - 1) < bound
+
+
+def test_small_forget_gates_keep_relative_accuracy():
+    """With f = 1e-5 the carry gc * f and the state f * c0 are far below what they come from."""
+    for weight in ("none", "static"):
+        case = make_case(np.random.default_rng(3), 1, 4, 8, weight=weight, gain=0.1, mask_c=False, pad=False, dtype="float32")
+        case["u"][..., 0], case["c0"] = case["u"][..., 0] * 0, case["c0"] * 100
+        case["u"][..., 1] = -12
+        case["bias"][0] = 0
+        out, grads = run_forward(case), None
+        np.testing.assert_allclose(out["c_last"], expect_forward(case)["c_last"], rtol=5e-6 if weight == "none" else 5e-5)
+        grad_h = np.zeros((1, 4, 8), np.float32)
+        grads = run_backward(case, grad_h, np.ones((4, 8), np.float32), out["c"])
+        if weight == "none":
+            np.testing.assert_allclose(grads["c0"], expect_backward(case, grad_h, np.ones((4, 8)))["c0"], rtol=5e-6)
+
+
+# ------------------------------------------------------------------------------------------------- the published package
+
+
+@pytest.fixture(scope="module")
+def sru_ops():
+    reason = 'the published package is not here: pip install "cusru[peers]"'
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("torch", reason=reason)
+        pytest.importorskip("sru", reason=reason)
+        from sru import ops
+    return ops
+
+
+@pytest.mark.parametrize("activation", ["identity", "tanh"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("k", "skip"), [(3, True), (3, False), (4, True)])
+@pytest.mark.parametrize("weight", ["static", "step"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_agrees_with_the_published_package(sru_ops, activation, bidirectional, k, skip, weight, masked):
+    import torch
+
+    rng = np.random.default_rng(4)
+    length, batch, dim = 9, 3, 8
+    case = make_case(
+        rng,
+        length,
+        batch,
+        dim,
+        k=k,
+        skip=skip,
+        weight=weight,
+        mask_c=masked,
+        pad=masked,
+        activation=activation,
+        scale_x=1.3,
+        mask_target="gate",
+        bidirectional=bidirectional,
+        save_every=2,
+    )
+    hidden = dim // 2 if bidirectional else dim
+
+    def run(dtype):
+        given = {n: case[n] for n in TENSORS[:-1] if case[n] is not None}
+        t = dict.fromkeys(TENSORS) | {n: torch.tensor(a, dtype=dtype, requires_grad=n != "mask_c") for n, a in given.items()}
+        pad = None if case["mask_pad"] is None else torch.tensor(case["mask_pad"])
+        shaped = t["x"] if t["x"] is not None else torch.zeros(length, batch, dim, dtype=dtype)
+        flat = t["weight_c"].reshape(-1) if weight == "static" else t["weight_c"].reshape(length, batch, -1)
+        args = (
+            t["u"].reshape(length, batch, -1),
+            shaped,
+            flat,
+            t["bias"].reshape(-1),
+            t["c0"],
+            int(activation == "tanh"),
+            hidden,
+            bidirectional,
+            skip,
+            torch.tensor([1.3], dtype=dtype),
+            t["mask_c"],
+            pad,
+        )
+        return t, sru_ops.elementwise_recurrence_naive(*args)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the package warns of running on a CPU with gradients
+        t, (h, c_last) = run(torch.float64)
+    out = run_forward(case)
+    np.testing.assert_allclose(out["h"], h.detach().numpy(), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(out["c_last"], c_last.detach().numpy(), rtol=1e-12, atol=1e-12)
+    grad_h, grad_c_last = rng.standard_normal((length, batch, dim)), rng.standard_normal((batch, dim))
+    torch.autograd.backward([h, c_last], [torch.from_numpy(grad_h), torch.from_numpy(grad_c_last)])
+    for name, grad in run_backward(case, grad_h, grad_c_last, out["c"]).items():
+        if grad is not None:
+            np.testing.assert_allclose(grad, t[name].grad.numpy(), rtol=1e-12, atol=1e-12, err_msg=name)
+    # Without gradients the package runs its compiled operator, which knows float32 alone, and (2.6.0) indexes a per-step weight_c
+    # by the step and not by the time in a reversed column, unlike its own Python.
+    if not masked and not (bidirectional and weight == "step"):
+        with torch.no_grad():
+            _, (h, c_last) = run(torch.float32)
+        np.testing.assert_allclose(out["h"], h.numpy(), rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(out["c_last"], c_last.numpy(), rtol=2e-5, atol=2e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------- promises
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight", ["none", "static", "step"])
+def test_every_save_every_gives_the_same_bits(weight, dtype):
+    rng = np.random.default_rng(5)
+    case = make_case(rng, 150, 3, 700, weight=weight, dtype=dtype, bidirectional=True, activation="selu")
+    grad_h, grad_c_last = rounded(rng.standard_normal((150, 3, 700)), dtype), None
+    one = run_forward(case)
+    first = run_backward(case, grad_h, grad_c_last, one["c"])
+    for every in (2, 7, 64, 149, 150, 1000):
+        other = run_forward(case | {"save_every": every})
+        same_bits({n: one[n] for n in ("h", "c_last")}, other)
+        for j in range(len(other["c"])):
+            np.testing.assert_array_equal(other["c"][j, :, :350], one["c"][min((j + 1) * every, 150) - 1, :, :350])
+            np.testing.assert_array_equal(other["c"][j, :, 350:], one["c"][j * every, :, 350:])
+        same_bits(first, run_backward(case | {"save_every": every}, grad_h, grad_c_last, other["c"]))
+    same_bits({n: one[n] for n in ("h", "c_last")}, run_forward(case, save_every=None))
+
+
+def scattered(shape, dtype):
+    """An empty array with its axes stored in reverse order, every other element, and time backward."""
+    base = np.zeros(tuple(2 * n for n in shape[::-1]), dtype)
+    return base.T[tuple(slice(None, None, 2) for _ in shape)][::-1]
+
+
+def unaligned(shape, dtype):
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.zeros(size + 1, np.uint8)[1:].view(dtype).reshape(shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [scattered, unaligned])
+@pytest.mark.parametrize("weight", ["static", "step"])
+def test_every_layout_gives_the_same_bits(layout, weight, dtype):
+    rng = np.random.default_rng(6)
+    options = {"bidirectional": True, "save_every": 5, "activation": "tanh", "candidate": "tanh"}
+    case = make_case(rng, 33, 3, 70, k=4, weight=weight, dtype=dtype, **options)
+    grad_h, grad_c_last = rounded(rng.standard_normal((33, 3, 70)), dtype), rounded(rng.standard_normal((3, 70)), dtype)
+    out = run_forward(case)
+    grads = run_backward(case, grad_h, grad_c_last, out["c"])
+
+    def moved(a):
+        if not isinstance(a, np.ndarray):
+            return a
+        b = layout(a.shape, a.dtype)
+        b[...] = a
+        b.flags.writeable = False
+        return b
+
+    other = {n: moved(a) for n, a in case.items()}
+    same_bits(out, run_forward(other, layout=layout))
+    same_bits(grads, run_backward(other, moved(grad_h), moved(grad_c_last), moved(out["c"]), layout=layout))
+
+
+def test_stride_zero_inputs():
+    rng = np.random.default_rng(7)
+    case = make_case(rng, 20, 3, 8)
+    thin = {"u": case["u"][:, :1], "x": case["x"][:1], "c0": case["c0"][:1], "mask_pad": case["mask_pad"][:, :1]}
+    wide = case | {n: np.broadcast_to(a, case[n].shape) for n, a in thin.items()}
+    full = case | {n: a.copy() for n, a in wide.items() if n in thin}
+    grad_h = np.broadcast_to(np.float64(1), (20, 3, 8))
+    out = run_forward(wide)
+    same_bits(out, run_forward(full))
+    same_bits(run_backward(full, grad_h.copy(), None, out["c"]), run_backward(full, grad_h, None, out["c"]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight", ["none", "static"])
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1.0, 50.0, 200.0, 6e4, 1e30, np.inf, np.nan])
+def test_extreme_values_are_silent(value, weight, dtype):
+    rng = np.random.default_rng(8)
+    for activation in ("identity", "tanh", "relu", "selu"):
+        case = make_case(rng, 6, 2, 4, weight=weight, pad=False, activation=activation, mask_target="gate", candidate="tanh")
+        with np.errstate(all="ignore"):
+            for name in ("u", "x", "bias", "weight_c", "c0", "mask_c"):
+                if case[name] is not None:
+                    case[name] = rounded(case[name] * value, dtype)
+            grad_h, grad_c_last = rounded(np.full((6, 2, 4), value), dtype), rounded(np.full((2, 4), -value), dtype)
+        with np.errstate(all="raise"):
+            out = run_forward(case)
+            grads = run_backward(case, grad_h, grad_c_last, out["c"])
+        if abs(value) <= 200:  # no sum overflows: nothing may become inf or NaN
+            for name, a in (out | grads).items():
+                assert a is None or np.isfinite(oracle.widen(a)).all() or (value == 200 and dtype == "float16"), name
+        if np.isnan(value):
+            assert np.isnan(oracle.widen(out["h"])).all()
+            assert np.isnan(oracle.widen(grads["u"])[..., 1]).all()
+
+
+@pytest.mark.parametrize("activation", ["identity", "tanh", "relu", "selu"])
+@pytest.mark.parametrize("weight", ["none", "static"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_non_finite_value_stays_in_its_column(bad, weight, activation):
+    rng = np.random.default_rng(9)
+    clean = make_case(rng, 8, 3, 4, weight=weight, mask_c=False, pad=False, activation=activation, bidirectional=True)
+    grad_h = rng.standard_normal((8, 3, 4))
+    dirty = clean | {"u": clean["u"].copy()}
+    dirty["u"][3, 1, 2, 0] = bad  # a reversed column: it reaches times 3, 2, 1, 0
+    out, ref = run_forward(dirty), run_forward(clean)
+    hit = np.zeros((8, 3, 4), bool)
+    hit[:4, 1, 2] = True
+    assert not np.isfinite(out["c"][hit]).any()
+    for name in ("h", "c"):
+        np.testing.assert_array_equal(out[name][~hit], ref[name][~hit])
+    if np.isnan(bad):
+        assert np.isnan(out["h"][hit]).all()
+    grads, grads_ref = run_backward(dirty, grad_h, None, out["c"]), run_backward(clean, grad_h, None, ref["c"])
+    column = np.zeros((3, 4), bool)
+    column[1, 2] = True
+    np.testing.assert_array_equal(grads["u"][:, ~column], grads_ref["u"][:, ~column])
+    np.testing.assert_array_equal(np.delete(grads["bias"], 2, axis=1), np.delete(grads_ref["bias"], 2, axis=1))
+    if np.isnan(bad):
+        assert np.isnan(grads["bias"][:, 2]).all()
+        oracle.check(grads, expect_backward(dirty, grad_h, None), "float64", ())
+
+
+@pytest.mark.parametrize("weight", ["none", "static", "step"])
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e300])
+def test_data_at_padding_does_not_matter(garbage, weight):
+    rng = np.random.default_rng(10)
+    case = make_case(rng, 12, 3, 4, weight=weight, activation="tanh", bidirectional=True, save_every=3)
+    grad_h = rng.standard_normal((12, 3, 4))
+    pad = case["mask_pad"]
+    dirty = case | {n: case[n].copy() for n in ("u", "x", "weight_c") if case[n] is not None}
+    for name in ("u", "x", "weight_c"):
+        if dirty[name] is not None and dirty[name].ndim > 2:
+            dirty[name][pad] = garbage
+    dirty["mask_pad"] = pad.astype(np.uint8) * 7
+    dirty_h = np.where(pad[:, :, None], garbage, grad_h)
+    out, ref = run_forward(dirty), run_forward(case)
+    same_bits(out, ref)
+    assert not out["h"][pad].any()
+    grads = run_backward(dirty, dirty_h, None, out["c"])
+    same_bits(grads, run_backward(case, grad_h, None, ref["c"]))
+    assert not grads["u"][pad].any()
+    assert not grads["x"][pad].any()
+
+
+def test_derivatives_at_kinks_and_in_saturation():
+    c = np.array([0.0, -0.0, np.nan, 30.0, -30.0, 400.0, np.inf])
+    np.testing.assert_array_equal(reference.slope("relu", c), [0, 0, np.nan, 1, 0, 1, 1])
+    scale, alpha = oracle.SCALE, oracle.ALPHA
+    selu = [scale * alpha, scale * alpha, np.nan, scale, scale * alpha * np.exp(-30.0), scale, scale]
+    np.testing.assert_allclose(reference.slope("selu", c), selu, rtol=1e-14)
+    np.testing.assert_allclose(reference.slope("tanh", c), [1, 1, np.nan, 4 * np.exp(-60), 4 * np.exp(-60), 0, 0], rtol=1e-14)
+
+
+def test_bfloat16_rounds_to_nearest_even_and_keeps_nan():
+    rng = np.random.default_rng(11)
+    around_inf, around_zero = np.arange(0x7F7F0000, 0x7F810000, 17), np.arange(0, 0x30000, 3)
+    special = [0x7F800001, 0xFFFFFFFF, 0x7FC00000, 0xFF800000]
+    bits = np.concatenate([rng.integers(0, 2**32, 200_000), around_inf, around_zero, special]).astype(np.uint32)
+    values = bits.view(np.float32)
+    out = np.empty(values.shape, np.uint16)
+    with np.errstate(all="ignore"):
+        reference.narrow(values, out)
+        expected = values.astype(ml_dtypes.bfloat16)
+    nan = np.isnan(values)
+    np.testing.assert_array_equal(out[~nan], expected.view(np.uint16)[~nan])
+    assert np.isnan(reference.widen(out, np.dtype(np.float32))[nan]).all()
+    everything = np.arange(2**16, dtype=np.uint16)
+    expected = everything.view(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(reference.widen(everything, np.dtype(np.float32)), expected)
