@@ -109,11 +109,11 @@ __device__ __forceinline__ void store_one(char* global, typename StateOf<T>::typ
 // Functions. All are accurate relative to their own value, near zero and in saturation, and let a NaN through.
 
 // s = sigmoid(x) and its complement 1 - s = sigmoid(-x), each exact to its own last bits: 1 - s loses them all where s is
-// near 1, and a forget gate lives there. The argument is cut at 2^126, above which 1/(1 + e) would flush to zero and
-// e/(1 + e) be inf * 0; a comparison, not fminf, which would swallow a NaN.
+// near 1, and a forget gate lives there. e is cut at 2^120: from 2^126 on 1/(1 + e) would flush to zero and e/(1 + e) be
+// e * 0. A comparison, not fminf, which would swallow a NaN.
 __device__ __forceinline__ void sigmoid(float x, float& s, float& complement) {
     float t = -1.44269504f * x;
-    float e = ex2_approx(t > 126.f ? 126.f : t);
+    float e = ex2_approx(t > 120.f ? 120.f : t);
     s = rcp_approx(1.f + e);
     complement = e * s;
 }

@@ -1,0 +1,176 @@
+"""The CuPy path without a GPU, up to the driver's call: real CuPy arrays over host memory, the real plan, stream scope,
+RawKernel options and argument list, with the launch handed to the simulator."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cusru
+from cusru import dlpack, raw_kernels, simulator
+
+cupy = pytest.importorskip("cupy", reason='needs CuPy: pip install "cusru[cuda13]"')
+
+DEVICE, CURRENT = 1, 4242
+L, B, D = 70, 3, 16
+
+
+def on_device(array: np.ndarray) -> Any:
+    """A CuPy array over NumPy's memory."""
+    base = array if array.base is None else array.base
+    owned = cupy.cuda.UnownedMemory(base.ctypes.data, max(base.nbytes, 1), base, device_id=DEVICE)
+    pointer = cupy.cuda.MemoryPointer(owned, array.ctypes.data - base.ctypes.data)
+    return cupy.ndarray(array.shape, array.dtype, memptr=pointer, strides=array.strides)
+
+
+def on_host(array: Any) -> np.ndarray:
+    interface = dict(data=(array.data.ptr, False), shape=array.shape, strides=array.strides, typestr=array.dtype.str, version=3)
+    return np.asarray(types.SimpleNamespace(__array_interface__=interface)).copy()
+
+
+class Driver:
+    """Stands in for the runtime: a current device, a stack of current streams, and a log of launches."""
+
+    def __init__(self) -> None:
+        self.streams = [CURRENT]
+        self.devices = [0]
+        self.launches: list[tuple[str, int, int, int, int]] = []
+        self.memory: list[np.ndarray] = []
+
+    def scope(self, stack: list[int], value: int) -> Any:
+        class Scope:
+            ptr = value
+
+            def __enter__(self) -> None:
+                stack.append(value)
+
+            def __exit__(self, *_: object) -> None:
+                stack.pop()
+
+        return Scope()
+
+    def empty(self, shape: Any, dtype: Any) -> Any:
+        assert self.devices[-1] == DEVICE, "allocated on another device"
+        self.memory.append(np.full(shape, 0xA5, "u1").astype(dtype) if np.dtype(dtype).itemsize == 1 else np.full(shape, np.nan, dtype))
+        return on_device(self.memory[-1])
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    driver = Driver()
+
+    class RawKernel:
+        def __init__(self, code: str, name: str, options: tuple[str, ...], backend: str) -> None:
+            assert backend == "nvrtc"
+            assert "--fmad=false" in options
+            self.name, self.code = name, code
+            self.kernel = simulator.load(code, name, tuple(o for o in options if o.startswith("-D")))
+
+        def compile(self) -> None:
+            pass
+
+        def __call__(self, grid: tuple[int], block: tuple[int], args: tuple[Any, ...]) -> None:
+            (struct,) = args
+            assert isinstance(struct, np.void), "CuPy passes a NumPy scalar by value, an array it refuses"
+            assert struct.nbytes == raw_kernels.ARGS.itemsize
+            driver.launches.append((self.name, driver.devices[-1], driver.streams[-1], *grid, *block))
+            self.kernel(*grid, *block, struct)
+
+    monkeypatch.setattr(cupy, "RawKernel", RawKernel)
+    monkeypatch.setattr(cupy, "empty", driver.empty)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 2)
+    monkeypatch.setattr(cupy.cuda, "Device", lambda index: driver.scope(driver.devices, index))
+    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda device=0: driver.scope(driver.streams, driver.streams[-1]))
+    external = types.SimpleNamespace(from_external=lambda obj: driver.scope(driver.streams, obj.__cuda_stream__()[1]))
+    monkeypatch.setattr(cupy.cuda, "Stream", external)
+    monkeypatch.setattr(raw_kernels, "_multiprocessors", lambda device: 0)
+    monkeypatch.setattr(raw_kernels, "_kernels", {})
+    monkeypatch.setattr(simulator, "multiprocessors", 0)
+    monkeypatch.setattr(dlpack, "_export", lambda obj, name, device, stream: driver.launches.append(("wait", *device, stream, 0)))
+    yield driver
+
+
+def problem() -> dict[str, Any]:
+    rng = np.random.default_rng(3)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype("f4")
+
+    return dict(
+        u=normal(B, L, D, 3).transpose(1, 0, 2, 3), x=normal(L, B, D), bias=normal(2 * D), weight_c=normal(2, D), c0=normal(B, D),
+        mask_pad=rng.random((L, B)) < 0.2, scale_x=np.array([1.5], "f4"),
+    )  # fmt: skip
+
+
+def expected(arguments: dict[str, Any], save_every: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    monkeypatch.setenv("CUSRU_SIMULATE", "1")
+    o = cusru.sru_forward(**arguments, save_every=save_every)
+    return o, cusru.sru_backward(o.h, o.c_last, o.c, **arguments, save_every=save_every)
+
+
+@pytest.mark.parametrize("save_every", [1, 40])
+def test_the_cupy_path_launches_what_the_simulator_runs(driver: Driver, monkeypatch: pytest.MonkeyPatch, save_every: int) -> None:
+    arguments = problem()
+    want = expected(arguments, save_every, monkeypatch)
+    given = {name: on_device(a) for name, a in arguments.items()}
+    o = cusru.sru_forward(**given, save_every=save_every)
+    g = cusru.sru_backward(o.h, o.c_last, o.c, **given, save_every=save_every)
+    for got, right in zip((*o, *g), (*want[0], *want[1]), strict=True):
+        assert isinstance(got, cupy.ndarray)
+        np.testing.assert_array_equal(on_host(got), right)
+    names = [launch[0] for launch in driver.launches]
+    assert names == ["cusru_forward", "cusru_backward", "cusru_reduce"]
+    assert {launch[1:3] for launch in driver.launches} == {(DEVICE, CURRENT)}, "on the arrays' device and the current stream"
+    assert (driver.devices, driver.streams) == ([0], [CURRENT]), "the caller's device and stream are current again"
+
+
+def test_the_gradient_of_u_lies_as_u_does(driver: Driver) -> None:
+    arguments = problem()
+    given = {name: on_device(a) for name, a in arguments.items()}
+    o = cusru.sru_forward(**given)
+    g = cusru.sru_backward(o.h, None, o.c, **given)
+    assert g.u.strides == given["u"].strides
+
+
+def test_a_given_stream_is_used_and_ordered_after_the_arrays_own(driver: Driver) -> None:
+    given = {name: on_device(a) for name, a in problem().items()}
+    cusru.sru_forward(**given, stream=77)
+    waits = [launch for launch in driver.launches if launch[0] == "wait"]
+    assert len(waits) == len(given)
+    assert all(launch[3] == 77 for launch in waits)
+    assert driver.launches[-1][:3] == ("cusru_forward", DEVICE, 77)
+    cusru.sru_forward(**given, stream=0)
+    assert driver.launches[-1][:3] == ("cusru_forward", DEVICE, 0)
+
+
+def test_with_out_and_workspace_nothing_is_allocated(driver: Driver) -> None:
+    given = {name: on_device(a) for name, a in problem().items()}
+    for save_every in (1, 40):
+        o = cusru.sru_forward(**given, save_every=save_every)
+        g = cusru.sru_backward(o.h, None, o.c, **given, save_every=save_every)
+        size = cusru.workspace_size("backward", **given, save_every=save_every)
+        workspace = on_device(np.empty(size, "u1"))
+        held = len(driver.memory)
+        assert cusru.sru_forward(**given, save_every=save_every, out=o).h is o.h
+        again = cusru.sru_backward(o.h, None, o.c, **given, save_every=save_every, out=g, workspace=workspace)
+        assert all(a is b for a, b in zip(again, g, strict=True))
+        assert len(driver.memory) == held
+
+
+def test_each_kernel_is_built_once_for_a_device(driver: Driver) -> None:
+    given = {name: on_device(a) for name, a in problem().items()}
+    cusru.sru_forward(**given)
+    built = dict(raw_kernels._kernels)
+    cusru.sru_forward(**given)
+    assert raw_kernels._kernels == built
+    assert {device for _, device in built} == {DEVICE}
+
+
+def test_two_devices_are_named(driver: Driver) -> None:
+    given = {name: on_device(a) for name, a in problem().items()}
+    with pytest.raises(ValueError, match=r"bias is on cpu and u on cuda:1"):
+        cusru.sru_forward(given["u"], bias=np.zeros((2, D), "f4"))
