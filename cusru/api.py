@@ -390,11 +390,13 @@ def _run(problem: Problem, results: dict[str, Any], out: Any, workspace: Any) ->
         for name, wanted in results.items():
             if wanted is not None and name not in arrays:
                 order = _memory_order(problem.given["u"]) if name == "u" else None
-                arrays[name] = dlpack.empty(name, *wanted, problem.device, problem.given["u"].framework, order)
+                shape, dtype = wanted
+                arrays[name] = dlpack.empty(name, shape, dtype, problem.device, problem.given["u"].framework, order)
+        in_rows = {n: _in_rows(a) if n in ("bias", "weight_c") and len(a.shape) == 1 else a for n, a in arrays.items()}
         if problem.device[0] == "cpu" and os.environ.get("CUSRU_SIMULATE") != "1":
-            _run_numpy(problem, arrays)
+            _run_numpy(problem, in_rows)
         else:
-            raw_kernels.run(problem, arrays, scratch)
+            raw_kernels.run(problem, in_rows, scratch)
         u = problem.given["u"]
         return [
             objects[name] if objects[name] is not None else dlpack.give(arrays[name], u) if name in arrays else None
@@ -449,19 +451,13 @@ def _run_numpy(problem: Problem, results: dict[str, Array]) -> None:
         scale_x=problem.scale_x if scale is None else float(reference.widen(scale.numpy(), np.float64).reshape(-1)[0]),
     )
 
-    def at(name: str) -> np.ndarray | None:
+    def at(name: str) -> Any:
         return problem.arrays[name].numpy() if name in problem.arrays else None
 
-    inputs = [at(name) for name in ("u", "x", "bias", "weight_c", "c0", "mask_c", "mask_pad")]
+    options |= {name: at(name) for name in ("x", "bias", "weight_c", "c0", "mask_c", "mask_pad")}
     if problem.direction == "forward":
-        written = {name: results[name].numpy() if name in results else None for name in Output._fields}
-        reference.forward(*inputs, **options, **written)
+        written: dict[str, Any] = {name: results[name].numpy() if name in results else None for name in Output._fields}
+        reference.forward(at("u"), **options, **written)
     else:
-        gradients = {f"grad_{name}": array.numpy() for name, array in shaped(problem, results).items()}
-        absent = {f"grad_{name}": None for name in Gradients._fields if name not in results}
-        reference.backward(at("grad_h"), at("grad_c_last"), at("c"), *inputs, **options, **gradients, **absent)
-
-
-def shaped(problem: Problem, results: dict[str, Array]) -> dict[str, Array]:
-    """The results with flat parameter gradients as (2, D)."""
-    return {n: _in_rows(a) if n in ("bias", "weight_c") and len(a.shape) == 1 else a for n, a in results.items()}
+        written = {f"grad_{name}": results[name].numpy() if name in results else None for name in Gradients._fields}
+        reference.backward(at("grad_h"), at("grad_c_last"), at("c"), at("u"), **options, **written)

@@ -494,7 +494,7 @@ def _framework_of(kind: type) -> str:
 def _cupy(proven: bool) -> Any:
     """CuPy, and seen to work unless that is `proven`, as it is by any CuPy array."""
     try:
-        import cupy  # type: ignore[import-untyped]
+        import cupy
     except ImportError as error:
         raise ImportError(f"arrays on a CUDA device need CuPy: {INSTALL}") from error
     if not proven:

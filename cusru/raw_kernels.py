@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 TYPES = {"float64": "double", "float32": "float", "float16": "Half", "bfloat16": "Bfloat"}
 STORAGE = {"float64": "f8", "float32": "f4", "float16": "u2", "bfloat16": "u2"}
+STATES = {"float64": "f8", "float32": "f4", "float16": "f4", "bfloat16": "f4"}
 SKIPS = {"none": 0, "x": 1, "projected": 2}
 ACTIVATIONS = {"identity": 0, "tanh": 1, "relu": 2, "selu": 3}
 CANDIDATES = {"identity": 0, "tanh": 1}
@@ -67,17 +68,15 @@ class Specialisation(NamedTuple):
 
     @property
     def ahead(self) -> int:
-        """Steps whose loads are in flight: as many as 40 registers hold (64 where a thread walks several columns), at most 8
-        forward and 4 backward, half as many with several columns."""
-        several = self.columns > 1
-        item = np.dtype(STORAGE[self.dtype]).itemsize
-        state = max(item, 4)
-        values = 4 if self.skip != "none" else 3  # k of u, and x
-        each = values + (self.weight == "step") * 2 + (self.direction == "backward")  # + grad_h
-        size = each * (item if several else state) + ((self.direction == "backward") + (self.weight == "step_state") * 2) * state
-        most = (8 if self.direction == "forward" else 4) // (2 if several else 1)
-        fit = (64 if several else 40) * 4 // (size * self.columns)
-        return min(most, 1 << (fit.bit_length() - 1))
+        """Steps whose loads are in flight: as many as 64 registers hold, in powers of two up to 16 forward and 8 backward, a
+        quarter of that where a thread walks several columns."""
+        item, state = (np.dtype(name).itemsize for name in (STORAGE[self.dtype], STATES[self.dtype]))
+        backward = self.direction == "backward"
+        narrow = (4 if self.skip != "none" else 3) + backward + 2 * (self.weight == "step")  # k of u, x, grad_h, weights
+        wide = backward + 2 * (self.weight == "step_state")  # c, weights
+        registers = self.columns * (narrow * max(item, 4 if self.columns == 1 else 2) + wide * state) // 4
+        fit = 1 << ((64 // registers).bit_length() - 1)
+        return min(fit, (8 if backward else 16) // (4 if self.columns > 1 else 1))
 
     @property
     def macros(self) -> tuple[str, ...]:
@@ -264,9 +263,9 @@ def _describe(name: str, array: Array) -> tuple[int, ...]:
     return (array.pointer, *strides)
 
 
-def arguments(problem: Problem, results: dict[str, Array], chosen: Plan, workspace: int) -> np.ndarray:
+def arguments(problem: Problem, results: dict[str, Array], chosen: Plan, workspace: int) -> np.void:
     """The struct that the kernels take by value."""
-    args = np.zeros((), ARGS)
+    args: Any = np.zeros((), ARGS)
     backward = problem.direction == "backward"
     for name, array in problem.arrays.items():
         args[name] = _describe(name, array)
@@ -285,7 +284,7 @@ def arguments(problem: Problem, results: dict[str, Array], chosen: Plan, workspa
         if name in problem.arrays and problem.arrays[name].dtype == problem.dtype != problem.state:
             flags += flag
     args["flags"] = flags
-    return args
+    return args[()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -294,9 +293,6 @@ def arguments(problem: Problem, results: dict[str, Array], chosen: Plan, workspa
 
 def run(problem: Problem, results: dict[str, Array], workspace: Array | None) -> None:
     """Launch the kernels of one call, inside `current(...)`. Nothing here waits for the device."""
-    from cusru import api
-
-    results = api.shaped(problem, results)
     device = problem.device[1]
     launch, multiprocessors = _machine(problem.device)
     chosen = plan(problem, results, multiprocessors)
@@ -315,7 +311,7 @@ def run(problem: Problem, results: dict[str, Array], workspace: Array | None) ->
         launch(Specialisation("reduce", problem.dtype), device, -(-chosen.sums * problem.width // 32), args)
 
 
-def _machine(device: tuple[str, int]) -> tuple[Callable[[Specialisation, int, int, np.ndarray], None], int]:
+def _machine(device: tuple[str, int]) -> tuple[Callable[[Specialisation, int, int, np.void], None], int]:
     """What launches a kernel for arrays on `device`, and its number of multiprocessors."""
     if device[0] == "cuda":
         return _launch, _multiprocessors(device[1])
@@ -373,14 +369,14 @@ def _compiled(kernel: Specialisation, device: int) -> Any:
     return _kernels[key]
 
 
-def _launch(kernel: Specialisation, device: int, blocks: int, args: np.ndarray) -> None:
-    _compiled(kernel, device)((blocks,), (kernel.threads,), (args[()],))
+def _launch(kernel: Specialisation, device: int, blocks: int, args: np.void) -> None:
+    _compiled(kernel, device)((blocks,), (kernel.threads,), (args,))
 
 
-def _simulate(kernel: Specialisation, device: int, blocks: int, args: np.ndarray) -> None:
+def _simulate(kernel: Specialisation, device: int, blocks: int, args: np.void) -> None:
     from cusru import simulator
 
-    simulator.load(source(), kernel.entry, kernel.macros)(blocks, kernel.threads, args[()])
+    simulator.load(source(), kernel.entry, kernel.macros)(blocks, kernel.threads, args)
 
 
 @functools.cache

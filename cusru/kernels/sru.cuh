@@ -150,34 +150,31 @@ __device__ __forceinline__ Gradient<S> retreat(const Column<S>& k, S u0, S u1, S
 // ---------------------------------------------------------------------------------------------------------------------
 // Walking over time.
 
-// Calls use(step, inputs) for step = 0 .. count-1, each step's loads issued AHEAD steps before: `ring` lives in
-// registers, since every index is a constant once the loops are unrolled.
+// Calls use(inputs) for each of `count` steps, a step's loads issued AHEAD steps before. The ring lives in registers, since
+// every index is a constant once the loops are unrolled; `count` is uniform, and so are the branches. Loads are issued for
+// a quarter of the ring at a time: a warp has six scoreboards to wait on, and loads that share one are waited for together.
 template <int AHEAD, typename Inputs, typename Load, typename Use>
 __device__ __forceinline__ void walk(long long count, Load load, Use use) {
-    Inputs ring[AHEAD];
+    constexpr int GROUP = AHEAD < 4 ? 1 : AHEAD / 4;
+    Inputs ring[AHEAD], now[GROUP];
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)
         if (i < count) load(ring[i]);
-    tile_boundary();
-    long long step = 0;
-    for (; step + 2 * AHEAD <= count; step += AHEAD) {
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            Inputs now = ring[i];
-            load(ring[i]);
-            use(now);
-        }
+    for (long long left = count; left > 0; left -= AHEAD) {
         tile_boundary();
-    }
-    for (; step < count; step += AHEAD) {
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i)
-            if (step + i < count) {
-                Inputs now = ring[i];
-                if (step + i + AHEAD < count) load(ring[i]);
-                use(now);
+        for (int group = 0; group < AHEAD; group += GROUP) {
+#pragma unroll
+            for (int i = 0; i < GROUP; ++i) {
+                now[i] = ring[group + i];
+                if (group + i + AHEAD < left) load(ring[group + i]);
             }
-        tile_boundary();
+#pragma unroll
+            for (int i = 0; i < GROUP; ++i) {
+                if (group + i >= left) return;
+                use(now[i]);
+            }
+        }
     }
 }
 
