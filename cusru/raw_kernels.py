@@ -263,9 +263,9 @@ def _describe(name: str, array: Array) -> tuple[int, ...]:
     return (array.pointer, *strides)
 
 
-def arguments(problem: Problem, results: dict[str, Array], chosen: Plan, workspace: int) -> np.void:
-    """The struct that the kernels take by value."""
-    args: Any = np.zeros((), ARGS)
+def arguments(problem: Problem, results: dict[str, Array], chosen: Plan, workspace: int) -> np.ndarray:
+    """The struct that the kernels take by value, as CuPy passes one: an array of one element."""
+    args = np.zeros((), ARGS)
     backward = problem.direction == "backward"
     for name, array in problem.arrays.items():
         args[name] = _describe(name, array)
@@ -284,7 +284,7 @@ def arguments(problem: Problem, results: dict[str, Array], chosen: Plan, workspa
         if name in problem.arrays and problem.arrays[name].dtype == problem.dtype != problem.state:
             flags += flag
     args["flags"] = flags
-    return args[()]
+    return args
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def run(problem: Problem, results: dict[str, Array], workspace: Array | None) ->
         launch(Specialisation("reduce", problem.dtype), device, -(-chosen.sums * problem.width // 32), args)
 
 
-def _machine(device: tuple[str, int]) -> tuple[Callable[[Specialisation, int, int, np.void], None], int]:
+def _machine(device: tuple[str, int]) -> tuple[Callable[[Specialisation, int, int, np.ndarray], None], int]:
     """What launches a kernel for arrays on `device`, and its number of multiprocessors."""
     if device[0] == "cuda":
         return _launch, _multiprocessors(device[1])
@@ -369,11 +369,11 @@ def _compiled(kernel: Specialisation, device: int) -> Any:
     return _kernels[key]
 
 
-def _launch(kernel: Specialisation, device: int, blocks: int, args: np.void) -> None:
+def _launch(kernel: Specialisation, device: int, blocks: int, args: np.ndarray) -> None:
     _compiled(kernel, device)((blocks,), (kernel.threads,), (args,))
 
 
-def _simulate(kernel: Specialisation, device: int, blocks: int, args: np.void) -> None:
+def _simulate(kernel: Specialisation, device: int, blocks: int, args: np.ndarray) -> None:
     from cusru import simulator
 
     simulator.load(source(), kernel.entry, kernel.macros)(blocks, kernel.threads, args)

@@ -75,7 +75,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 
         def __call__(self, grid: tuple[int], block: tuple[int], args: tuple[Any, ...]) -> None:
             (struct,) = args
-            assert isinstance(struct, np.void), "CuPy passes a NumPy scalar by value, an array it refuses"
+            assert isinstance(struct, np.ndarray), "CuPy takes a struct as an array of one element, and refuses np.void"
+            assert struct.size == 1
             assert struct.nbytes == raw_kernels.ARGS.itemsize
             driver.launches.append((self.name, driver.devices[-1], driver.streams[-1], *grid, *block))
             self.kernel(*grid, *block, struct)

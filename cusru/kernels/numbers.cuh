@@ -109,18 +109,17 @@ __device__ __forceinline__ void store_one(char* global, typename StateOf<T>::typ
 // Functions. All are accurate relative to their own value, near zero and in saturation, and let a NaN through.
 
 // s = sigmoid(x) and its complement 1 - s = sigmoid(-x), each exact to its own last bits: 1 - s loses them all where s is
-// near 1, and a forget gate lives there. e is cut at 2^120: from 2^126 on 1/(1 + e) would flush to zero and e/(1 + e) be
-// e * 0. A comparison, not fminf, which would swallow a NaN.
+// near 1, and a forget gate lives there. Where e overflows s is the right 0, and e * s would be NaN; comparisons, not fminf,
+// which would swallow a NaN in x.
 __device__ __forceinline__ void sigmoid(float x, float& s, float& complement) {
-    float t = -1.44269504f * x;
-    float e = ex2_approx(t > 120.f ? 120.f : t);
+    float t = -1.44269504f * x, e = ex2_approx(t);
     s = rcp_approx(1.f + e);
-    complement = e * s;
+    complement = t > 125.f ? 1.f : e * s;
 }
 __device__ __forceinline__ void sigmoid(double x, double& s, double& complement) {
-    double e = exp(-x > 700. ? 700. : -x);
+    double e = exp(-x);
     s = 1. / (1. + e);
-    complement = e * s;
+    complement = x < -700. ? 1. : e * s;
 }
 
 __device__ __forceinline__ float tanh_near_zero(float x) {  // |x| < 1/2, relative error 2e-8: fitted by reweighted least squares

@@ -71,7 +71,7 @@ class Kernel:
         self._simulate = runtime["cusru_simulate"]
         self._simulate.restype = None
 
-    def __call__(self, grid: int, block: int, args: np.void) -> None:
+    def __call__(self, grid: int, block: int, args: np.void | np.ndarray) -> None:
         data = args.tobytes()
         if len(data) != self.args_size:
             raise RuntimeError(
