@@ -1,0 +1,145 @@
+"""The one table of cases: shapes x options x dtypes, for benchmarks and tests alike.
+
+A `Case` says what a problem is; `make` turns it into the keyword arguments of `cusru.sru_forward`, and `make_gradients` into
+the two gradients that `cusru.sru_backward` starts from, with realistic values: projections N(0, 1), the `sru` package's initial
+weight_c, gates that a forget bias may keep open.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+PADDINGS = ("none", "lengths", "scattered", "all")
+
+
+class Case(NamedTuple):
+    name: str
+    L: int
+    B: int
+    D: int
+    skip: str = "x"  #: "none", "x" or "projected" (k = 4)
+    weight_c: str = "none"  #: "none", "column" or "step"
+    activation: str = "identity"
+    candidate: str = "identity"
+    mask_target: str = "state"
+    bidirectional: bool = False
+    padding: str = "none"  #: "none", "lengths" (each sequence its own), "scattered" or "all"
+    mask_c: float | None = None  #: the dropout probability
+    c0: bool = False
+    bias: float | None = 0.0  #: about which the forget bias lies
+    scale_x: float = 1.0
+    save_every: int | None = 1
+    layout: str = "k_inner"  #: of u in memory: "k_inner" or "d_inner"
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+    @property
+    def k(self) -> int:
+        return 4 if self.skip == "projected" else 3
+
+    @property
+    def elements(self) -> int:
+        return self.L * self.B * self.D
+
+
+_SEPARATION = Case("separation", 64, 4096, 64, weight_c="column", mask_target="gate", bidirectional=True)
+
+BENCHMARKS = (
+    Case("square", 512, 32, 512),
+    Case("square-v2", 512, 32, 512, weight_c="column", save_every=32),
+    Case("square-tanh-k4", 512, 32, 512, skip="projected", activation="tanh", dtypes=("float32", "float16", "bfloat16")),
+    Case("square-qrnn", 512, 32, 512, skip="none", candidate="tanh", layout="d_inner"),
+    Case("short", 128, 32, 512),
+    Case("short-v2-masked", 128, 32, 512, weight_c="column", padding="lengths", mask_c=0.2, c0=True),
+    # Speech separation, as a live user runs it.
+    _SEPARATION._replace(name="separation-k3"),
+    _SEPARATION._replace(name="separation-k4", skip="projected"),
+    Case("narrow", 16384, 1, 1024, bias=3.0),
+    Case("narrow-v2", 16384, 1, 1024, weight_c="column", bias=3.0, save_every=32),
+    Case("wide", 4096, 8, 2048),
+    Case("wide-S32", 4096, 8, 2048, save_every=32),
+    Case("wide-v2", 4096, 8, 2048, weight_c="column", save_every=32),
+    Case("double", 512, 32, 512, weight_c="column", activation="tanh", dtypes=("float64",)),
+    Case("step-weights", 512, 32, 256, weight_c="step", dtypes=("float32", "float16")),
+)
+
+SMALL = (  # the same kinds of problem, for a CPU
+    Case("small", 40, 3, 20, dtypes=DTYPES),
+    Case("small-qrnn", 40, 3, 16, skip="none", candidate="tanh", layout="d_inner", dtypes=DTYPES),
+    Case("small-masked", 40, 3, 17, weight_c="column", activation="tanh", padding="lengths", mask_c=0.2, c0=True, scale_x=0.7, save_every=7),
+    Case("small-step", 40, 3, 16, weight_c="step", activation="relu", c0=True, dtypes=("float32", "float16")),
+    Case("small-narrow", 2000, 1, 8, bias=3.0, save_every=32),
+    _SEPARATION._replace(name="small-separation-k3", L=32, B=48),
+    _SEPARATION._replace(name="small-separation-k4", L=32, B=48, skip="projected"),
+)
+
+CASES = {case.name: case for case in (*BENCHMARKS, *SMALL)}
+
+
+def make(case: Case, dtype: str, seed: int = 0, array_module: str = "numpy") -> dict[str, Any]:
+    """The keyword arguments of `cusru.sru_forward` for this case, arrays of `array_module` ("numpy" or "cupy").
+
+    u and x have dtype `dtype`; parameters, c0 and mask_c have the state's.
+    """
+    xp = importlib.import_module(array_module)
+    rng = xp.random.default_rng(seed)
+    state = np.dtype("float64" if dtype == "float64" else "float32")
+    storage = _dtype(dtype)
+    length, batch, width, k = case.L, case.B, case.D, case.k
+
+    def normal(*shape: int) -> Any:
+        return rng.standard_normal(shape, dtype=state)
+
+    if case.layout == "k_inner":
+        u = normal(length, batch, width, k).astype(storage)
+    else:
+        u = xp.moveaxis(normal(length, batch, k, width).astype(storage), 2, 3)
+    weight_shape = {"none": None, "column": (2, width), "step": (length, batch, width, 2)}[case.weight_c]
+    weight = bias = None
+    if weight_shape is not None:  # uniform of variance 1/2, as the sru package begins
+        weight = (1.5**0.5 * (2 * rng.random(weight_shape) - 1)).astype(state)
+    if case.bias is not None:
+        bias = 0.1 * normal(2, width)
+        bias[0] += case.bias
+    return dict(
+        u=u,
+        x=normal(length, batch, width).astype(storage) if case.skip == "x" else None,
+        bias=bias,
+        weight_c=weight,
+        c0=normal(batch, width) if case.c0 else None,
+        mask_c=None if case.mask_c is None else ((rng.random((batch, width)) >= case.mask_c) / (1 - case.mask_c)).astype(state),
+        mask_pad=_padding(case, xp, rng),
+        activation=case.activation,
+        candidate=case.candidate,
+        scale_x=case.scale_x,
+        mask_target=case.mask_target,
+        bidirectional=case.bidirectional,
+        save_every=case.save_every,
+    )
+
+
+def make_gradients(case: Case, dtype: str, seed: int = 0, array_module: str = "numpy") -> tuple[Any, Any]:
+    """grad_h and grad_c_last for `cusru.sru_backward`, in u's dtype and the state's."""
+    rng = importlib.import_module(array_module).random.default_rng([seed, 1])
+    state = np.dtype("float64" if dtype == "float64" else "float32")
+    grad_h = rng.standard_normal((case.L, case.B, case.D), dtype=state).astype(_dtype(dtype))
+    return grad_h, rng.standard_normal((case.B, case.D), dtype=state)
+
+
+def _padding(case: Case, xp: Any, rng: Any) -> Any:
+    if case.padding == "none":
+        return None
+    if case.padding == "lengths":
+        return xp.arange(case.L)[:, None] >= (rng.random(case.B) * (case.L + 1)).astype("int64")[None]
+    return rng.random((case.L, case.B)) < {"scattered": 0.3, "all": 2}[case.padding]
+
+
+def _dtype(name: str) -> np.dtype:
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)

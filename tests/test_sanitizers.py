@@ -1,0 +1,106 @@
+"""cusru's own kernels under the compiler's sanitizers, on the simulator; each check also with a fault planted in them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cusru import simulator
+
+RUN = """
+import numpy as np
+import cusru
+from cusru import raw_kernels, simulator
+
+source, fault, remedy = raw_kernels.source(), FAULT, REMEDY
+if remedy:
+    assert source.count(remedy) >= 1, "the line to break is gone"
+    raw_kernels.source = lambda: source.replace(remedy, fault)
+rng = np.random.default_rng(0)
+for simulator.multiprocessors in (0, 132):  # columns by the vector, and one by one
+    for length, batch, width, k, save_every in CASES:
+        def normal(*shape):
+            return rng.standard_normal(shape).astype("f4")
+        arguments = dict(
+            u=normal(length, batch, width, k), bias=normal(2, width), c0=normal(batch, width),
+            weight_c=normal(2, width) if k == 3 else normal(length, batch, width, 2),
+            x=normal(length, batch, width) if k == 3 else None,
+            mask_pad=rng.random((length, batch)) < 0.2, bidirectional=width % 2 == 0, save_every=save_every,
+        )
+        o = [np.empty(s, "f4") for s in ((length, batch, width), (-(-length // save_every), batch, width), (batch, width))]
+        o = cusru.sru_forward(**arguments, out=o)
+        workspace = np.empty(cusru.workspace_size("backward", **arguments), "u1")
+        cusru.sru_backward(o.h, o.c_last, o.c, **arguments, workspace=workspace)
+"""
+CASES = [(5, 3, 24, 3, 1), (40, 2, 7, 4, 1), (70, 3, 24, 3, 40), (33, 2, 7, 4, 4)]
+
+FAULTS = {  # sanitizer, the line, the line broken, what the sanitizer says
+    "a state stored a row too far": (
+        "address",
+        "args.c_last.at(0, thread.b, thread.d + i, 0)",
+        "args.c_last.at(0, thread.b + 1, thread.d + i, 0)",
+        "heap-buffer-overflow",
+    ),
+    "a tile longer than its shared memory": (
+        "address",
+        "CUSRU_SHARED(S, stash, TILE * SLOTS * THREADS);",
+        "CUSRU_SHARED(S, stash, (TILE - 1) * SLOTS * THREADS);",
+        "AddressSanitizer",
+    ),
+    "a ring indexed past its end": (
+        "undefined",
+        "load(ring[i]);\n    for",
+        "load(ring[i + AHEAD * (i == AHEAD - 1)]);\n    for",
+        "out of bounds",
+    ),
+    "warps that do not wait for one another": ("thread", "__syncthreads();", "", "data race"),
+}
+LIBRARIES = {"address": "asan", "undefined": "ubsan", "thread": "tsan"}
+
+
+def run(sanitizer: str, remedy: str = "", fault: str = "") -> subprocess.CompletedProcess[str]:
+    name = f"lib{LIBRARIES[sanitizer]}.so"
+    library = subprocess.run([simulator.compiler(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(library):
+        pytest.skip(f"this compiler comes without {name}")
+    environment = os.environ | {
+        "CUSRU_SIMULATE": "1",
+        "CUSRU_SIMULATE_FLAGS": f"-fsanitize={sanitizer} -fno-sanitize-recover=all -g -O1",
+        "LD_PRELOAD": library,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "halt_on_error=1 exitcode=66",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    # ThreadSanitizer cannot live with much randomness of addresses.
+    prefix = ["setarch", "-R"] if sanitizer == "thread" and shutil.which("setarch") else []
+    code = f"CASES, REMEDY, FAULT = {CASES!r}, {remedy!r}, {fault!r}\n{RUN}"
+    return subprocess.run([*prefix, sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_compiler() -> None:
+    try:
+        simulator.compiler()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("sanitizer", LIBRARIES)
+def test_the_kernels_are_clean(sanitizer: str) -> None:
+    done = run(sanitizer)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "Sanitizer" not in done.stderr, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_fault_planted_in_the_kernels_is_found(case: str) -> None:
+    sanitizer, remedy, fault, says = FAULTS[case]
+    done = run(sanitizer, remedy, fault)
+    assert done.returncode != 0, "the fault went unseen"
+    assert says in done.stderr, done.stderr[-4000:]
