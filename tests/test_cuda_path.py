@@ -4,7 +4,6 @@ RawKernel options and argument list, with the launch handed to the simulator."""
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -55,12 +54,13 @@ class Driver:
 
     def empty(self, shape: Any, dtype: Any) -> Any:
         assert self.devices[-1] == DEVICE, "allocated on another device"
-        self.memory.append(np.full(shape, 0xA5, "u1").astype(dtype) if np.dtype(dtype).itemsize == 1 else np.full(shape, np.nan, dtype))
+        poison = 0xA5 if np.dtype(dtype).itemsize == 1 else np.nan
+        self.memory.append(np.full(shape, poison, dtype))
         return on_device(self.memory[-1])
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     driver = Driver()
 
     class RawKernel:
@@ -92,7 +92,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(raw_kernels, "_kernels", {})
     monkeypatch.setattr(simulator, "multiprocessors", 0)
     monkeypatch.setattr(dlpack, "_export", lambda obj, name, device, stream: driver.launches.append(("wait", *device, stream, 0)))
-    yield driver
+    return driver
 
 
 def problem() -> dict[str, Any]:

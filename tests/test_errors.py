@@ -30,11 +30,9 @@ def inputs(**changes: Any) -> dict[str, Any]:
 
 def results(direction: str = "forward") -> list[Any]:
     """`out` of poisoned arrays."""
-    if direction == "forward":
-        shapes = [(L, B, D), (L, B, D), (B, D)]
-    else:
-        shapes = [(L, B, D, 3), (L, B, D), (2, D), (2, D), (B, D)]
-    return [np.full(shape, 7, "f4") for shape in shapes]
+    of_forward = [(L, B, D), (L, B, D), (B, D)]
+    of_backward = [(L, B, D, 3), (L, B, D), (2, D), (2, D), (B, D)]
+    return [np.full(shape, 7, "f4") for shape in (of_forward if direction == "forward" else of_backward)]
 
 
 def forward(**changes: Any) -> Any:
