@@ -301,9 +301,10 @@ def _check(
     if bidirectional and width % 2:
         raise ValueError(f"bidirectional needs an even D, half of it for each direction; u has shape {a.shape}, D = {width}")
 
+    capped = save_every and min(save_every, max(length, 1))  # beyond L all are alike, and L fits the kernels
     problem = Problem(
         direction, length, batch, width, k, a.dtype, STATE_OF[a.dtype], activation, candidate, mask_target,
-        bool(bidirectional), save_every, float(scale_x) if is_number else 1.0, device, handle, given, dict(given),
+        bool(bidirectional), capped, float(scale_x) if is_number else 1.0, device, handle, given, dict(given),
     )  # fmt: skip
     own, either = (problem.dtype,), tuple(dict.fromkeys((problem.dtype, problem.state)))
     plane, steps = (batch, width), (length, batch, width)

@@ -99,6 +99,18 @@ def test_the_workspace_is_at_most_a_twentieth_of_the_floor() -> None:
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("save_every", [sys.maxsize, 2**63, 10**30])
+def test_any_save_every_from_the_length_on_saves_the_last_state(save_every: int) -> None:
+    arguments = problem() | {"bidirectional": True}
+    planes = np.full((11, B, D), 7, "f4")
+    o = cusru.sru_forward(**arguments, save_every=save_every, out=(None, planes[5:6], None))
+    np.testing.assert_array_equal(planes[5], o.c_last)
+    assert (np.delete(planes, 5, axis=0) == 7).all(), "written outside c"
+    want = both(arguments, L)[1]
+    same(cusru.sru_backward(o.h, o.c_last, o.c, **arguments, save_every=save_every), want)
+
+
+@pytest.mark.usefixtures("backend")
 def test_inputs_are_never_written_and_may_be_read_only() -> None:
     arguments = problem()
     before = {name: a.copy() for name, a in arguments.items()}

@@ -379,6 +379,7 @@ template <typename V> struct Gradients {
                 if constexpr (V::SKIP == SKIP_PROJECTED) s = u(3, i);
                 grad = retreat<V>(k, u(0, i), u(1, i), u(2, i), s, weight_of<V>(in, k, 0, i), weight_of<V>(in, k, 1, i), c_prev[i], c[i],
                                   gh.get(i), carry[i]);
+                if constexpr (V::SKIP == SKIP_X) grad.skip *= k.scale;
                 w_f = grad.u1 * c_prev[i];
                 w_r = grad.u2 * c_prev[i];
             }
@@ -396,7 +397,7 @@ template <typename V> struct Gradients {
             gu[1][i] = grad.u1;
             gu[2][i] = grad.u2;
             if constexpr (V::SKIP == SKIP_PROJECTED) gu[3][i] = grad.skip;
-            if constexpr (V::SKIP == SKIP_X) gx.set(i, k.scale * grad.skip);
+            if constexpr (V::SKIP == SKIP_X) gx.set(i, grad.skip);
         }
         if constexpr (V::STEP_WEIGHT) gw.store(grad_weight.next(), args.grad_weight_c.row);
         if constexpr (V::SKIP == SKIP_X) gx.store(grad_x.next());
