@@ -263,9 +263,9 @@ def backward(
                 if da is not None:
                     gc *= da
                 gu2 = _reset_difference(a, s, tile.mask, tile.gate_mask)
-                gu2 *= gh
-                gu2 *= r
-                gu2 *= q
+                reset_slope = np.multiply(r, q, out=r)
+                reset_slope *= gh  # a saturated gate's 0 first: gh * gu2 may overflow
+                gu2 *= reset_slope
                 # ... and the forget gate's.
                 arg = tile.argument(t0, t1, 1)
                 if v_f is not None:

@@ -9,8 +9,8 @@
 //     h = r m a + w s                       a = activation(c)    s = scale_x x | u3 | 0
 //     w = q + (1 - n) r                     n = 1 (mask_target "state") or m ("gate"): w = 1 - n r
 // Backward, with the carry that arrives from the step after:
-//     gc = gh m r a' + carry                gr = gh (m a - n s)          gs = gh w
-//     A = (c' - z) f g                      gu1 = gc A   gu2 = gr r q   gu0 = gc g z'
+//     gc = gh m r a' + carry                A = (c' - z) f g             gs = gh w
+//     gu1 = gc A                            gu0 = gc g z'                gu2 = gh r q (m a - n s)
 //     carry = gc + (A v_f - g) gc + gu2 v_r                      = f gc + ..., again without the rounding of f
 // Where f is small the plain forms are used, since there the others lose f: in both, each term keeps its own last bits.
 #pragma once
@@ -131,11 +131,11 @@ __device__ __forceinline__ Gradient<S> retreat(const Column<S>& k, S u0, S u1, S
     reset_gate<V>(u2, v_r, k.bias_r, c_prev, r, q);
     activate<V::ACTIVATION>(c, a, slope);
     Gradient<S> grad;
-    S gr = gh * (V::SKIP == NO_SKIP ? k.m * a : fma(k.m, a, -(k.n * s)));
+    S difference = V::SKIP == NO_SKIP ? k.m * a : fma(k.m, a, -(k.n * s));
     S gc = fma(gh * (k.m * r), slope, carry);
     S forget = (c_prev - z) * (f * g);
     grad.skip = gh * skip_weight(k.n, r, q);
-    grad.u2 = gr * (r * q);
+    grad.u2 = gh * (r * q) * difference;  // a saturated gate's 0 first: gh * difference may overflow
     grad.u1 = gc * forget;
     grad.u0 = gc * g * slope_z;
     S keep = forgets(f) ? f : -g;  // carry = keep gc + base
@@ -197,7 +197,7 @@ template <typename S> struct Sum {
     S total = 0, lost = 0;
     __device__ __forceinline__ void add(S v) {
         S y = v - lost, t = total + y;
-        lost = (t - total) - y;
+        lost = t - t == S(0) ? (t - total) - y : S(0);  // once infinite the sum stays so, and is not inf - inf
         total = t;
     }
 };
