@@ -89,8 +89,9 @@ def sru_forward(
             None: no state is saved (inference).
         out: (h, c, c_last) to write into, None where cusru is to allocate; those very objects are returned.
         workspace: bytes on u's device, at least ``workspace_size("forward", ...)`` of them; else cusru allocates.
-        stream: anything with ``__cuda_stream__``, or an integer handle. Default: the current stream of CuPy or torch if u
-            is theirs, else CuPy's.
+        stream: anything with ``__cuda_stream__``, or an integer handle. Default: the current stream of CuPy or torch if
+            `u` is theirs, else CuPy's. The call returns before the kernels have run: an array that belongs to another
+            stream than this one must be kept until they have, since its allocator knows nothing of them.
 
     Returns:
         Output(h, c, c_last), of u's framework.
@@ -247,6 +248,19 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
+def _is_number(name: str, value: Any) -> bool:
+    """Whether value is a real number, of Python's or NumPy's (an array of one element is none)."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.generic):
+        return False
+    if isinstance(value, np.generic) and value.dtype.kind not in "iuf" and value.dtype.name != "bfloat16":
+        return False
+    try:
+        float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} is {type(value).__name__} too large for a float64") from error
+    return True
+
+
 def _check_save_every(save_every: Any, direction: str) -> int | None:
     if save_every is None:
         if direction == "backward":
@@ -275,7 +289,7 @@ def _check(
     _one_of("mask_target", mask_target, MASK_TARGETS)
     save_every = _check_save_every(save_every, direction)
 
-    is_number = isinstance(scale_x, int | float | np.integer | np.floating) and not isinstance(scale_x, bool)
+    is_number = _is_number("scale_x", scale_x)
     objects = dict(u=u, x=x, bias=bias, weight_c=weight_c, c0=c0, mask_c=mask_c, mask_pad=mask_pad, **of_backward)
     if not is_number:
         objects["scale_x"] = scale_x
@@ -382,10 +396,8 @@ def _run(problem: Problem, results: dict[str, Any], out: Any, workspace: Any) ->
         arrays[name] = array
     scratch = _workspace(problem, workspace)
     written = [*arrays.values(), *([scratch] if workspace is not None and scratch is not None else [])]
-    for i, array in enumerate(written):
-        for other in (*problem.given.values(), *written[:i]):
-            if dlpack.overlaps(array, other):
-                raise ValueError(f"{array.name} overlaps {other.name}; what is written must share no memory with anything else")
+    if pair := dlpack.overlapping(written, problem.given.values()):
+        raise ValueError(f"{pair[0].name} overlaps {pair[1].name}; what is written must share no memory with anything else")
 
     with raw_kernels.current(problem.device, problem.stream):
         for name, wanted in results.items():
@@ -442,14 +454,17 @@ def _workspace(problem: Problem, workspace: Any) -> Array | None:
 def _run_numpy(problem: Problem, results: dict[str, Array]) -> None:
     from cusru import reference
 
-    scale = problem.arrays.get("scale_x")
+    scale = problem.scale_x
+    if "scale_x" in problem.arrays:
+        with np.errstate(all="ignore"):
+            scale = float(reference.widen(problem.arrays["scale_x"].numpy(), np.float64).reshape(-1)[0])
     options: dict[str, Any] = dict(
         activation=problem.activation,
         candidate=problem.candidate,
         mask_target=problem.mask_target,
         bidirectional=problem.bidirectional,
         save_every=problem.save_every,
-        scale_x=problem.scale_x if scale is None else float(reference.widen(scale.numpy(), np.float64).reshape(-1)[0]),
+        scale_x=scale,
     )
 
     def at(name: str) -> Any:

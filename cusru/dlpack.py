@@ -7,6 +7,7 @@ NumPy is imported here: a framework is looked up in `sys.modules` once one of it
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -133,6 +134,8 @@ def borrow(obj: Any, name: str, stream: int | None = None) -> Array:
     array = read(obj, name, device, stream)
     if not array.pointer and array.size:
         raise TypeError(f"{name} holds no memory: {_type(obj)} of shape {array.shape} (a fake or traced tensor?)")
+    if array.size and array.pointer % array.itemsize:
+        raise ValueError(f"{name} starts at an address that is not aligned to its dtype {array.dtype}")
     return array
 
 
@@ -140,17 +143,15 @@ def _read_numpy(obj: np.ndarray, name: str, device: tuple[str, int], stream: int
     if not obj.dtype.isnative:
         raise TypeError(f"{name} has dtype {obj.dtype.str}: a byte order that is not this machine's")
     strides = _in_elements(obj, name)
-    pointer = obj.ctypes.data
-    if obj.size and pointer % obj.dtype.alignment:
-        raise ValueError(f"{name} starts at an address that is not aligned to its dtype {obj.dtype.name}")
-    return Array(name, pointer, obj.shape, strides, _name(obj.dtype), device, not obj.flags.writeable, "numpy", obj, obj)
+    return Array(name, obj.ctypes.data, obj.shape, strides, _name(obj.dtype), device, not obj.flags.writeable, "numpy", obj, obj)
 
 
 def _read_cupy(obj: Any, name: str, device: tuple[str, int], stream: int | None) -> Array:
     dtype = _name(obj.dtype)
     if stream is not None and stream != sys.modules["cupy"].cuda.get_current_stream(device[1]).ptr:
-        # only the handshake matters here, and CuPy exports no bfloat16
-        _export(obj.view(np.uint16) if dtype == "bfloat16" else obj, name, device, stream)
+        # only the handshake matters here, and CuPy exports no bfloat16; it orders the current device's current stream
+        with sys.modules["cupy"].cuda.Device(device[1]):
+            _export(obj.view(np.uint16) if dtype == "bfloat16" else obj, name, device, stream)
     return Array(name, obj.data.ptr, obj.shape, _in_elements(obj, name), dtype, device, False, "cupy", obj, obj)
 
 
@@ -252,8 +253,12 @@ def give(array: Array, u: Array) -> Any:
         return sys.modules["torch"].from_dlpack(export)
     if u.framework == "jax":
         import jax.dlpack  # not an attribute of jax until imported
+        import jax.experimental
 
-        return jax.dlpack.from_dlpack(export)
+        # JAX would round float64 to float32 where its flag is off: u came as float64, so this goes back as that.
+        x64 = getattr(jax if hasattr(jax, "enable_x64") else jax.experimental, "enable_x64")  # noqa: B009
+        with x64(True) if array.dtype == "float64" else contextlib.nullcontext():
+            return jax.dlpack.from_dlpack(export)
     if u.framework == "tensorflow":
         if array.device[0] == "cuda":  # its import knows no streams
             sys.modules["cupy"].cuda.get_current_stream().synchronize()
@@ -305,6 +310,20 @@ def overlaps(a: Array, b: Array) -> bool:
         return np.shares_memory(a_bytes, b_bytes, max_work=_AFFORDABLE)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
+
+
+def overlapping(written: list[Array], read: Iterable[Array]) -> tuple[Array, Array] | None:
+    """The first array to be written that shares a byte with another, read or written, and that other."""
+    others = [(b, _bounds(b)) for b in read if b.size]
+    for a in written:
+        if not a.size:
+            continue
+        low, high = _bounds(a)
+        for b, (b_low, b_high) in others:
+            if b_low < high and low < b_high and overlaps(a, b):
+                return a, b
+        others.append((a, (low, high)))
+    return None
 
 
 def overlaps_itself(a: Array) -> bool:

@@ -63,7 +63,7 @@ class Specialisation(NamedTuple):
         if self.direction == "reduce":
             return REDUCE_THREADS
         if self.recompute:
-            return (32 if self.dtype == "float64" else 64) // self.columns
+            return 32 if self.dtype == "float64" else 64
         return 64
 
     @property
@@ -97,9 +97,8 @@ class Specialisation(NamedTuple):
 
 def wide(dtype: str, recompute: bool) -> int:
     """Columns a thread walks where layout, alignment and the number of columns allow: 16-byte vectors of float32 and
-    float64. Shared memory and registers leave room for half of that when the states are recomputed."""
-    columns = 2 if dtype == "float64" else 4
-    return columns // 2 if recompute else columns
+    float64. Where states are recomputed shared memory bounds the columns of a multiprocessor, and more threads do more."""
+    return 1 if recompute else 2 if dtype == "float64" else 4
 
 
 def specialisations() -> Iterator[Specialisation]:
@@ -174,7 +173,7 @@ def _memory_half(
     weights = [a["weight_c"] for a in (arrays, results) if problem.step_weight and "weight_c" in a]
 
     columns = wide(problem.dtype, recompute)
-    # Four warps for each multiprocessor come before vectors: one warp alone is bound by its special functions.
+    # Four warps for each multiprocessor come before vectors: a warp alone on its scheduler waits for its own arithmetic.
     enough = rows * problem.width // columns >= 4 * 32 * multiprocessors
     if (
         columns > 1
@@ -216,8 +215,12 @@ ALIGNMENT = 16
 
 
 def workspace_size(problem: Problem) -> int:
-    """Bytes; a workspace may begin at any address, so there is room to align it."""
-    chosen = plan(problem)
+    """Bytes. It depends on the numeric half of the plan only."""
+    return _workspace_size(plan(problem))
+
+
+def _workspace_size(chosen: Plan) -> int:
+    """A workspace may begin at any address, so there is room to align it."""
     size = _rounded(chosen.partial_bytes) + chosen.checkpoint_bytes
     return size + ALIGNMENT - 1 if size else 0
 
@@ -296,11 +299,10 @@ def run(problem: Problem, results: dict[str, Array], workspace: Array | None) ->
     device = problem.device[1]
     launch, multiprocessors = _machine(problem.device)
     chosen = plan(problem, results, multiprocessors)
-    scratch = workspace
-    needed = workspace_size(problem)
-    if needed and scratch is None:
-        scratch = dlpack.empty("workspace", (needed,), "uint8", problem.device, "numpy")
-    base = 0 if scratch is None else -(-scratch.pointer // ALIGNMENT) * ALIGNMENT
+    needed = _workspace_size(chosen)
+    if needed and workspace is None:
+        workspace = dlpack.empty("workspace", (needed,), "uint8", problem.device, "numpy")
+    base = _rounded(workspace.pointer) if workspace else 0
     args = arguments(problem, results, chosen, base)
 
     kernel = chosen.kernel

@@ -6,6 +6,8 @@ results with, under "magnitude" and "amplification", what `check` needs to bound
     bound = max(tolerance, 8 * eps * K) * magnitude + floor
 
 magnitude: the largest over time in the column, a difference counting with the magnitudes of both its terms (SPEC section 5).
+The rounding of c = f*c' + g*z and of the carry, which are such differences, is also felt in what is computed from them: so
+activation(c) counts with both terms of c, times its slope, and gc with the largest carry before it, as far as it was kept.
 K: the amplification K_t = |dc_t/dc_{t-1}| * K_{t-1} + 1, its maximum over time, in columns whose recurrence amplifies
 (|dc_t/dc_{t-1}| > 1 somewhere); 0 elsewhere, so that the tolerance alone holds there: K counts steps too, and would excuse
 anything of a long memory.
@@ -15,7 +17,7 @@ import numpy as np
 
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "float16": 1e-3, "bfloat16": 5e-3}
 LARGEST = {"float64": np.finfo(np.float64).max, "float32": np.finfo(np.float32).max, "float16": 65504.0, "bfloat16": 3.38e38}
-FLOOR = {"float64": 1e-305, "float32": 1e-37, "float16": 2.0**-23, "bfloat16": 1e-37}  # subnormals may be flushed or rounded
+FLOOR = {"float64": 1e-305, "float32": 1e-36, "float16": 2.0**-23, "bfloat16": 1e-36}  # subnormals may be flushed or rounded
 STATE_RESULTS = ("c", "c_last")  # held in the state's dtype always
 SCALE, ALPHA = 1.0507009873554804934, 1.6732632423543772848
 
@@ -57,6 +59,13 @@ def derivative(name, c):
     if name == "selu":
         return np.where(c > 0, SCALE, SCALE * ALPHA * np.exp(np.where(c > 0, 0, c)))
     raise ValueError(name)
+
+
+def activated_size(name, c, terms):
+    """The size of activation(c) where c is a sum of these sizes: its error, if its terms cancel, comes through the slope."""
+    steepest = {"relu": 1.0, "selu": SCALE * ALPHA}.get(name)
+    at_kink = steepest is not None and abs(c) <= 1e-4 * terms  # rounding may take c across it
+    return np.maximum(abs(function(name, c)), np.where(at_kink, steepest or 0, abs(derivative(name, c))) * terms)
 
 
 class _Inputs:
@@ -134,17 +143,18 @@ def forward(
                 f, g, r, q, z, jac[t, :, d] = i.step(t, d, c, candidate)
                 new = f * c + g * z
                 a, s = function(activation, new), i.s[t, :, d]
+                a_size = activated_size(activation, new, abs(f * c) + abs(g * z))
                 if mask_target == "state":
-                    h_new, size = r * m * a + q * s, abs(r * m * a) + abs(q * s)
+                    h_new, size = r * m * a + q * s, abs(r * m) * a_size + abs(q * s)
                 else:
-                    h_new, size = m * r * a + (1 - m * r) * s, abs(r * m * a) + (q + abs(1 - m) * r) * abs(s)
+                    h_new, size = m * r * a + (1 - m * r) * s, abs(r * m) * a_size + (q + abs(1 - m) * r) * abs(s)
                     h_new = np.where(m == 1, r * a + q * s, h_new)
                 pad = i.pad[t][:, None]
                 c = np.where(pad, c, new)
                 jac[t, :, d] = np.where(pad, 0, jac[t, :, d])  # nothing is computed at padding
                 h[t, :, d], h_size[t, :, d], all_c[t, :, d] = np.where(pad, 0, h_new), np.where(pad, 0, size), c
             c_last[:, d] = c
-            amplification[:, :, d] = _amplification(np.where(i.pad[:, :, None], 1e-9, jac[:, :, d])[:: -1 if reverse else 1])
+            amplification[:, :, d] = _amplification(np.where(i.pad[:, :, None], 1, jac[:, :, d])[:: -1 if reverse else 1])
             for j in range(count):
                 t = j * save_every if reverse else min((j + 1) * save_every, length) - 1
                 saved[j, :, d] = all_c[t, :, d]
@@ -194,6 +204,7 @@ def backward(
         for d, reverse in i.halves:
             carry = np.zeros_like(i.c0[:, d]) if grad_c_last is None else widen(grad_c_last)[:, d]
             carry_sizes = [abs(carry)]
+            carried = abs(carry)  # the largest carry so far, shrunk as an error made then has since
             m, times = i.m[:, d], range(length)[:: 1 if reverse else -1]
             for t in times:
                 before = t + 1 if reverse else t - 1
@@ -201,22 +212,26 @@ def backward(
                 f, g, r, q, z, jac[t, :, d] = i.step(t, d, c_prev, candidate)
                 c, s, gh = states[t][:, d], i.s[t, :, d], gh_all[t][:, d]
                 a = function(activation, c)
+                a_size = activated_size(activation, c, abs(f * c_prev) + abs(g * z))
                 if mask_target == "state":
-                    gr, gr_size = gh * (m * a - s), abs(gh) * (abs(m * a) + abs(s))
+                    gr, gr_size = gh * (m * a - s), abs(gh) * (abs(m) * a_size + abs(s))
                     gs, gs_size = gh * q, abs(gh * q)
                 else:
-                    gr, gr_size = gh * m * (a - s), abs(gh * m) * (abs(a) + abs(s))
+                    gr, gr_size = gh * m * (a - s), abs(gh * m) * (a_size + abs(s))
                     gs, gs_size = gh * np.where(m == 1, q, 1 - m * r), abs(gh) * (q + abs(1 - m) * r)
                 through_h = gh * m * r * derivative(activation, c)
                 gc, gc_size = through_h + carry, abs(through_h) + abs(carry)
+                felt = np.maximum(gc_size, carried)  # gc's size, as far as its error goes
                 dz = derivative(candidate, i.u[t, :, d, 0])
                 gu2, gu2_size = gr * r * q, gr_size * r * q
-                gu1, gu1_size = gc * (c_prev - z) * f * g, gc_size * (abs(c_prev) + abs(z)) * f * g
-                gu0, gu0_size = gc * g * dz, gc_size * g * abs(dz)
+                gu1, gu1_size = gc * (c_prev - z) * f * g, felt * (abs(c_prev) + abs(z)) * f * g
+                gu0, gu0_size = gc * g * dz, felt * g * abs(dz)
                 new = gc * f + i.times_v(t, d, 0, gu1) + i.times_v(t, d, 1, gu2)
-                new_size = gc_size * f + abs(i.times_v(t, d, 0, gu1_size)) + abs(i.times_v(t, d, 1, gu2_size))
+                through_f = gc_size * (abs(c_prev) + abs(z)) * f * g
+                new_size = gc_size * f + abs(i.times_v(t, d, 0, through_f)) + abs(i.times_v(t, d, 1, gu2_size))
                 pad = i.pad[t][:, None]
                 carry = np.where(pad, carry, new)
+                carried = np.where(pad, carried, np.maximum(new_size, carried * abs(jac[t, :, d])))
                 carry_sizes.append(np.where(pad, 0, new_size))
                 gu[t, :, d] = np.where(pad[..., None], 0, np.stack([gu0, gu1, gu2, gs], -1))
                 gu_size[t, :, d] = np.where(pad[..., None], 0, np.stack([gu0_size, gu1_size, gu2_size, gs_size], -1))
@@ -224,7 +239,7 @@ def backward(
                 gw_size[t, :, d] = np.where(pad[..., None], 0, np.stack([gu1_size, gu2_size], -1) * abs(c_prev)[..., None])
             carry_last[:, d] = carry
             carry_size[:, :, d] = _largest(np.array(carry_sizes))
-            amplification[:, :, d] = _amplification(np.where(i.pad[:, :, None], 1e-9, jac[:, :, d])[:: 1 if reverse else -1])
+            amplification[:, :, d] = _amplification(np.where(i.pad[:, :, None], 1, jac[:, :, d])[:: 1 if reverse else -1])
 
     amplification = amplification * forward_k
 

@@ -91,7 +91,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(raw_kernels, "_multiprocessors", lambda device: 0)
     monkeypatch.setattr(raw_kernels, "_kernels", {})
     monkeypatch.setattr(simulator, "multiprocessors", 0)
-    monkeypatch.setattr(dlpack, "_export", lambda obj, name, device, stream: driver.launches.append(("wait", *device, stream, 0)))
+    wait = lambda obj, name, device, stream: driver.launches.append(("wait", driver.devices[-1], stream))  # noqa: E731
+    monkeypatch.setattr(dlpack, "_export", wait)
     return driver
 
 
@@ -142,7 +143,7 @@ def test_a_given_stream_is_used_and_ordered_after_the_arrays_own(driver: Driver)
     cusru.sru_forward(**given, stream=77)
     waits = [launch for launch in driver.launches if launch[0] == "wait"]
     assert len(waits) == len(given)
-    assert all(launch[3] == 77 for launch in waits)
+    assert set(waits) == {("wait", DEVICE, 77)}, "the events are recorded on the arrays' device"
     assert driver.launches[-1][:3] == ("cusru_forward", DEVICE, 77)
     cusru.sru_forward(**given, stream=0)
     assert driver.launches[-1][:3] == ("cusru_forward", DEVICE, 0)

@@ -1,5 +1,6 @@
 """Arrays of every framework, in and out without a copy; streams; overlap; and the errors of SPEC.md section 6."""
 
+import contextlib
 import ctypes
 import gc
 import itertools
@@ -697,6 +698,7 @@ def cuda(monkeypatch):
     cupy = need("cupy", "cuda13")
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 2)
     monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda device=0: types.SimpleNamespace(ptr=100 + device))
+    monkeypatch.setattr(cupy.cuda, "Device", lambda index: contextlib.nullcontext(index))
     dlpack._check_cuda.cache_clear()
     yield cupy
     dlpack._check_cuda.cache_clear()
@@ -842,3 +844,22 @@ def test_overlap_of_huge_arrays_is_quick_and_errs_on_the_safe_side():
     assert dlpack.overlaps_itself(huge((3 * 10**9, 10**9 + 1, 7 * 10**5)))  # unknown: taken as true
     assert not dlpack.overlaps(huge((2 * 10**9, 2 * 10**4, 2)), huge((2 * 10**9, 2 * 10**4, 2), 4100))
     assert dlpack.overlaps(huge(compact), huge(compact, 4100))
+
+
+def test_an_address_off_its_dtype_is_refused(cuda):
+    memory = np.zeros(64, np.uint8)
+    off = np.ndarray((4,), np.float32, memory, 1)
+    on_device = cuda.ndarray((4,), np.float32, memptr=cupy_array(cuda, memory, (64,), np.uint8).data + 1)
+    for array in (off, on_device):
+        with pytest.raises(ValueError, match=r"u starts at an address that is not aligned to its dtype float32"):
+            dlpack.borrow(array, "u")
+
+
+def test_jax_keeps_float64_whatever_its_setting():
+    jax = need("jax", "jax")
+    with jax.enable_x64(True):
+        u = dlpack.borrow(jax.numpy.ones(3, jax.numpy.float64), "u")
+    result = dlpack.empty("h", (3,), "float64", dlpack.CPU, "jax")
+    given = dlpack.give(result, u)
+    assert given.dtype == np.float64
+    assert given.unsafe_buffer_pointer() == result.pointer

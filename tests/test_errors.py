@@ -81,6 +81,7 @@ BAD = {  # changed arguments, the error, and what its message says
     "u None": (dict(u=None), TypeError, [r"\bu\b", "None"]),
     "bias a number": (dict(bias=1.0), TypeError, ["bias", "float"]),
     "scale_x a string": (dict(scale_x="1"), TypeError, ["scale_x", "str"]),
+    "scale_x beyond a float": (dict(scale_x=10**400), ValueError, ["scale_x"]),
     "scale_x None": (dict(scale_x=None), TypeError, ["scale_x", "None"]),
     "Metal": (dict(u=Elsewhere(8)), ValueError, [r"\bu\b", "Metal"]),
     "ROCm": (dict(bias=Elsewhere(10)), ValueError, ["bias", "ROCm"]),

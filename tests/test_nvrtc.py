@@ -33,6 +33,9 @@ def check(kernel: Specialisation, architecture: int) -> None:
     spilled = [int(n) for pair in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log) for n in pair]
     assert spilled, f"no report from ptxas:\n{log}"
     assert not any(spilled), f"{kernel} spills for sm_{architecture}: {spilled} bytes"
+    stack = [int(n) for n in re.findall(r"(\d+) bytes stack frame", log)]
+    assert stack, f"no report from ptxas:\n{log}"
+    assert not any(stack), f"{kernel} keeps an array in local memory for sm_{architecture}: {stack} bytes"
     shared = re.search(r"(\d+) bytes smem", log)
     assert not shared or int(shared[1]) <= 48 * 1024, f"{kernel} takes {shared[1]} bytes of shared memory"
 

@@ -52,10 +52,10 @@ FAULTS = {  # sanitizer, the line, the line broken, what the sanitizer says
         "CUSRU_SHARED(S, stash, (TILE - 1) * SLOTS * THREADS);",
         "AddressSanitizer",
     ),
-    "a ring indexed past its end": (
+    "a buffer indexed past its end": (
         "undefined",
-        "load(ring[i]);\n    for",
-        "load(ring[i + AHEAD * (i == AHEAD - 1)]);\n    for",
+        "load(next[i]);\n    for",
+        "load(next[i + AHEAD * (i == AHEAD - 1)]);\n    for",
         "out of bounds",
     ),
     "warps that do not wait for one another": ("thread", "__syncthreads();", "", "data race"),

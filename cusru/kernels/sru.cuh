@@ -150,30 +150,26 @@ __device__ __forceinline__ Gradient<S> retreat(const Column<S>& k, S u0, S u1, S
 // ---------------------------------------------------------------------------------------------------------------------
 // Walking over time.
 
-// Calls use(inputs) for each of `count` steps, a step's loads issued AHEAD steps before. The ring lives in registers, since
-// every index is a constant once the loops are unrolled; `count` is uniform, and so are the branches. Loads are issued for
-// a quarter of the ring at a time: a warp has six scoreboards to wait on, and loads that share one are waited for together.
+// Calls use(inputs) for each of `count` steps, with the loads of the next AHEAD steps in flight: a double buffer in
+// registers, since every index is a constant once the loops are unrolled. All loads of a buffer wait on one scoreboard
+// (ptxas gives them no more), so they are issued together, before the first use of the buffer that has arrived.
 template <int AHEAD, typename Inputs, typename Load, typename Use>
 __device__ __forceinline__ void walk(long long count, Load load, Use use) {
-    constexpr int GROUP = AHEAD < 4 ? 1 : AHEAD / 4;
-    Inputs ring[AHEAD], now[GROUP];
+    Inputs next[AHEAD], now[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)
-        if (i < count) load(ring[i]);
+        if (i < count) load(next[i]);
     for (long long left = count; left > 0; left -= AHEAD) {
         tile_boundary();
 #pragma unroll
-        for (int group = 0; group < AHEAD; group += GROUP) {
+        for (int i = 0; i < AHEAD; ++i) {
+            now[i] = next[i];
+            if (i + AHEAD < left) load(next[i]);
+        }
 #pragma unroll
-            for (int i = 0; i < GROUP; ++i) {
-                now[i] = ring[group + i];
-                if (group + i + AHEAD < left) load(ring[group + i]);
-            }
-#pragma unroll
-            for (int i = 0; i < GROUP; ++i) {
-                if (group + i >= left) return;
-                use(now[i]);
-            }
+        for (int i = 0; i < AHEAD; ++i) {
+            if (i >= left) return;
+            use(now[i]);
         }
     }
 }
@@ -260,7 +256,8 @@ template <typename V> struct StateLoader {
     __device__ __forceinline__ void gates(StateInputs<V>& in) {  // everything but u
         if constexpr (V::STEP_WEIGHT) in.weight.load(weight.next(), row_weight);
         in.pad = 0;
-        if (pad.at) global_load<1>(&in.pad, pad.next());
+        const char* at = pad.next();  // stays null where there is no padding
+        if (at) global_load<1>(&in.pad, at);
     }
     __device__ __forceinline__ void operator()(StateInputs<V>& in) {
         in.u.load(u.next(), row_u);
@@ -301,7 +298,7 @@ template <typename V, int AHEAD, int THREADS> __device__ __forceinline__ void fo
     // Steps until the next state is saved. A forward column ends its blocks at multiples of save_every and at the last
     // step, a reversed one begins with the block that may be short.
     long long S_ = args.save_every, blocks = args.c.data ? (args.length + S_ - 1) / S_ : 0;
-    long long until = thread.reversed && blocks ? args.length - (blocks - 1) * S_ : S_;
+    long long until = blocks == 0 ? 0 : thread.reversed ? args.length - (blocks - 1) * S_ : S_;  // from 0 it never comes to 0
     Cursor h = thread.cursor(args.h, 0), saved(args.c, thread.reversed ? blocks - 1 : 0, thread.b, thread.d, thread.reversed);
     auto save = [&] {
         Values<S, N> out;
@@ -331,7 +328,7 @@ template <typename V, int AHEAD, int THREADS> __device__ __forceinline__ void fo
             c[i] = in.pad ? c[i] : next;
         }
         out.store(h.next());
-        if (blocks && --until == 0) {
+        if (--until == 0) {
             save();
             until = S_;
         }
@@ -456,34 +453,30 @@ template <typename V, int AHEAD> __device__ __forceinline__ void backward_saved(
     const Args& args = thread.args;
     long long last = args.length - 1;
     if (last < 0) return;
-    S c[N];
+    S c[N], first[N];
     Cursor saved = thread.cursor(args.c, last, true);
     {
         Values<S, N> in;
         in.load(saved.next());
 #pragma unroll
-        for (int i = 0; i < N; ++i) c[i] = in.get(i);
+        for (int i = 0; i < N; ++i) c[i] = in.get(i), first[i] = thread.initial(i);
     }
     StateLoader<V> state(thread, last, true);
     Cursor x = thread.cursor(args.x, last, true), gh = thread.cursor(args.grad_h, last, true);
     Cursor grad_u = thread.cursor(args.grad_u, last, true), grad_x = thread.cursor(args.grad_x, last, true);
     Cursor grad_weight = thread.cursor(args.grad_weight_c, last, true);
-    long long to_load = args.length;
+    long long to_load = args.length, to_use = args.length;
     auto load = [&](BackwardInputs<V>& in) {
         state(in);
         if constexpr (V::SKIP == SKIP_X) in.x.load(x.next());
         in.gh.load(gh.next());
-        if (--to_load) {
-            in.c_prev.load(saved.next());
-        } else {
-#pragma unroll
-            for (int i = 0; i < N; ++i) in.c_prev.set(i, thread.initial(i));
-        }
+        if (--to_load) in.c_prev.load(saved.next());
     };
     auto use = [&](const BackwardInputs<V>& in) {
         S c_prev[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i) c_prev[i] = in.c_prev.get(i);
+        for (int i = 0; i < N; ++i) c_prev[i] = to_use > 1 ? in.c_prev.get(i) : first[i];
+        --to_use;
         gradients.step(thread, in, [&](int k, int i) { return in.u.get(k, i); }, in.x, in.gh, c_prev, c, grad_u, grad_x, grad_weight);
 #pragma unroll
         for (int i = 0; i < N; ++i) c[i] = c_prev[i];

@@ -1,0 +1,173 @@
+"""The backends that the tests run on, and Hypothesis' profiles.
+
+A test that takes `backend` runs on each of them; one that takes `source` draws problems that suit it: on the simulator (and
+a GPU), of one row of strategies.COVERING at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import strategies
+from hypothesis import HealthCheck, given, seed, settings
+
+import cusru
+
+_COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], print_blob=True)
+settings.register_profile("repeatable", derandomize=True, database=None, **_COMMON)
+settings.register_profile("explore", **_COMMON)  # keeps its failures in .hypothesis/; long_run.py explores further
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """cusru's two functions for NumPy arrays, run on one backend."""
+
+    name: str
+    multiprocessors: int = 0  #: that the simulator plans for; 0: threads walk several columns wherever the layout allows
+
+    def forward(self, problem: strategies.Problem, out: Any = None, **changes: Any) -> cusru.Output:
+        return self._call(cusru.sru_forward, cusru.Output, (), problem.inputs | changes, out)
+
+    def backward(self, problem: strategies.Problem, c: np.ndarray, out: Any = None, **changes: Any) -> cusru.Gradients:
+        given = problem.inputs | {"grad_h": problem.grad_h, "grad_c_last": problem.grad_c_last, "c": c} | changes
+        return self._call(cusru.sru_backward, cusru.Gradients, (), given, out)
+
+    def both(self, problem: strategies.Problem, **changes: Any) -> tuple[cusru.Output, cusru.Gradients]:
+        """The backward is given the forward's states."""
+        output = self.forward(problem, **{n: a for n, a in changes.items() if n not in ("grad_h", "grad_c_last")})
+        return output, self.backward(problem, output.c, **changes)
+
+    def planned_for(self, multiprocessors: int) -> Backend:
+        return dataclasses.replace(self, multiprocessors=multiprocessors)
+
+    @contextmanager
+    def _selected(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("CUSRU_SIMULATE", raising=False)
+            if self.name == "simulator":
+                from cusru import simulator
+
+                patch.setenv("CUSRU_SIMULATE", "1")
+                patch.setattr(simulator, "multiprocessors", self.multiprocessors)
+            yield
+
+    def _call(self, function: Any, kind: type, args: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> Any:
+        with self._selected():
+            if self.name != "gpu":
+                return function(**keywords, out=out)
+            moved = _Mover()
+            there = out and [None if a is None else moved(a) for a in out]
+            results = function(**{n: moved(a) if isinstance(a, np.ndarray) else a for n, a in keywords.items()}, out=there)
+            if out:
+                moved.back()
+                return kind(*out)
+            return kind(*(None if a is None else to_host(a) for a in results))
+
+
+class _Mover:
+    """Copies arrays to the device with the memory around them, so that strides and alignment stay as they are."""
+
+    def __init__(self) -> None:
+        self.roots: list[tuple[np.ndarray, Any]] = []
+
+    def __call__(self, a: np.ndarray) -> Any:
+        import cupy
+
+        root = strategies.root(a)
+        there = cupy.asarray(np.frombuffer(np.ascontiguousarray(root), np.uint8) if root.size else np.zeros(64, np.uint8))
+        if root.flags.c_contiguous and root.flags.writeable:
+            self.roots.append((root, there))
+        pointer = there.data + (a.ctypes.data - root.ctypes.data if a.size else 0)
+        return cupy.ndarray(a.shape, a.dtype, pointer, a.strides)
+
+    def back(self) -> None:
+        for root, there in self.roots:
+            root.view(np.uint8).reshape(-1)[...] = there.get()[: root.nbytes]
+
+
+def to_host(a: Any) -> np.ndarray:
+    if a.dtype == strategies.BFLOAT16:
+        return a.view(np.uint16).get().view(strategies.BFLOAT16)
+    return a.get()
+
+
+def missing(backend: str) -> str | None:
+    """Why this machine lacks the backend."""
+    if backend == "simulator":
+        found = any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "c++"))
+        return None if found else "the simulator needs a C++ compiler: neither $CXX nor g++ nor c++ was found"
+    if backend == "gpu":
+        try:
+            import cupy
+        except ImportError as error:
+            return f"no CuPy: {error}"
+        try:
+            count = cupy.cuda.runtime.getDeviceCount()
+        except Exception as error:
+            return f"no CUDA device: {error}"
+        return None if count else "no CUDA device"
+    return None
+
+
+BACKENDS = ("numpy", "simulator", "gpu")
+
+
+def _param(backend: str, *rest: Any, id: str) -> Any:
+    return pytest.param((Backend(backend), *rest), marks=[pytest.mark.gpu] if backend == "gpu" else [], id=id)
+
+
+def _available(backend: Backend) -> Backend:
+    if reason := missing(backend.name):
+        pytest.skip(reason)
+    return backend
+
+
+@pytest.fixture(params=[_param(name, id=name) for name in BACKENDS])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return _available(request.param[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Draws problems for one backend."""
+
+    backend: Backend
+    row: tuple[str, ...] | None
+
+    def for_all(self, check: Any, **only: Any) -> None:
+        """check(backend, problem) of many problems."""
+
+        @settings(max_examples=15 if self.row else 120)
+        @given(strategies.problems(self.row, **only))
+        def run(problem: strategies.Problem) -> None:
+            check(self.backend.planned_for(problem.multiprocessors), problem)
+
+        if settings.default.derandomize:  # by itself it would draw the same problems for every row and every check
+            run = seed(zlib.crc32(f"{check.__qualname__} {self.row}".encode()))(run)
+        run()
+
+
+@pytest.fixture(
+    params=[
+        _param("numpy", None, id="numpy"),
+        *(
+            _param(name, row, id="-".join((name, *row)))
+            for name in BACKENDS[1:]
+            for row in strategies.COVERING
+            if row[0] in strategies.DTYPES
+        ),
+    ]
+)
+def source(request: pytest.FixtureRequest) -> Source:
+    """Problems to draw: freely on NumPy, a row of the covering list at a time elsewhere."""
+    backend, row = request.param
+    return Source(_available(backend), row)

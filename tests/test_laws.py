@@ -1,0 +1,444 @@
+"""Laws that hold for the recurrence whatever it computes: each test is one, its name says which, and it runs on every backend.
+
+The problems are those of strategies.PANEL, rows of the covering list in which every dtype, skip, activation, candidate and
+kind of weight_c occurs.
+"""
+
+import functools
+import warnings
+
+import numpy as np
+import oracle
+import pytest
+import strategies
+from strategies import ARRAYS, DTYPES, LAYOUTS, PANEL, arranged, np_dtype, state_of, typical
+
+import cusru
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+PER_STEP = ("u", "x", "weight_c", "mask_pad", "grad_h")  # weight_c: if it has four axes
+on_the_panel = pytest.mark.parametrize("row", [row for row in PANEL if row[0] in DTYPES], ids="-".join)
+in_float64 = pytest.mark.parametrize("row", [row for row in strategies.COVERING if row[0] == "float64"], ids="-".join)
+
+
+def assert_same(actual, expected, what=""):
+    """Bitwise."""
+    for name, a, b in zip(actual._fields, actual, expected, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            np.testing.assert_array_equal(_bits(a), _bits(b), err_msg=f"{name} {what}")
+
+
+def _bits(a):
+    return np.ascontiguousarray(a).view(f"u{a.itemsize}")
+
+
+def is_per_step(name, a):
+    return name in PER_STEP and (name != "weight_c" or a.ndim == 4)
+
+
+def in_time(problem, function):
+    """With function(array) for every array that has a time axis."""
+    return problem.map_arrays(lambda name, a: function(a) if is_per_step(name, a) else a)
+
+
+# ---- time -------------------------------------------------------------------------------------------------------------
+
+
+@on_the_panel
+@pytest.mark.parametrize("at", [0, 1, 18, 36, 37])
+def test_splitting_time_and_carrying_the_state_gives_the_whole(backend, row, at):
+    whole = typical(row)
+    parts = [in_time(whole, lambda a, s=s: a[s]) for s in (slice(0, at), slice(at, None))]
+    half = whole.shape[2] // 2  # from here on time runs backward, and the second part comes first
+
+    def halves(forward_columns, reversed_columns):
+        return np.concatenate([forward_columns[:, :half], reversed_columns[:, half:]], axis=1)
+
+    c0, gcl, state = whole.inputs["c0"], whole.grad_c_last, np_dtype(state_of(whole.dtype))
+    late = backend.forward(parts[1])
+    early = backend.forward(starts_early := parts[0].replace(c0=halves(c0, late.c_last)))
+    late = backend.forward(starts_late := parts[1].replace(c0=halves(early.c_last, c0)))
+    whole_output = {"h": np.concatenate([early.h, late.h]), "c_last": halves(late.c_last, early.c_last)}
+    oracle.check(whole_output, whole.expected_forward(), whole.dtype)
+
+    late_g = backend.backward(starts_late, late.c)
+    early_g = backend.backward(starts_early, early.c, grad_c_last=halves(late_g.c0, gcl))
+    late_g = backend.backward(starts_late, late.c, grad_c_last=halves(gcl, early_g.c0))
+    gradients = {"c0": halves(early_g.c0, late_g.c0)}
+    for name in ("u", "x", "bias", "weight_c"):
+        a, b = getattr(early_g, name), getattr(late_g, name)
+        if a is not None:
+            gradients[name] = np.concatenate([a, b]) if is_per_step(name, a) else a + b
+    held_in_state = [n for n, a in gradients.items() if a.dtype == state]
+    oracle.check(gradients, whole.expected_backward(), whole.dtype, held_in_state)
+
+
+@on_the_panel
+def test_reversed_columns_are_forward_ones_on_flipped_time(backend, row):
+    problem = typical(row)
+    pad = problem.inputs["mask_pad"]
+    problem = problem.replace(mask_pad=pad | pad[::-1])
+    half = problem.shape[2] // 2
+
+    def flip(a):
+        a = np.array(a)
+        a[:, :, half:] = a[::-1, :, half:]
+        return a
+
+    flipped = problem.map_arrays(lambda name, a: flip(a) if is_per_step(name, a) and name != "mask_pad" else a)
+    flipped = flipped.replace(bidirectional=False)
+    (output, gradients), (output_f, gradients_f) = backend.both(problem), backend.both(flipped)
+    assert_same(output._replace(c=None), output_f._replace(h=flip(output_f.h), c=None))
+    unflipped = {n: flip(a) for n, a in gradients_f._asdict().items() if a is not None and is_per_step(n, a)}
+    assert_same(gradients, gradients_f._replace(**unflipped))
+
+
+@on_the_panel
+@pytest.mark.parametrize("extra", [1, 40])
+def test_appended_padding_changes_nothing(backend, row, extra):
+    problem = typical(row, padding="none").replace(mask_pad=np.zeros((37, 3), bool))
+    padded = problem.map_arrays(
+        lambda name, a: np.concatenate([a, np.full((extra, *a.shape[1:]), True if name == "mask_pad" else np.nan, a.dtype)])
+        if is_per_step(name, a) else a
+    )  # fmt: skip
+    output, gradients = backend.both(padded)
+    assert not output.h[37:].any()
+    steps = {n: a[:37] for n, a in gradients._asdict().items() if a is not None and is_per_step(n, a)}
+    assert not any(getattr(gradients, n)[37:].any() for n in steps)
+    oracle.check({"h": output.h[:37], "c_last": output.c_last}, problem.expected_forward(), problem.dtype)
+    problem.check(gradients._replace(**steps), problem.expected_backward())
+
+
+@on_the_panel
+@pytest.mark.parametrize("garbage", [np.nan, np.inf])
+def test_data_at_padded_steps_is_never_used(backend, row, garbage):
+    problem = typical(row)
+    pad = problem.inputs["mask_pad"]
+    assert pad.any()
+
+    def spoiled(name, a):
+        if not is_per_step(name, a) or name == "mask_pad":
+            return a
+        a = np.array(a)
+        a[pad] = garbage
+        return a
+
+    for a, b in zip(backend.both(problem.map_arrays(spoiled)), backend.both(problem), strict=True):
+        assert_same(a, b)
+
+
+# ---- columns, and what is not finite ----------------------------------------------------------------------------------
+
+
+def plant(problem, name, value, t, b, d, k=0):
+    """The value in one place of one input, in the memory layout it has."""
+    a = problem.grad_h if name == "grad_h" else problem.grad_c_last if name == "grad_c_last" else problem.inputs[name]
+    a = np.array(a)
+    if a.ndim == 4:
+        a[t, b, d, k] = value
+    elif is_per_step(name, a):
+        a[t, b, d] = value
+    elif name in ("bias", "weight_c"):
+        a[k, d] = value
+    else:
+        a[b, d] = value
+    return problem.replace(**{name: a})
+
+
+def planted(row, value, **changes):
+    """(name, problem with the value in one input, where) for each input and each of its gates."""
+    problem = typical(row, padding="none", **changes)
+    arrays = {n: problem.inputs[n] for n in ARRAYS} | {"grad_h": problem.grad_h, "grad_c_last": problem.grad_c_last}
+    where = {"t": 17, "b": 1}
+    for name, a in arrays.items():
+        if a is None:
+            continue
+        gates = a.shape[3] if a.ndim == 4 else 2 if name in ("bias", "weight_c") else 1
+        for k in range(gates):
+            for d in (5, 13):  # a forward column and a reversed one
+                yield name, plant(problem, name, value, **where, d=d, k=k), where | {"d": d}
+
+
+def without_column(results, b, d):
+    """Results with the column zeroed; b None: of every batch."""
+    b = slice(None) if b is None else b
+
+    def blank(name, a):
+        a = np.array(a)
+        if name in ("bias", "weight_c") and a.ndim == 2:
+            a[:, d] = 0
+        elif a.ndim > 2:
+            a[:, b, d] = 0
+        else:
+            a[b, d] = 0
+        return a
+
+    return type(results)(*(None if a is None else blank(n, a) for n, a in results._asdict().items()))
+
+
+@on_the_panel
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_column_does_not_see_its_neighbours(backend, row, value):
+    clean = backend.both(typical(row, padding="none"))
+    for name, problem, where in planted(row, value):
+        b = None if name in ("bias", "weight_c") and problem.inputs[name].ndim == 2 else where["b"]
+        for results, of_clean in zip(backend.both(problem), clean, strict=True):
+            assert_same(without_column(results, b, where["d"]), without_column(of_clean, b, where["d"]), name)
+
+
+@on_the_panel
+def test_a_non_finite_value_does_not_reach_steps_processed_before(backend, row):
+    clean, clean_g = backend.both(typical(row, padding="none"))
+    for name, problem, where in planted(row, np.nan):
+        t, b, d = where.values()
+        forward, every = d < 8, problem.inputs["save_every"]
+        if name in ("u", "x") or (name == "weight_c" and problem.inputs[name].ndim == 4):
+            got = backend.forward(problem)
+            steps = slice(0, t) if forward else slice(t + 1, None)
+            blocks = slice(0, t // every) if forward else slice(t // every + 1, None)
+            assert np.isnan(got.h[t, b, d].astype(float))
+            assert_same(
+                cusru.Output(got.h[steps, b, d], got.c[blocks, b, d], None),
+                cusru.Output(clean.h[steps, b, d], clean.c[blocks, b, d], None),
+                name,
+            )
+        if name == "grad_h":
+            got = backend.backward(problem, clean.c)
+            steps = slice(t + 1, None) if forward else slice(0, t)
+            assert np.isnan(got.u[t, b, d].astype(float)).any()
+            np.testing.assert_array_equal(_bits(got.u[steps, b, d]), _bits(clean_g.u[steps, b, d]))
+
+
+@pytest.mark.parametrize("activation", ["identity", "tanh", "relu", "selu"])
+@pytest.mark.parametrize("candidate", ["identity", "tanh"])
+def test_a_nan_is_never_swallowed(backend, activation, candidate):
+    # Wherever the equations in float64 give a NaN.
+    rows = [row for row in strategies.COVERING if row[2:4] == (activation, candidate) and row[0] in DTYPES]
+    for row in rows:
+        for name, problem, _ in planted(row, np.nan):
+            output, gradients = backend.both(problem)
+            for results, wanted in ((output, problem.expected_forward()), (gradients, problem.expected_backward())):
+                for result, got in results._asdict().items():
+                    if got is not None:
+                        swallowed = np.isnan(wanted[result]) & ~np.isnan(got.astype(float))
+                        assert not swallowed.any(), f"{name} -> {result}{np.argwhere(swallowed)[0]}, {row}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight", ["none", "column"])
+def test_extreme_sigmoid_arguments_are_finite_and_silent(backend, dtype, weight):
+    row = (dtype, "x", "identity", "tanh", weight, "scalar", "saved")
+    problem = typical(row, width=4, length=4, layout_u="compact", bias=None)
+    extreme = {"float64": 1e300, "float32": 1e38, "float16": 65504.0, "bfloat16": 1e38}[dtype]
+    gates = np.array([[f, r] for f in (-extreme, -100, 100, extreme) for r in (-extreme, -100, 100, extreme)])
+    u = np.array(problem.inputs["u"])
+    u[:, 0, :, 1:] = gates.reshape(4, 4, 2).astype(u.dtype)
+    problem = problem.replace(u=u)
+    with warnings.catch_warnings(), np.errstate(all="warn"):
+        warnings.simplefilter("error")
+        output, gradients = backend.both(problem)
+    for a in (*output, *gradients):
+        assert a is None or np.isfinite(a.astype(float)).all()
+    problem.check(output, problem.expected_forward())
+    problem.check(gradients, problem.expected_backward())
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------------
+
+
+@on_the_panel
+def test_every_memory_layout_gives_the_same_bits(backend, row):
+    problem = typical(row, layout="compact", layout_u="compact")
+    wanted = backend.both(problem)
+    for layout in LAYOUTS:
+        for chosen in (("u",), (*ARRAYS[1:], "grad_h", "grad_c_last"), (*ARRAYS, "grad_h", "grad_c_last")):
+            moved = problem.map_arrays(lambda name, a, chosen=chosen, layout=layout: arranged(a, layout) if name in chosen else a)
+            output = backend.forward(moved)
+            c = arranged(output.c, layout) if "x" in chosen else output.c
+            for got, want in zip((output, backend.backward(moved, c)), wanted, strict=True):
+                assert_same(got, want, f"{layout} {chosen}")
+    for a, b in zip(backend.planned_for(132).both(problem), wanted, strict=True):  # never more than a column to a thread
+        assert_same(a, b)
+
+
+@on_the_panel
+def test_a_stride_of_zero_is_that_value_at_every_index(backend, row):
+    problem = typical(row, layout="compact", layout_u="compact")
+    for axis in range(3):
+
+        def spread(name, a, axis=axis):
+            return np.broadcast_to(a.take([0], axis), a.shape) if a.ndim > axis else a
+
+        broadcast = problem.map_arrays(spread)
+        written_out = broadcast.map_arrays(lambda name, a: np.array(a))
+        for a, b in zip(backend.both(broadcast), backend.both(written_out), strict=True):
+            assert_same(a, b)
+
+
+def test_offsets_go_beyond_two_to_the_31_elements(backend):
+    stride = 2**30 + 8  # elements between steps, three of which are taken; untouched pages take no memory
+    if backend.name == "gpu":
+        pytest.skip("test_gpu.py has a problem of this size")
+    problem = typical(
+        ("float16", "x", "identity", "identity", "none", "scalar", "saved"), length=4, batch=1, width=4, layout_u="compact"
+    )
+    try:
+        room = np.zeros(3 * stride + 64, np.float16)
+    except MemoryError as error:
+        pytest.skip(str(error))
+    u = np.lib.stride_tricks.as_strided(room, problem.inputs["u"].shape, (2 * stride, 24, 6, 2))
+    u[...] = problem.inputs["u"]
+    for a, b in zip(backend.both(problem.replace(u=u)), backend.both(problem), strict=True):
+        assert_same(a, b)
+
+
+# ---- repetition, saved states -----------------------------------------------------------------------------------------
+
+
+@on_the_panel
+def test_two_runs_give_the_same_bits(backend, row, monkeypatch):
+    problem = typical(row, batch=5, length=70)
+    first = backend.both(problem)
+    if backend.name == "simulator":  # another order of warps and blocks, other poison
+        monkeypatch.setattr("cusru.simulator.seed", 12345)
+    for a, b in zip(backend.both(problem), first, strict=True):
+        assert_same(a, b)
+
+
+@on_the_panel
+def test_every_save_every_gives_the_same_gradients_and_consistent_states(backend, row):
+    problem = typical(row, length=70, bias=3.0)
+    length, half = 70, 8
+    every_state = backend.forward(problem, save_every=1)
+    wanted = backend.backward(problem, every_state.c, save_every=1)
+    for every in (2, 7, 31, 32, 33, 64, 69, 70, 75):
+        output = backend.forward(problem, save_every=every)
+        ends = [min((j + 1) * every, length) - 1 for j in range(len(output.c))]
+        begins = [j * every for j in range(len(output.c))]
+        states = np.concatenate([every_state.c[ends][:, :, :half], every_state.c[begins][:, :, half:]], axis=2)
+        assert_same(output, every_state._replace(c=states), every)
+        assert_same(backend.backward(problem, output.c, save_every=every), wanted, every)
+    assert_same(backend.forward(problem, save_every=None), every_state._replace(c=None))
+
+
+# ---- algebra ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_weight_c_and_activation_the_forward_is_affine_in_c0(backend):
+    problem = typical(("float64", "x", "identity", "identity", "none", "scalar", "saved"), bias=3.0)
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 3, 16))
+    at_a, at_b, at_0, at_sum = (backend.forward(problem, c0=c0) for c0 in (a, b, 0 * a, a + b))
+    for of_a, of_b, of_0, of_sum in zip(at_a, at_b, at_0, at_sum, strict=True):
+        size = sum(abs(part).max() for part in (of_a, of_b, of_0))
+        np.testing.assert_allclose(of_a + of_b - of_0, of_sum, rtol=0, atol=1e-14 * size)
+        assert abs(of_a - of_0).max() > 1e-3
+
+
+@in_float64
+def test_the_backward_is_linear_in_the_gradients_it_is_given(backend, row):
+    problem = typical(row)
+    other = typical(row, seed=5)
+    c = backend.forward(problem).c
+
+    def gradients(scale, other_scale):
+        return backend.backward(
+            problem,
+            c,
+            grad_h=scale * problem.grad_h + other_scale * other.grad_h,
+            grad_c_last=scale * problem.grad_c_last + other_scale * other.grad_c_last,
+        )
+
+    for name, a, b, both in zip(cusru.Gradients._fields, gradients(1, 0), gradients(0, 1), gradients(2, -3), strict=True):
+        if a is not None:
+            over = 0 if is_per_step(name, a) else None
+            size = 2 * abs(a).max(axis=over) + 3 * abs(b).max(axis=over)
+            assert (abs(2 * a - 3 * b - both) <= 1e-12 * size).all(), name
+
+
+@in_float64
+def test_gradients_are_central_finite_differences(backend, row):
+    problem = typical(row, layout="compact")
+    rng = np.random.default_rng(1)
+
+    def loss(**changes):
+        output = backend.forward(problem, **changes)
+        return (output.h * problem.grad_h).sum() + (output.c_last * problem.grad_c_last).sum()
+
+    _, gradients = backend.both(problem)
+    for name, gradient in gradients._asdict().items():
+        if gradient is None:
+            continue
+        a, step = problem.inputs[name], 1e-6
+        direction = rng.standard_normal(a.shape)
+        difference = (loss(**{name: a + step * direction}) - loss(**{name: a - step * direction})) / (2 * step)
+        assert difference == pytest.approx((gradient * direction).sum(), rel=0, abs=2e-8 * abs(gradient * direction).sum()), name
+
+
+@on_the_panel
+def test_a_weight_c_of_zeros_is_no_weight_c(backend, row):
+    absent = typical((*row[:4], "none", *row[5:]))
+    zeros = absent.replace(weight_c=np.zeros((2, 16), np_dtype(state_of(absent.dtype))))
+    output, gradients = backend.both(zeros)
+    absent.check(output, absent.expected_forward())
+    absent.check(gradients._replace(weight_c=None), absent.expected_backward())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_with_a_tanh_candidate_and_no_skip_it_is_the_qrnns_fo_pooling(backend, dtype):
+    problem = typical((dtype, "none", "identity", "tanh", "none", "scalar", "saved"), bidirectional=False, padding="none",
+                      mask_c=None, bias=None, c0=False)  # fmt: skip
+    z, f, o = np.moveaxis(problem.inputs["u"].astype(np.float64), 3, 0)
+    z, f, o = np.tanh(z), 1 / (1 + np.exp(-f)), 1 / (1 + np.exp(-o))
+    c, h = np.zeros(z.shape[1:]), np.empty_like(z)
+    for t in range(len(z)):
+        c = f[t] * c + (1 - f[t]) * z[t]
+        h[t] = o[t] * c
+    got = backend.forward(problem)
+    assert (abs(got.h.astype(float) - h) <= oracle.TOLERANCE[dtype] * abs(h).max(axis=0)).all()
+    assert (abs(got.c_last - c) <= oracle.TOLERANCE[state_of(dtype)]).all()
+
+
+# ---- extremes of size -------------------------------------------------------------------------------------------------
+
+
+@on_the_panel
+@pytest.mark.parametrize("empty", ["length", "batch", "width"])
+@pytest.mark.parametrize("c0", [True, False], ids=["c0", "no c0"])
+def test_a_size_of_zero(backend, row, empty, c0):
+    problem = typical(row, c0=c0, padding="lengths", **{empty: 0})
+    output, gradients = backend.both(problem)
+    problem.check(output, problem.expected_forward())  # shapes and dtypes
+    problem.check(gradients, problem.expected_backward())
+    if empty == "length":
+        np.testing.assert_array_equal(output.c_last, problem.inputs["c0"] if c0 else 0)
+        if c0:
+            np.testing.assert_array_equal(gradients.c0, problem.grad_c_last)
+            assert not backend.backward(problem, output.c, grad_c_last=None).c0.any()
+    for name in ("bias", "weight_c"):
+        a = getattr(gradients, name)
+        assert a is None or not a.any()
+
+
+@functools.cache
+def _long(weight):
+    problem = typical(("float32", "x", "identity", "identity", weight, "scalar", "saved"), length=16384, batch=1, width=8,
+                      layout_u="compact", padding="none", mask_c=None)  # fmt: skip
+    # The state stays small, c0 with it: a large one would excuse, as the largest magnitude, what is lost later.
+    problem = problem.replace(c0=np.zeros_like(problem.inputs["c0"]))
+    bias = np.array(problem.inputs["bias"])
+    bias[0] = [7, 9] * 4
+    problem = problem.replace(bias=bias)
+    return problem, problem.expected_forward(), problem.expected_backward()
+
+
+@pytest.mark.parametrize("weight", ["none", "column"])
+@pytest.mark.parametrize("every", [1, 64])
+def test_long_saturated_sequences_keep_the_bound(backend, weight, every):
+    problem, forward, backward = _long(weight)
+    problem = problem.replace(save_every=every)
+    output, gradients = backend.both(problem)
+    oracle.check(output._replace(c=None), forward, "float32")
+    problem.check(gradients, backward)

@@ -1,0 +1,74 @@
+"""Any problem, on any backend: the results are the oracle's within the bounds of SPEC section 5, and `out=` is respected."""
+
+import numpy as np
+import pytest
+import strategies
+
+from benchmarks import cases
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def same(a, b):
+    """Bitwise, None included."""
+    return all((x is None and y is None) or x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
+
+
+def test_the_covering_lists_hold_every_pair_of_options():
+    possible = {
+        (i, a, j, b) for i, j in ((i, j) for i in range(7) for j in range(i))
+        for a in {r[i] for r in strategies.COVERING} for b in {r[j] for r in strategies.COVERING}
+    }  # fmt: skip
+    impossible = {(5, "packed", 1, skip) for skip in ("none", "x")}
+    impossible |= {(4, "step_state", 0, dtype) for dtype in ("float64", "float32")}
+    impossible |= {(6, "recompute", 5, a) for a in ()}
+    for rows in (strategies.COVERING, strategies.SECOND_COVERING):
+        assert possible - {(i, r[i], j, r[j]) for r in rows for i in range(7) for j in range(i)} == impossible
+
+
+def test_forward_agrees_with_the_oracle(source):
+    def check(backend, problem):
+        problem.check(backend.forward(problem), problem.expected_forward())
+
+    source.for_all(check)
+
+
+def test_backward_agrees_with_the_oracle(source):
+    def check(backend, problem):
+        _, gradients = backend.both(problem)
+        problem.check(gradients, problem.expected_backward(backend.forward(problem, save_every=1).c))
+
+    source.for_all(check, save_every=tuple(s for s in strategies.fields(source.row)["save_every"] if s))
+
+
+def test_out_of_any_layout_gets_the_same_bits_and_nothing_around_it_is_written(source):
+    # Vectors are kept where the row asks for them; the layouts that break them up fall to the scalar rows.
+    layouts = tuple(strategies.LAYOUTS) if source.row is None or source.row[5] == "scalar" else strategies.ALIGNED
+
+    def check(backend, problem):
+        rng = np.random.default_rng(problem.choice["seed"])
+
+        def fresh(results):
+            return [None if a is None else strategies.scratch(a.shape, a.dtype, rng.choice(layouts)) for a in results]
+
+        output, gradients = backend.both(problem)
+        outs = fresh(output), fresh(gradients)
+        returned = backend.forward(problem, out=outs[0]), backend.backward(problem, output.c, out=outs[1])
+        for wanted, given, got in zip((output, gradients), outs, returned, strict=True):
+            assert all(a is b for a, b in zip(given, got, strict=True))
+            assert same(wanted, got)
+            assert all(a is None or strategies.untouched_around(a) for a in given)
+
+    source.for_all(check, save_every=tuple(s for s in strategies.fields(source.row)["save_every"] if s))
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(c, d) for c in cases.SMALL for d in c.dtypes if d in strategies.DTYPES],
+    ids=lambda p: getattr(p, "name", p),
+)
+def test_the_small_cases_of_the_table(backend, case, dtype):
+    problem = strategies.of_case(case, dtype)
+    output, gradients = backend.both(problem)
+    problem.check(output, problem.expected_forward())
+    problem.check(gradients, problem.expected_backward(backend.forward(problem, save_every=1).c))
