@@ -442,3 +442,38 @@ def test_long_saturated_sequences_keep_the_bound(backend, weight, every):
     output, gradients = backend.both(problem)
     oracle.check(output._replace(c=None), forward, "float32")
     problem.check(gradients, backward)
+
+
+# ---- what reviews found -----------------------------------------------------------------------------------------------
+
+
+def call(backend, **inputs):
+    """Forward and backward of float32 inputs that no strategy draws."""
+    grad_h = inputs.pop("grad_h")
+    output = backend._call(cusru.sru_forward, cusru.Output, (), inputs, None)
+    given = inputs | {"grad_h": grad_h, "grad_c_last": None, "c": output.c}
+    return output, backend._call(cusru.sru_backward, cusru.Gradients, (), given, None)
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf])
+def test_the_skip_has_no_gradient_at_a_padded_step_whatever_scale_x(backend, scale):
+    ones = np.ones((2, 1, 2), "f4")
+    pad = np.array([[1], [0]], np.uint8)
+    _, gradients = call(backend, u=np.ones((2, 1, 2, 3), "f4"), x=ones, mask_pad=pad, scale_x=scale, grad_h=ones)
+    assert not gradients.x[0].any()
+
+
+def test_a_saturated_reset_gate_passes_no_gradient_however_large(backend):
+    u = np.zeros((2, 1, 2, 4), "f4")
+    u[..., 2], u[..., 3] = 200, 1e20
+    large = np.full((2, 1, 2), 1e20, "f4")
+    _, gradients = call(backend, u=u, weight_c=np.ones((2, 2), "f4"), c0=np.zeros((1, 2), "f4"), grad_h=large)
+    assert not gradients.u[..., 2].any()
+    np.testing.assert_allclose(gradients.c0, 7.5e19, rtol=2e-5)
+
+
+def test_a_parameter_gradient_that_overflows_is_infinite(backend):
+    u = np.zeros((3, 1, 2, 3), "f4")
+    u[..., 0] = 40
+    _, gradients = call(backend, u=u, bias=np.zeros((2, 2), "f4"), grad_h=np.full((3, 1, 2), 1e38, "f4"))
+    np.testing.assert_array_equal(gradients.bias, [[-np.inf] * 2, [np.inf] * 2])
