@@ -109,7 +109,7 @@ def missing(backend: str) -> str | None:
         try:
             import cupy
         except ImportError as error:
-            return f"no CuPy: {error}"
+            return f'needs CuPy ({error}): pip install "cusru[cuda13]"'
         try:
             count = cupy.cuda.runtime.getDeviceCount()
         except Exception as error:
