@@ -7,7 +7,7 @@ weight_c, gates that a forget bias may keep open.
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,39 +91,42 @@ SMALL = (  # the same kinds of problem, for a CPU
 CASES = {case.name: case for case in (*BENCHMARKS, *SMALL)}
 
 
-def make(case: Case, dtype: str, seed: int = 0, array_module: str = "numpy") -> dict[str, Any]:
-    """The keyword arguments of `cusru.sru_forward` for this case, arrays of `array_module` ("numpy" or "cupy").
+def _as_it_is(a: np.ndarray) -> Any:
+    return a
+
+
+def make(case: Case, dtype: str, seed: int = 0, put: Callable[[np.ndarray], Any] = _as_it_is) -> dict[str, Any]:
+    """The keyword arguments of `cusru.sru_forward` for this case: NumPy's arrays, each handed to `put` (to move it to a device).
 
     u and x have dtype `dtype`; parameters, c0 and mask_c have the state's.
     """
-    xp = importlib.import_module(array_module)
-    rng = xp.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     state = np.dtype("float64" if dtype == "float64" else "float32")
     storage = _dtype(dtype)
     length, batch, width, k = case.L, case.B, case.D, case.k
 
-    def normal(*shape: int) -> Any:
+    def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, dtype=state)
 
     if case.layout == "k_inner":
-        u = normal(length, batch, width, k).astype(storage)
+        u = put(normal(length, batch, width, k).astype(storage))
     else:
-        u = xp.moveaxis(normal(length, batch, k, width).astype(storage), 2, 3)
+        u = put(normal(length, batch, k, width).astype(storage)).transpose(0, 1, 3, 2)
     weight_shape = {"none": None, "column": (2, width), "step": (length, batch, width, 2)}[case.weight_c]
-    weight = bias = None
+    weight = bias = mask_c = None
     if weight_shape is not None:  # uniform of variance 1/2, as the sru package begins
         weight = (1.5**0.5 * (2 * rng.random(weight_shape) - 1)).astype(state)
     if case.bias is not None:
         bias = 0.1 * normal(2, width)
         bias[0] += case.bias
+    x = normal(length, batch, width).astype(storage) if case.skip == "x" else None
+    c0 = normal(batch, width) if case.c0 else None
+    if case.mask_c is not None:
+        mask_c = ((rng.random((batch, width)) >= case.mask_c) / (1 - case.mask_c)).astype(state)
+    arrays = dict(x=x, bias=bias, weight_c=weight, c0=c0, mask_c=mask_c, mask_pad=_padding(case, rng))
     return dict(
         u=u,
-        x=normal(length, batch, width).astype(storage) if case.skip == "x" else None,
-        bias=bias,
-        weight_c=weight,
-        c0=normal(batch, width) if case.c0 else None,
-        mask_c=None if case.mask_c is None else ((rng.random((batch, width)) >= case.mask_c) / (1 - case.mask_c)).astype(state),
-        mask_pad=_padding(case, xp, rng),
+        **{name: None if a is None else put(a) for name, a in arrays.items()},
         activation=case.activation,
         candidate=case.candidate,
         scale_x=case.scale_x,
@@ -133,19 +136,19 @@ def make(case: Case, dtype: str, seed: int = 0, array_module: str = "numpy") -> 
     )
 
 
-def make_gradients(case: Case, dtype: str, seed: int = 0, array_module: str = "numpy") -> tuple[Any, Any]:
+def make_gradients(case: Case, dtype: str, seed: int = 0, put: Callable[[np.ndarray], Any] = _as_it_is) -> tuple[Any, Any]:
     """grad_h and grad_c_last for `cusru.sru_backward`, in u's dtype and the state's."""
-    rng = importlib.import_module(array_module).random.default_rng([seed, 1])
+    rng = np.random.default_rng([seed, 1])
     state = np.dtype("float64" if dtype == "float64" else "float32")
     grad_h = rng.standard_normal((case.L, case.B, case.D), dtype=state).astype(_dtype(dtype))
-    return grad_h, rng.standard_normal((case.B, case.D), dtype=state)
+    return put(grad_h), put(rng.standard_normal((case.B, case.D), dtype=state))
 
 
-def _padding(case: Case, xp: Any, rng: Any) -> Any:
+def _padding(case: Case, rng: np.random.Generator) -> np.ndarray | None:
     if case.padding == "none":
         return None
     if case.padding == "lengths":
-        return xp.arange(case.L)[:, None] >= (rng.random(case.B) * (case.L + 1)).astype("int64")[None]
+        return np.arange(case.L)[:, None] >= (rng.random(case.B) * (case.L + 1)).astype("int64")[None]
     return rng.random((case.L, case.B)) < {"scattered": 0.3, "all": 2}[case.padding]
 
 

@@ -46,11 +46,11 @@ def test_speed(benchmark: Any, monkeypatch: pytest.MonkeyPatch, module: str, cas
     if dtype == "bfloat16":
         pytest.importorskip("ml_dtypes", reason='no ml_dtypes: pip install ".[test]"')
     here = machine(module)
-    given = cases.make(case, dtype, array_module=module)
+    given = cases.make(case, dtype, put=here.put)
     function: Any = cusru.sru_forward
     inputs = [a for a in given.values() if hasattr(a, "nbytes")]
     if direction == "backward":
-        grad_h, grad_c_last = cases.make_gradients(case, dtype, array_module=module)
+        grad_h, grad_c_last = cases.make_gradients(case, dtype, put=here.put)
         c = cusru.sru_forward(**given).c
         function = functools.partial(cusru.sru_backward, grad_h, grad_c_last, c)
         inputs += [grad_h, grad_c_last, c]

@@ -3,6 +3,7 @@
 What else holds on a GPU is in test_properties.py and test_laws.py, whose tests run there too.
 """
 
+import numpy as np
 import oracle
 import pytest
 import strategies
@@ -10,6 +11,7 @@ from conftest import missing, to_host
 
 import cusru
 from benchmarks import cases
+from cusru.__main__ import Gpu
 
 REASON = missing("gpu")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=REASON or "")]
@@ -22,8 +24,11 @@ COLUMNS = 2048  # that the oracle, which is slow, looks at
 )
 def test_the_cases_of_the_table(case, dtype):
     """Full size on the device; a slice of the batch, all of its columns and times, against the oracle."""
-    inputs = cases.make(case, dtype, array_module="cupy")
-    grad_h, grad_c_last = cases.make_gradients(case, dtype, array_module="cupy")
+    import cupy
+
+    device = Gpu(cupy)
+    inputs = cases.make(case, dtype, put=device.put)
+    grad_h, grad_c_last = cases.make_gradients(case, dtype, put=device.put)
     output = cusru.sru_forward(**inputs)
     gradients = cusru.sru_backward(grad_h, grad_c_last, output.c, **inputs)
 
@@ -60,7 +65,7 @@ def test_more_than_two_to_the_31_elements():
 
     if cupy.cuda.runtime.memGetInfo()[0] < 24 << 30:
         pytest.skip("needs 24 GiB of free device memory")
-    u = cupy.random.default_rng(0).standard_normal((8, 1, 64, 3), dtype="float32").astype("float16")
+    u = cupy.asarray(np.random.default_rng(0).standard_normal((8, 1, 64, 3)).astype("float16"))
     whole = cupy.zeros((case.L, case.B, case.D, case.k), "float16")
     whole[:, -1:, -64:] = u
     output, wanted = cusru.sru_forward(whole, save_every=8), cusru.sru_forward(u, save_every=8)
