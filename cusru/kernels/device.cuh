@@ -11,14 +11,24 @@
 #define CUSRU_SIMULATED_KERNEL(kernel, arguments)
 
 template <int BYTES> struct Word;
-template <> struct Word<1> { using type = unsigned char; };
-template <> struct Word<2> { using type = unsigned short; };
-template <> struct Word<4> { using type = unsigned int; };
-template <> struct Word<8> { using type = uint2; };
-template <> struct Word<16> { using type = uint4; };
+template <> struct Word<1> {
+    using type = unsigned char;
+};
+template <> struct Word<2> {
+    using type = unsigned short;
+};
+template <> struct Word<4> {
+    using type = unsigned int;
+};
+template <> struct Word<8> {
+    using type = uint2;
+};
+template <> struct Word<16> {
+    using type = uint4;
+};
 
-// Inputs, which no kernel of the launch writes: through the read-only cache. L1 keeps the line, since a scalar read of a
-// packed u takes its k values in k requests.
+// Inputs, which no kernel of the launch writes: through the read-only cache. L1 keeps the line, since a scalar read of
+// a packed u takes its k values in k requests.
 template <int BYTES> __device__ __forceinline__ void global_load(void* destination, const void* global) {
     using word = typename Word<BYTES>::type;
     *static_cast<word*>(destination) = __ldg(static_cast<const word*>(global));

@@ -5,12 +5,22 @@
 // ---------------------------------------------------------------------------------------------------------------------
 // Storage. float and double compute as themselves; the 16-bit types widen to float, in which the state is kept.
 
-struct Half { unsigned short bits; };
-struct Bfloat { unsigned short bits; };
+struct Half {
+    unsigned short bits;
+};
+struct Bfloat {
+    unsigned short bits;
+};
 
-template <typename T> struct StateOf { using type = T; };
-template <> struct StateOf<Half> { using type = float; };
-template <> struct StateOf<Bfloat> { using type = float; };
+template <typename T> struct StateOf {
+    using type = T;
+};
+template <> struct StateOf<Half> {
+    using type = float;
+};
+template <> struct StateOf<Bfloat> {
+    using type = float;
+};
 
 __device__ __forceinline__ double widen(double v) { return v; }
 __device__ __forceinline__ float widen(float v) { return v; }
@@ -18,10 +28,18 @@ __device__ __forceinline__ float widen(Half v) { return half_to_float(v.bits); }
 __device__ __forceinline__ float widen(Bfloat v) { return bfloat_to_float(v.bits); }
 
 template <typename T> struct Narrow;
-template <> struct Narrow<double> { static __device__ __forceinline__ double from(double v) { return v; } };
-template <> struct Narrow<float> { static __device__ __forceinline__ float from(float v) { return v; } };
-template <> struct Narrow<Half> { static __device__ __forceinline__ Half from(float v) { return {float_to_half(v)}; } };
-template <> struct Narrow<Bfloat> { static __device__ __forceinline__ Bfloat from(float v) { return {float_to_bfloat(v)}; } };
+template <> struct Narrow<double> {
+    static __device__ __forceinline__ double from(double v) { return v; }
+};
+template <> struct Narrow<float> {
+    static __device__ __forceinline__ float from(float v) { return v; }
+};
+template <> struct Narrow<Half> {
+    static __device__ __forceinline__ Half from(float v) { return {float_to_half(v)}; }
+};
+template <> struct Narrow<Bfloat> {
+    static __device__ __forceinline__ Bfloat from(float v) { return {float_to_bfloat(v)}; }
+};
 
 // The widest access, up to 16 bytes, of which `bytes` is a multiple.
 __host__ __device__ constexpr int access_width(int bytes) {
@@ -108,9 +126,9 @@ __device__ __forceinline__ void store_one(char* global, typename StateOf<T>::typ
 // ---------------------------------------------------------------------------------------------------------------------
 // Functions. All are accurate relative to their own value, near zero and in saturation, and let a NaN through.
 
-// s = sigmoid(x) and its complement 1 - s = sigmoid(-x), each exact to its own last bits: 1 - s loses them all where s is
-// near 1, and a forget gate lives there. Where e overflows s is the right 0, and e * s would be NaN; comparisons, not fminf,
-// which would swallow a NaN in x.
+// s = sigmoid(x) and its complement 1 - s = sigmoid(-x), each exact to its own last bits: 1 - s loses them all where s
+// is near 1, and a forget gate lives there. Where e overflows s is the right 0, and e * s would be NaN; comparisons,
+// not fminf, which would swallow a NaN in x.
 __device__ __forceinline__ void sigmoid(float x, float& s, float& complement) {
     float t = -1.44269504f * x, e = ex2_approx(t);
     s = rcp_approx(1.f + e);
@@ -122,7 +140,8 @@ __device__ __forceinline__ void sigmoid(double x, double& s, double& complement)
     complement = x < -700. ? 1. : e * s;
 }
 
-__device__ __forceinline__ float tanh_near_zero(float x) {  // |x| < 1/2, relative error 2e-8: fitted by reweighted least squares
+__device__ __forceinline__ float tanh_near_zero(
+    float x) {  // |x| < 1/2, relative error 2e-8: fitted by reweighted least squares
     float y = x * x;
     float p = fmaf(fmaf(fmaf(0x1.1abcd2p-6f, y, -0x1.b29c0ap-5f), y, 0x1.10ea8cp-3f), y, -0x1.5554dap-2f);
     return fmaf(x * y, p, x);

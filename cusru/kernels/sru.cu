@@ -7,7 +7,8 @@ extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, 1) cusru_reduce(cons
 }
 CUSRU_SIMULATED_KERNEL(cusru_reduce, Args)
 #else
-using Chosen = Variant<CUSRU_TYPE, CUSRU_SKIP, CUSRU_ACTIVATION, CUSRU_CANDIDATE, CUSRU_WEIGHT, CUSRU_COLUMNS, CUSRU_PACKED>;
+using Chosen =
+    Variant<CUSRU_TYPE, CUSRU_SKIP, CUSRU_ACTIVATION, CUSRU_CANDIDATE, CUSRU_WEIGHT, CUSRU_COLUMNS, CUSRU_PACKED>;
 #if CUSRU_PASS == 0
 extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, 1) cusru_forward(const Args args) {
     forward<Chosen, CUSRU_AHEAD, CUSRU_THREADS>(args);

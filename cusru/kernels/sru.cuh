@@ -17,11 +17,23 @@
 #include "numbers.cuh"
 
 enum Skip { NO_SKIP = 0, SKIP_X = 1, SKIP_PROJECTED = 2 };
-enum Weight { NO_WEIGHT = 0, WEIGHT_COLUMN = 1, WEIGHT_STEP = 2, WEIGHT_STEP_STATE = 3 };  // STEP_STATE: in the state's type
+enum Weight {
+    NO_WEIGHT = 0,
+    WEIGHT_COLUMN = 1,
+    WEIGHT_STEP = 2,
+    WEIGHT_STEP_STATE = 3
+};  // STEP_STATE: in the state's type
 
 enum Flag {  // uniform over the launch
-    NARROW_BIAS = 1, NARROW_WEIGHT = 2, NARROW_C0 = 4, NARROW_MASK = 8, NARROW_SCALE = 16, NARROW_GRAD_C_LAST = 32,
-    BIDIRECTIONAL = 64, MASK_GATE = 128, GRAD_U_PACKED = 256,
+    NARROW_BIAS = 1,
+    NARROW_WEIGHT = 2,
+    NARROW_C0 = 4,
+    NARROW_MASK = 8,
+    NARROW_SCALE = 16,
+    NARROW_GRAD_C_LAST = 32,
+    BIDIRECTIONAL = 64,
+    MASK_GATE = 128,
+    GRAD_U_PACKED = 256,
 };
 
 struct Args {  // mirrored by raw_kernels.ARGS; an absent array has data == nullptr
@@ -37,7 +49,8 @@ struct Args {  // mirrored by raw_kernels.ARGS; an absent array has data == null
 };
 
 // What is fixed when the kernel is compiled.
-template <typename T_, int SKIP_, int ACTIVATION_, int CANDIDATE_, int WEIGHT_, int COLUMNS_, bool PACKED_> struct Variant {
+template <typename T_, int SKIP_, int ACTIVATION_, int CANDIDATE_, int WEIGHT_, int COLUMNS_, bool PACKED_>
+struct Variant {
     using T = T_;
     using S = typename StateOf<T>::type;
     static constexpr int SKIP = SKIP_, ACTIVATION = ACTIVATION_, CANDIDATE = CANDIDATE_, WEIGHT = WEIGHT_;
@@ -46,9 +59,14 @@ template <typename T_, int SKIP_, int ACTIVATION_, int CANDIDATE_, int WEIGHT_, 
     static constexpr int K = SKIP == SKIP_PROJECTED ? 4 : 3;
     static constexpr bool STEP_WEIGHT = WEIGHT >= WEIGHT_STEP;
 };
-template <bool STATE, typename S, typename T> struct Choose { using type = T; };
-template <typename S, typename T> struct Choose<true, S, T> { using type = S; };
-template <typename V> using WeightType = typename Choose<V::WEIGHT == WEIGHT_STEP_STATE, typename V::S, typename V::T>::type;
+template <bool STATE, typename S, typename T> struct Choose {
+    using type = T;
+};
+template <typename S, typename T> struct Choose<true, S, T> {
+    using type = S;
+};
+template <typename V>
+using WeightType = typename Choose<V::WEIGHT == WEIGHT_STEP_STATE, typename V::S, typename V::T>::type;
 
 // The u of one step: K values of each column.
 template <typename V> struct Projection {
@@ -96,7 +114,8 @@ template <typename S> struct Column {
 template <typename S> __device__ __forceinline__ bool forgets(S f) { return f < S(0.25); }
 
 // c' -> c; f, g and z are left for the backward.
-template <typename V, typename S> __device__ __forceinline__ S advance(S u0, S u1, S v_f, S bias_f, S c_prev, S& f, S& g, S& z, S& slope_z) {
+template <typename V, typename S>
+__device__ __forceinline__ S advance(S u0, S u1, S v_f, S bias_f, S c_prev, S& f, S& g, S& z, S& slope_z) {
     S x = u1 + bias_f;
     if constexpr (V::WEIGHT != NO_WEIGHT) x = fma(v_f, c_prev, x);
     sigmoid(x, f, g);
@@ -104,7 +123,8 @@ template <typename V, typename S> __device__ __forceinline__ S advance(S u0, S u
     return forgets(f) ? fma(f, c_prev, g * z) : fma(g, z - c_prev, c_prev);
 }
 
-template <typename V, typename S> __device__ __forceinline__ void reset_gate(S u2, S v_r, S bias_r, S c_prev, S& r, S& q) {
+template <typename V, typename S>
+__device__ __forceinline__ void reset_gate(S u2, S v_r, S bias_r, S c_prev, S& r, S& q) {
     S x = u2 + bias_r;
     if constexpr (V::WEIGHT != NO_WEIGHT) x = fma(v_r, c_prev, x);
     sigmoid(x, r, q);
@@ -125,7 +145,8 @@ template <typename S> struct Gradient {
 };
 
 template <typename V, typename S>
-__device__ __forceinline__ Gradient<S> retreat(const Column<S>& k, S u0, S u1, S u2, S s, S v_f, S v_r, S c_prev, S c, S gh, S& carry) {
+__device__ __forceinline__ Gradient<S> retreat(const Column<S>& k, S u0, S u1, S u2, S s, S v_f, S v_r, S c_prev, S c,
+                                               S gh, S& carry) {
     S f, g, z, slope_z, r, q, a, slope;
     advance<V>(u0, u1, v_f, k.bias_f, c_prev, f, g, z, slope_z);
     reset_gate<V>(u2, v_r, k.bias_r, c_prev, r, q);
@@ -187,8 +208,8 @@ struct Cursor {
     }
 };
 
-// A sum of a parameter gradient, with Kahan's compensation: the error stays at a few ulps of the sum of magnitudes however
-// long it grows, and there is arithmetic to spare.
+// A sum of a parameter gradient, with Kahan's compensation: the error stays at a few ulps of the sum of magnitudes
+// however long it grows, and there is arithmetic to spare.
 template <typename S> struct Sum {
     S total = 0, lost = 0;
     __device__ __forceinline__ void add(S v) {
@@ -229,10 +250,13 @@ template <typename V> struct Thread {  // which columns a thread walks, and what
             column[i].n = (args.flags & MASK_GATE) ? column[i].m : S(1);
         }
     }
-    __device__ __forceinline__ S one(const Array& a, long long batch, long long column_, long long row, int narrow) const {
+    __device__ __forceinline__ S one(const Array& a, long long batch, long long column_, long long row,
+                                     int narrow) const {
         return load_one<typename V::T>(a.at(0, batch, column_, row), (args.flags & narrow) != 0);
     }
-    __device__ __forceinline__ S initial(int i) const { return args.c0.data ? one(args.c0, b, d + i, 0, NARROW_C0) : S(0); }
+    __device__ __forceinline__ S initial(int i) const {
+        return args.c0.data ? one(args.c0, b, d + i, 0, NARROW_C0) : S(0);
+    }
     // The time of the step that is processed as number p.
     __device__ __forceinline__ long long time(long long p) const { return reversed ? args.length - 1 - p : p; }
     __device__ __forceinline__ Cursor cursor(const Array& a, long long p, bool against = false) const {
@@ -251,8 +275,11 @@ template <typename V> struct StateLoader {
     Cursor u, weight, pad;
     long long row_u, row_weight;
     __device__ __forceinline__ StateLoader(const Thread<V>& thread, long long p, bool against = false)
-        : u(thread.cursor(thread.args.u, p, against)), weight(thread.cursor(thread.args.weight_c, p, against)),
-          pad(thread.cursor(thread.args.mask_pad, p, against)), row_u(thread.args.u.row), row_weight(thread.args.weight_c.row) {}
+        : u(thread.cursor(thread.args.u, p, against)),
+          weight(thread.cursor(thread.args.weight_c, p, against)),
+          pad(thread.cursor(thread.args.mask_pad, p, against)),
+          row_u(thread.args.u.row),
+          row_weight(thread.args.weight_c.row) {}
     __device__ __forceinline__ void gates(StateInputs<V>& in) {  // everything but u
         if constexpr (V::STEP_WEIGHT) in.weight.load(weight.next(), row_weight);
         in.pad = 0;
@@ -265,15 +292,21 @@ template <typename V> struct StateLoader {
     }
 };
 
-template <typename V> __device__ __forceinline__ typename V::S weight_of(const StateInputs<V>& in, const Column<typename V::S>& k, int gate, int i) {
+template <typename V>
+__device__ __forceinline__ typename V::S weight_of(const StateInputs<V>& in, const Column<typename V::S>& k, int gate,
+                                                   int i) {
     if constexpr (V::STEP_WEIGHT) return in.weight.get(gate, i);
     return gate ? k.v_r : k.v_f;
 }
 
 // The state after one step of column i, all that a recomputation needs.
-template <typename V> __device__ __forceinline__ typename V::S next_state(const StateInputs<V>& in, const Column<typename V::S>& k, int i, typename V::S c_prev) {
+template <typename V>
+__device__ __forceinline__ typename V::S next_state(const StateInputs<V>& in, const Column<typename V::S>& k, int i,
+                                                    typename V::S c_prev) {
     typename V::S f, g, z, slope_z;
-    return in.pad ? c_prev : advance<V>(in.u.get(0, i), in.u.get(1, i), weight_of<V>(in, k, 0, i), k.bias_f, c_prev, f, g, z, slope_z);
+    return in.pad ? c_prev
+                  : advance<V>(in.u.get(0, i), in.u.get(1, i), weight_of<V>(in, k, 0, i), k.bias_f, c_prev, f, g, z,
+                               slope_z);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -298,8 +331,11 @@ template <typename V, int AHEAD, int THREADS> __device__ __forceinline__ void fo
     // Steps until the next state is saved. A forward column ends its blocks at multiples of save_every and at the last
     // step, a reversed one begins with the block that may be short.
     long long S_ = args.save_every, blocks = args.c.data ? (args.length + S_ - 1) / S_ : 0;
-    long long until = blocks == 0 ? 0 : thread.reversed ? args.length - (blocks - 1) * S_ : S_;  // from 0 it never comes to 0
-    Cursor h = thread.cursor(args.h, 0), saved(args.c, thread.reversed ? blocks - 1 : 0, thread.b, thread.d, thread.reversed);
+    long long until = blocks == 0       ? 0
+                      : thread.reversed ? args.length - (blocks - 1) * S_
+                                        : S_;  // from 0 it never comes to 0
+    Cursor h = thread.cursor(args.h, 0),
+           saved(args.c, thread.reversed ? blocks - 1 : 0, thread.b, thread.d, thread.reversed);
     auto save = [&] {
         Values<S, N> out;
 #pragma unroll
@@ -319,7 +355,8 @@ template <typename V, int AHEAD, int THREADS> __device__ __forceinline__ void fo
         for (int i = 0; i < N; ++i) {
             const Column<S>& k = thread.column[i];
             S f, g, z, slope_z, r, q;
-            S next = advance<V>(in.u.get(0, i), in.u.get(1, i), weight_of<V>(in, k, 0, i), k.bias_f, c[i], f, g, z, slope_z);
+            S next =
+                advance<V>(in.u.get(0, i), in.u.get(1, i), weight_of<V>(in, k, 0, i), k.bias_f, c[i], f, g, z, slope_z);
             reset_gate<V>(in.u.get(2, i), weight_of<V>(in, k, 1, i), k.bias_r, c[i], r, q);
             S s = 0;
             if constexpr (V::SKIP == SKIP_X) s = k.scale * in.x.get(i);
@@ -359,8 +396,9 @@ template <typename V> struct Gradients {
 
     // All of one step: x and the inputs as loaded, u as given by `u(k, i)`, the states around it.
     template <typename U>
-    __device__ __forceinline__ void step(const Thread<V>& thread, const StateInputs<V>& in, U u, const Values<T, N>& x, const Values<T, N>& gh,
-                                         const S (&c_prev)[N], const S (&c)[N], Cursor& grad_u, Cursor& grad_x, Cursor& grad_weight) {
+    __device__ __forceinline__ void step(const Thread<V>& thread, const StateInputs<V>& in, U u, const Values<T, N>& x,
+                                         const Values<T, N>& gh, const S (&c_prev)[N], const S (&c)[N], Cursor& grad_u,
+                                         Cursor& grad_x, Cursor& grad_weight) {
         const Args& args = thread.args;
         S gu[K][N];
         Values<T, N> gx;
@@ -374,8 +412,8 @@ template <typename V> struct Gradients {
                 S s = 0;
                 if constexpr (V::SKIP == SKIP_X) s = k.scale * x.get(i);
                 if constexpr (V::SKIP == SKIP_PROJECTED) s = u(3, i);
-                grad = retreat<V>(k, u(0, i), u(1, i), u(2, i), s, weight_of<V>(in, k, 0, i), weight_of<V>(in, k, 1, i), c_prev[i], c[i],
-                                  gh.get(i), carry[i]);
+                grad = retreat<V>(k, u(0, i), u(1, i), u(2, i), s, weight_of<V>(in, k, 0, i), weight_of<V>(in, k, 1, i),
+                                  c_prev[i], c[i], gh.get(i), carry[i]);
                 if constexpr (V::SKIP == SKIP_X) grad.skip *= k.scale;
                 w_f = grad.u1 * c_prev[i];
                 w_r = grad.u2 * c_prev[i];
@@ -419,13 +457,16 @@ template <typename V> struct Gradients {
         const Args& args = thread.args;
 #pragma unroll
         for (int i = 0; i < N; ++i)
-            carry[i] = args.grad_c_last.data ? thread.one(args.grad_c_last, thread.b, thread.d + i, 0, NARROW_GRAD_C_LAST) : S(0);
+            carry[i] = args.grad_c_last.data
+                           ? thread.one(args.grad_c_last, thread.b, thread.d + i, 0, NARROW_GRAD_C_LAST)
+                           : S(0);
     }
     __device__ __forceinline__ void end(const Thread<V>& thread) {
         const Args& args = thread.args;
         if (!args.grad_c0.data) return;
 #pragma unroll
-        for (int i = 0; i < N; ++i) store_one<T>(args.grad_c0.at(0, thread.b, thread.d + i, 0), carry[i], (args.flags & NARROW_C0) != 0);
+        for (int i = 0; i < N; ++i)
+            store_one<T>(args.grad_c0.at(0, thread.b, thread.d + i, 0), carry[i], (args.flags & NARROW_C0) != 0);
     }
     __device__ __forceinline__ void leave_partials(const Thread<V>& thread, long long row) {
         const Args& args = thread.args;
@@ -447,7 +488,8 @@ template <typename V> struct Gradients {
 };
 
 // Every state was saved: c[t] and c[t - 1] come from one read of c.
-template <typename V, int AHEAD> __device__ __forceinline__ void backward_saved(const Thread<V>& thread, Gradients<V>& gradients) {
+template <typename V, int AHEAD>
+__device__ __forceinline__ void backward_saved(const Thread<V>& thread, Gradients<V>& gradients) {
     using S = typename V::S;
     constexpr int N = V::COLUMNS;
     const Args& args = thread.args;
@@ -477,7 +519,9 @@ template <typename V, int AHEAD> __device__ __forceinline__ void backward_saved(
 #pragma unroll
         for (int i = 0; i < N; ++i) c_prev[i] = to_use > 1 ? in.c_prev.get(i) : first[i];
         --to_use;
-        gradients.step(thread, in, [&](int k, int i) { return in.u.get(k, i); }, in.x, in.gh, c_prev, c, grad_u, grad_x, grad_weight);
+        gradients.step(
+            thread, in, [&](int k, int i) { return in.u.get(k, i); }, in.x, in.gh, c_prev, c, grad_u, grad_x,
+            grad_weight);
 #pragma unroll
         for (int i = 0; i < N; ++i) c[i] = c_prev[i];
     };
@@ -488,12 +532,15 @@ template <typename V, int AHEAD> __device__ __forceinline__ void backward_saved(
 // states, then backward. The tile's states and u wait in shared memory, in slots that only their own thread touches, so
 // each byte of u is read from global memory once, and no barrier is needed. In a block longer than a tile all tiles but
 // the last are walked forward once more, first, for the states between them, which go to `checkpoints`.
-template <typename V, int AHEAD, int TILE, int THREADS> __device__ __forceinline__ void backward_recomputed(const Thread<V>& thread, Gradients<V>& gradients) {
+template <typename V, int AHEAD, int TILE, int THREADS>
+__device__ __forceinline__ void backward_recomputed(const Thread<V>& thread, Gradients<V>& gradients) {
     using T = typename V::T;
     using S = typename V::S;
     constexpr int N = V::COLUMNS, K = V::K, SLOTS = (K + 1) * N;
     CUSRU_SHARED(S, stash, TILE * SLOTS * THREADS);
-    auto slot = [&](long long step, int k, int i) -> S& { return stash[((step * (K + 1) + k) * N + i) * THREADS + threadIdx.x]; };
+    auto slot = [&](long long step, int k, int i) -> S& {
+        return stash[((step * (K + 1) + k) * N + i) * THREADS + threadIdx.x];
+    };
     const Args& args = thread.args;
     long long every = args.save_every, blocks = (args.length + every - 1) / every, plane = args.batch * args.width;
     S* checkpoint = reinterpret_cast<S*>(args.checkpoints) + thread.b * args.width + thread.d;
@@ -502,7 +549,8 @@ template <typename V, int AHEAD, int TILE, int THREADS> __device__ __forceinline
         // A reversed column's first block is the one that may be short.
         long long in_time = thread.reversed ? blocks - 1 - block : block, first_time = in_time * every;
         long long count = args.length - first_time < every ? args.length - first_time : every;
-        long long first = thread.reversed ? args.length - first_time - count : first_time;  // processing number of its first step
+        long long first =
+            thread.reversed ? args.length - first_time - count : first_time;  // processing number of its first step
         S start[N];
         if (block) {
             Values<S, N> in;
@@ -514,7 +562,8 @@ template <typename V, int AHEAD, int TILE, int THREADS> __device__ __forceinline
             for (int i = 0; i < N; ++i) start[i] = thread.initial(i);
         }
 
-        // Tiles in turn: 0 .. tiles-1 to find the states between them, the last of these already backward too, then down.
+        // Tiles in turn: 0 .. tiles-1 to find the states between them, the last of these already backward too, then
+        // down.
         long long tiles = (count + TILE - 1) / TILE;
         S c[N];
         for (long long turn = 0; turn < 2 * tiles - 1; ++turn) {
@@ -561,7 +610,9 @@ template <typename V, int AHEAD, int TILE, int THREADS> __device__ __forceinline
                     S c_prev[N];
 #pragma unroll
                     for (int i = 0; i < N; ++i) c_prev[i] = slot(step, K, i);
-                    gradients.step(thread, in, [&](int k, int i) { return slot(step, k, i); }, in.x, in.gh, c_prev, c, grad_u, grad_x, grad_weight);
+                    gradients.step(
+                        thread, in, [&](int k, int i) { return slot(step, k, i); }, in.x, in.gh, c_prev, c, grad_u,
+                        grad_x, grad_weight);
 #pragma unroll
                     for (int i = 0; i < N; ++i) c[i] = c_prev[i];
                 });
@@ -569,7 +620,8 @@ template <typename V, int AHEAD, int TILE, int THREADS> __device__ __forceinline
     }
 }
 
-template <typename V, int AHEAD, int TILE, int THREADS> __device__ __forceinline__ void backward(const Args& args) {  // TILE 0: every state was saved
+template <typename V, int AHEAD, int TILE, int THREADS>
+__device__ __forceinline__ void backward(const Args& args) {  // TILE 0: every state was saved
     constexpr int N = V::COLUMNS;
     long long per_row = args.width / N, index = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
     if (index >= args.rows * per_row) return;
@@ -612,9 +664,7 @@ template <typename T, int WARPS> __device__ __forceinline__ void reduce(const Ar
     __syncthreads();
     if (warp || index >= width) return;
     Sum<S> all;
-    for (int w = 0; w < WARPS; ++w) {
-        all.add(of_warp[w * 32 + lane]);
-    }
+    for (int w = 0; w < WARPS; ++w) { all.add(of_warp[w * 32 + lane]); }
     long long gate = index / args.width, d = index % args.width;
     if (args.grad_bias.data) {
         if (gate < 2) {

@@ -38,20 +38,20 @@ enum Operation { SHUFFLE, VOTE, SYNC };
 // alignment: so the frame's address alone finds it, with no thread-local variable between a kernel and its threadIdx.
 struct Fiber {
     Index thread, block, block_size, grid_size;
-    bool counting;              // a report is open
-    unsigned tile;              // tiles that this thread has ended
-    unsigned accesses[KINDS];   // ordinals within the tile
-    unsigned spins;             // workspace loads so far: a thread may wait for another with these alone
-    const void* polled;         // the flag last looked at, and what it said
+    bool counting;             // a report is open
+    unsigned tile;             // tiles that this thread has ended
+    unsigned accesses[KINDS];  // ordinals within the tile
+    unsigned spins;            // workspace loads so far: a thread may wait for another with these alone
+    const void* polled;        // the flag last looked at, and what it said
     uint64_t polled_value;
     // The rest is the runtime's.
     Warp* warp;
     unsigned lane;
     void* stack_pointer;
-    void* fake_stack;           // AddressSanitizer's
-    void* tsan;                 // ThreadSanitizer's
-    bool fenced;                // has passed a __threadfence: see fence in runtime.cpp
-    const void* atomics[8];     // the addresses of its latest ones, which a later __threadfence acquires
+    void* fake_stack;        // AddressSanitizer's
+    void* tsan;              // ThreadSanitizer's
+    bool fenced;             // has passed a __threadfence: see fence in runtime.cpp
+    const void* atomics[8];  // the addresses of its latest ones, which a later __threadfence acquires
     unsigned atomic_count;
 };
 
@@ -75,16 +75,14 @@ void after_atomic(const void* address, bool changed);
 void poll(const void* address, uint64_t value);
 #pragma GCC visibility pop
 
-template <int BYTES>
-inline __attribute__((always_inline)) void access(const void* address, Kind kind) {
+template <int BYTES> inline __attribute__((always_inline)) void access(const void* address, Kind kind) {
     static_assert(BYTES == 1 || BYTES == 2 || BYTES == 4 || BYTES == 8 || BYTES == 16, "no such access on a GPU");
     uintptr_t place = reinterpret_cast<uintptr_t>(address);
     if (__builtin_expect(place % BYTES != 0 || place < 4096, 0)) bad_address(address, BYTES);  // page 0: a null pointer
     if (__builtin_expect(fiber().counting, 0)) record(address, BYTES, kind);
 }
 
-template <typename T>
-inline T shuffle(unsigned mask, T value, unsigned source, int line) {
+template <typename T> inline T shuffle(unsigned mask, T value, unsigned source, int line) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
     uint64_t bits = 0;
     memcpy(&bits, &value, sizeof value);
@@ -144,8 +142,7 @@ inline unsigned __activemask() { return cusru_simulator::active_lanes(); }
 
 // A source outside the segment leaves a lane its own value, as the programming guide says; __shfl_xor_sync may reach
 // into earlier segments.
-template <typename T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32, int line = __builtin_LINE()) {
+template <typename T> T __shfl_sync(unsigned mask, T value, int source, int width = 32, int line = __builtin_LINE()) {
     unsigned lane = threadIdx.x % 32, segment = lane & ~(width - 1u);
     return cusru_simulator::shuffle(mask, value, segment | (source & (width - 1u)), line);
 }
@@ -166,8 +163,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, int line = 
 }
 
 // Atomics are relaxed, as on a GPU; __threadfence orders them. Each is a point where another thread may run.
-template <typename T>
-T atomicAdd(T* address, T value) {
+template <typename T> T atomicAdd(T* address, T value) {
     static_assert(T(0.5) == T(0), "floating-point atomics would make results depend on the order of threads");
     cusru_simulator::access<sizeof(T)>(address, cusru_simulator::WORKSPACE_WRITE);
     cusru_simulator::before_atomic(address);
@@ -187,59 +183,51 @@ inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<u
 
 // Every thread of a block gets the same memory from the same declaration. It is full of NaNs at first. The static
 // variable identifies the declaration, one per instantiation of a template as on a GPU.
-#define CUSRU_SHARED(type, name, count) \
+#define CUSRU_SHARED(type, name, count)       \
     static const char name##_declaration = 0; \
     type* const name = static_cast<type*>(cusru_simulator::shared_memory(&name##_declaration, sizeof(type) * (count)))
 
-template <int BYTES>
-__forceinline__ void global_load(void* destination, const void* global) {
+template <int BYTES> __forceinline__ void global_load(void* destination, const void* global) {
     cusru_simulator::access<BYTES>(global, cusru_simulator::READ);
     memcpy(destination, global, BYTES);
 }
 
-template <int BYTES>
-__forceinline__ void global_store(void* global, const void* source) {
+template <int BYTES> __forceinline__ void global_store(void* global, const void* source) {
     cusru_simulator::access<BYTES>(global, cusru_simulator::WRITE);
     memcpy(global, source, BYTES);
 }
 
-template <int BYTES>
-__forceinline__ void workspace_load(void* destination, const void* global) {
+template <int BYTES> __forceinline__ void workspace_load(void* destination, const void* global) {
     cusru_simulator::access<BYTES>(global, cusru_simulator::WORKSPACE_READ);
     memcpy(destination, global, BYTES);
     // A thread that waits with these alone would wait forever for one that never gets to run.
     if (__builtin_expect(++cusru_simulator::fiber().spins % 256 == 0, 0)) cusru_simulator::poll(global, 0);
 }
 
-template <int BYTES>
-__forceinline__ void workspace_store(void* global, const void* source) {
+template <int BYTES> __forceinline__ void workspace_store(void* global, const void* source) {
     cusru_simulator::access<BYTES>(global, cusru_simulator::WORKSPACE_WRITE);
     memcpy(global, source, BYTES);
 }
 
 // Flags between blocks. A load lets others run first, so a loop around it may wait.
-template <typename T>
-T load_acquire(const T* address) {
+template <typename T> T load_acquire(const T* address) {
     cusru_simulator::access<sizeof(T)>(address, cusru_simulator::WORKSPACE_READ);
     cusru_simulator::poll(address, static_cast<uint64_t>(__atomic_load_n(address, __ATOMIC_RELAXED)));
     return __atomic_load_n(address, __ATOMIC_ACQUIRE);
 }
-template <typename T>
-T load_relaxed(const T* address) {
+template <typename T> T load_relaxed(const T* address) {
     cusru_simulator::access<sizeof(T)>(address, cusru_simulator::WORKSPACE_READ);
     cusru_simulator::poll(address, static_cast<uint64_t>(__atomic_load_n(address, __ATOMIC_RELAXED)));
     T value = __atomic_load_n(address, __ATOMIC_RELAXED);
     cusru_simulator::after_atomic(address, false);
     return value;
 }
-template <typename T>
-void store_release(T* address, T value) {
+template <typename T> void store_release(T* address, T value) {
     cusru_simulator::access<sizeof(T)>(address, cusru_simulator::WORKSPACE_WRITE);
     __atomic_store_n(address, value, __ATOMIC_RELEASE);
     cusru_simulator::after_atomic(address, true);
 }
-template <typename T>
-void store_relaxed(T* address, T value) {
+template <typename T> void store_relaxed(T* address, T value) {
     cusru_simulator::access<sizeof(T)>(address, cusru_simulator::WORKSPACE_WRITE);
     cusru_simulator::before_atomic(address);
     __atomic_store_n(address, value, __ATOMIC_RELAXED);
@@ -309,8 +297,8 @@ inline unsigned short float_to_bfloat(float value) {
 }
 
 // What Python looks up: the size of the argument structure, and one thread's run of the kernel.
-#define CUSRU_SIMULATED_KERNEL(name, Args) \
+#define CUSRU_SIMULATED_KERNEL(name, Args)                                                            \
     extern "C" __attribute__((visibility("default"))) const uint64_t name##_args_size = sizeof(Args); \
-    extern "C" __attribute__((visibility("default"))) void name##_thread(const void* args) { \
-        name(*static_cast<const Args*>(args)); \
+    extern "C" __attribute__((visibility("default"))) void name##_thread(const void* args) {          \
+        name(*static_cast<const Args*>(args));                                                        \
     }

@@ -121,8 +121,7 @@ static char* map(size_t size) {
 
 // Memory that this thread of the host has used before. ThreadSanitizer must not see one fiber's stack become another's
 // without any ordering, so there everybody gets new pages.
-template <size_t SIZE, size_t GUARD>
-struct Pool {
+template <size_t SIZE, size_t GUARD> struct Pool {
     std::vector<char*> free;
     ~Pool() {
         for (char* memory : free) munmap(memory, SIZE);
@@ -168,13 +167,13 @@ struct Arrival {  // a lane at a shuffle, vote or __syncwarp
 struct Block;
 struct Warp {
     Block* block;
-    unsigned first;                     // its first thread
-    unsigned lanes, ready, exited;      // masks: those it has, those that can run, those that have returned
-    unsigned arrived;                   // mask: those that wait for others of this warp
+    unsigned first;                 // its first thread
+    unsigned lanes, ready, exited;  // masks: those it has, those that can run, those that have returned
+    unsigned arrived;               // mask: those that wait for others of this warp
     bool queued;
-    Fiber* fibers[32];                  // null before a lane first runs
+    Fiber* fibers[32];  // null before a lane first runs
     Arrival arrivals[32];
-    char arrive, depart;                // ThreadSanitizer's addresses for __syncwarp, see barrier
+    char arrive, depart;  // ThreadSanitizer's addresses for __syncwarp, see barrier
     std::vector<Access> accesses;
 };
 
@@ -188,7 +187,7 @@ struct Launch;
 struct Block {
     Launch* launch;
     unsigned index, threads, exited, arrived;
-    int line;                           // of the barrier where threads wait
+    int line;  // of the barrier where threads wait
     char arrive, depart;
     std::vector<Warp> warps;
     char* shared = nullptr;
@@ -206,9 +205,9 @@ struct Launch {
     char* error;
     size_t error_size;
     bool failed = false;
-    uint64_t progress = 0, idle = 0;    // idle: runs of a warp since anything but polling happened
-    void* stack_pointer = nullptr;      // the scheduler's
-    std::vector<Warp*> queue = {};      // warps with a lane that can run
+    uint64_t progress = 0, idle = 0;  // idle: runs of a warp since anything but polling happened
+    void* stack_pointer = nullptr;    // the scheduler's
+    std::vector<Warp*> queue = {};    // warps with a lane that can run
     // The host's stack and fiber, for the sanitizers
     void* fake_stack = nullptr;
     const void* stack_bottom = nullptr;
@@ -344,8 +343,10 @@ static uint64_t distinct(std::vector<Access>::iterator from, std::vector<Access>
 
 static void count(Warp& warp, Statistics& statistics) {
     auto by_request = [](const Access& a, const Access& b) {
-        return a.kind != b.kind ? a.kind < b.kind : a.tile != b.tile ? a.tile < b.tile
-             : a.ordinal != b.ordinal ? a.ordinal < b.ordinal : a.address < b.address;
+        return a.kind != b.kind         ? a.kind < b.kind
+               : a.tile != b.tile       ? a.tile < b.tile
+               : a.ordinal != b.ordinal ? a.ordinal < b.ordinal
+                                        : a.address < b.address;
     };
     auto by_address = [](const Access& a, const Access& b) { return a.address < b.address; };
     auto& list = warp.accesses;
@@ -438,7 +439,10 @@ uint64_t exchange(Operation operation, unsigned mask, uint64_t value, unsigned s
         IF_TSAN(if (operation == SYNC) __tsan_acquire(&warp.depart);)
         return warp.arrivals[me.lane].result;
     }
-    IF_TSAN(if (operation == SYNC) { __tsan_acquire(&warp.arrive); __tsan_release(&warp.depart); })
+    IF_TSAN(if (operation == SYNC) {
+        __tsan_acquire(&warp.arrive);
+        __tsan_release(&warp.depart);
+    })
     uint64_t votes = 0;
     if (operation == VOTE)
         for (unsigned left = mask; left != 0; left &= left - 1)
@@ -567,7 +571,7 @@ static void simulate(Launch& launch) {
     unsigned resident = std::max(2u, std::min(RESIDENT_BLOCKS, RESIDENT_THREADS / launch.block_size));
     std::vector<std::unique_ptr<Block>> blocks;
     launch.queue.reserve(resident * 32);  // so that no fiber ever makes it grow, and a sanitizer sees that
-    unsigned left = launch.grid;  // blocks yet to start, the last one first
+    unsigned left = launch.grid;          // blocks yet to start, the last one first
     while (left > 0 && blocks.size() < resident) {
         blocks.push_back(std::make_unique<Block>());
         if (!start_block(launch, *blocks.back(), --left)) break;
@@ -601,9 +605,11 @@ static void simulate(Launch& launch) {
 }  // namespace cusru_simulator
 
 // Runs the kernel for every thread of the grid. `error` is empty afterwards, or says what went wrong.
-extern "C" __attribute__((visibility("default"))) void cusru_simulate(
-    const char* name, void (*kernel)(const void*), const void* args, size_t args_size, unsigned grid,
-    unsigned block_size, uint64_t seed, cusru_simulator::Statistics* statistics, char* error, size_t error_size) {
+extern "C" __attribute__((visibility("default"))) void cusru_simulate(const char* name, void (*kernel)(const void*),
+                                                                      const void* args, size_t args_size, unsigned grid,
+                                                                      unsigned block_size, uint64_t seed,
+                                                                      cusru_simulator::Statistics* statistics,
+                                                                      char* error, size_t error_size) {
     using namespace cusru_simulator;
     error[0] = 0;
     if (grid == 0) return;
