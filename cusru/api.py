@@ -15,10 +15,8 @@ import numpy as np
 from cusru import dlpack, raw_kernels
 from cusru.dlpack import Array
 
-ACTIVATIONS = ("identity", "tanh", "relu", "selu")
-CANDIDATES = ("identity", "tanh")
+ACTIVATIONS, CANDIDATES = tuple(raw_kernels.ACTIVATIONS), tuple(raw_kernels.CANDIDATES)
 MASK_TARGETS = ("state", "gate")
-STATE_OF = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
 
 
 class Output(NamedTuple):
@@ -305,8 +303,8 @@ def _check(
     given = {name: dlpack.borrow(value, name, handle) for name, value in objects.items()}
 
     a = given["u"]
-    if a.dtype not in STATE_OF:
-        raise TypeError(f"u has dtype {a.dtype}; allowed are {', '.join(STATE_OF)}")
+    if a.dtype not in raw_kernels.STATES:
+        raise TypeError(f"u has dtype {a.dtype}; allowed are {', '.join(raw_kernels.STATES)}")
     if len(a.shape) != 4 or a.shape[3] not in (3, 4):
         raise ValueError(f"u has shape {a.shape}; expected (L, B, D, 3) or (L, B, D, 4)")
     length, batch, width, k = a.shape
@@ -317,7 +315,7 @@ def _check(
 
     capped = save_every and min(save_every, max(length, 1))  # beyond L all are alike, and L fits the kernels
     problem = Problem(
-        direction, length, batch, width, k, a.dtype, STATE_OF[a.dtype], activation, candidate, mask_target,
+        direction, length, batch, width, k, a.dtype, raw_kernels.STATES[a.dtype], activation, candidate, mask_target,
         bool(bidirectional), capped, float(scale_x) if is_number else 1.0, device, handle, given, dict(given),
     )  # fmt: skip
     own, either = (problem.dtype,), tuple(dict.fromkeys((problem.dtype, problem.state)))
@@ -355,11 +353,9 @@ def _check(
 
 def _same_device(name: str, device: tuple[str, int], of_u: tuple[str, int]) -> None:
     if device != of_u:
-        raise ValueError(f"{name} is on {_device_name(device)} and u on {_device_name(of_u)}; all arrays must share one device")
-
-
-def _device_name(device: tuple[str, int]) -> str:
-    return "cpu" if device[0] == "cpu" else f"{device[0]}:{device[1]}"
+        raise ValueError(
+            f"{name} is on {dlpack.device_name(device)} and u on {dlpack.device_name(of_u)}; all arrays must share one device"
+        )
 
 
 def _check_dtype(array: Array, allowed: tuple[str, ...]) -> None:

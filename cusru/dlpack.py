@@ -61,7 +61,7 @@ class Array:
     def numpy(self) -> np.ndarray:
         """The same CPU memory as a NumPy array; bfloat16 as its bits in uint16."""
         if self.device != CPU:
-            raise TypeError(f"{self.name} is on {_text(self.device)}, and NumPy reads CPU memory only")
+            raise TypeError(f"{self.name} is on {device_name(self.device)}, and NumPy reads CPU memory only")
         return _view(self, _storage(self.dtype).str, self.readonly)
 
 
@@ -159,7 +159,8 @@ def _read_torch(obj: Any, name: str, device: tuple[str, int], stream: int | None
     torch = sys.modules["torch"]
     if obj.requires_grad and torch.is_grad_enabled():
         raise TypeError(
-            f"{name} requires grad, and a kernel call is not recorded for autograd: use cusru.torch.sru, or pass {name}.detach()"
+            f"{name} requires grad, and a kernel call is not recorded for autograd: use the adapter cusru.torch.sru (until a "
+            f"release brings it, a torch.autograd.Function as in README), or pass {name}.detach()"
         )
     if obj.layout is not torch.strided:
         raise TypeError(f"{name} has layout {obj.layout}: pass a strided tensor ({name}.to_dense())")
@@ -552,5 +553,5 @@ def _type(obj: Any) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _text(device: tuple[str, int]) -> str:
-    return "the CPU" if device == CPU else f"{device[0]}:{device[1]}"
+def device_name(device: tuple[str, int]) -> str:
+    return "cpu" if device == CPU else f"{device[0]}:{device[1]}"

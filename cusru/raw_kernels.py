@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 TYPES = {"float64": "double", "float32": "float", "float16": "Half", "bfloat16": "Bfloat"}
 STORAGE = {"float64": "f8", "float32": "f4", "float16": "u2", "bfloat16": "u2"}
-STATES = {"float64": "f8", "float32": "f4", "float16": "f4", "bfloat16": "f4"}
+STATES = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
 SKIPS = {"none": 0, "x": 1, "projected": 2}
 ACTIVATIONS = {"identity": 0, "tanh": 1, "relu": 2, "selu": 3}
 CANDIDATES = {"identity": 0, "tanh": 1}

@@ -1,4 +1,4 @@
-"""The recurrence in NumPy: the backend of CPU arrays, and the oracle that the kernels are tested against.
+"""The recurrence in NumPy: the backend of CPU arrays.
 
 SRU: Lei et al., "Simple Recurrent Units for Highly Parallelizable Recurrence", EMNLP 2018, https://arxiv.org/abs/1709.02755
 QRNN: Bradbury et al., "Quasi-Recurrent Neural Networks", 2016, https://arxiv.org/abs/1611.01576

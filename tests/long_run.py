@@ -69,7 +69,11 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first case's number: --first N --cases 1 repeats case N")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    backends = [name for name in ("numpy", "simulator") if not missing(name)]
+    backends = ("numpy", "simulator")
+    for name in backends:
+        if reason := missing(name):
+            print(f"{name}: {reason}")
+            return 1
     indices = range(options.first, options.first + options.cases)
     jobs = [(options.seed, index, name) for index, name in itertools.product(indices, backends)]
     worst: dict[str, float] = {}
@@ -84,6 +88,7 @@ def main() -> int:
                 print(f"FAILED --seed {options.seed}: {failure}", flush=True)
             if done % 200 == 0 or done == len(jobs):
                 print(f"{done} of {len(jobs)} runs, {failed} failed, {time.monotonic() - start:.0f} s", flush=True)
+    print(f"{options.cases} cases on each of {' and '.join(backends)}")
     print("worst error / bound: " + ", ".join(f"{quantity} {ratio:.3f}" for quantity, ratio in sorted(worst.items())))
     return 1 if failed else 0
 

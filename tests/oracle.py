@@ -1,11 +1,12 @@
-"""SPEC.md sections 2, 3 and 5 as naive float64 loops over time: obviously right, slow, and sharing no code with cusru.
+"""The equations of forward and backward, and the bounds of their errors, as naive float64 loops over time: obviously right,
+slow, and sharing no code with cusru.
 
 The inputs are exact: the already rounded values, widened to float64 (`widen`). `forward` and `backward` return a dict of
 results with, under "magnitude" and "amplification", what `check` needs to bound the error of each:
 
     bound = max(tolerance, 8 * eps * K) * magnitude + floor
 
-magnitude: the largest over time in the column, a difference counting with the magnitudes of both its terms (SPEC section 5).
+magnitude: the largest over time in the column, a difference counting with the magnitudes of both its terms.
 The rounding of c = f*c' + g*z and of the carry, which are such differences, is also felt in what is computed from them: so
 activation(c) counts with both terms of c, times its slope, and gc with the largest carry before it, as far as it was kept.
 K: the amplification K_t = |dc_t/dc_{t-1}| * K_{t-1} + 1, its maximum over time, in columns whose recurrence amplifies

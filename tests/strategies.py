@@ -164,7 +164,7 @@ class Problem:
         return self.inputs | {"scale_x": float(np.asarray(scale).astype(np.float64).reshape(()))}
 
     def check(self, results: Any, expected: dict[str, Any]) -> float:
-        """Results (a NamedTuple) within SPEC section 5's bounds, of their right dtypes and shapes; the worst error / bound."""
+        """Results (a NamedTuple) within the oracle's bounds, of their right dtypes and shapes; the worst error / bound."""
         length, plane, state = self.shape[0], self.shape[1:], np_dtype(state_of(self.dtype))
         every = self.inputs["save_every"]
         given = self.inputs

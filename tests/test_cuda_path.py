@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import missing
 
 import cusru
 from cusru import dlpack, raw_kernels, simulator
@@ -61,6 +62,8 @@ class Driver:
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    if reason := missing("simulator"):
+        pytest.skip(reason)
     driver = Driver()
 
     class RawKernel:

@@ -1,4 +1,4 @@
-"""Arrays of every framework, in and out without a copy; streams; overlap; and the errors of SPEC.md section 6."""
+"""Arrays of every framework, in and out without a copy; streams; overlap; and the errors that bad input raises."""
 
 import contextlib
 import ctypes
@@ -595,7 +595,7 @@ def test_other_frameworks_get_their_own_type_back():
     assert dlpack.give(made, plain) is made.owner
 
 
-# ---- errors of SPEC section 6 -----------------------------------------------------------------------------------------
+# ---- errors of bad input ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", [None, 3, 2.5, "text", [1.0], (1.0,), np.float32(1), object(), {}])

@@ -102,7 +102,7 @@ BAD = {  # changed arguments, the error, and what its message says
         ValueError,
         ["bidirectional", "even", "5"],
     ),
-    "stream of no kind on a CPU is not looked at, but a workspace too small is": (
+    "workspace of rank 2": (
         dict(workspace=empty(2, 2, dtype="u1")), ValueError, ["workspace", r"\(2, 2\)"],
     ),
     "workspace of floats": (dict(workspace=empty(4096)), TypeError, ["workspace", "float32", "uint8"]),
@@ -174,7 +174,11 @@ BAD_OUT = {
 @pytest.mark.parametrize("case", BAD_OUT)
 def test_a_bad_out_is_refused(case: str) -> None:
     out, error, words = BAD_OUT[case]
+    good = results()
+    if isinstance(out, list) and len(out) == 3:
+        out = [valid if member is None else member for member, valid in zip(out, good, strict=True)]
     raises(error, words, forward, out=out)
+    assert all((a == 7).all() for a in good)
 
 
 def test_an_out_that_overlaps_an_input_is_refused() -> None:

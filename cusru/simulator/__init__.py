@@ -176,7 +176,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def load(source: str, entry: str, macros: tuple[str, ...] = ()) -> Kernel:
-    """The kernel ``entry`` of a CUDA source, compiled with ``macros`` such as "-DCUSRU_DTYPE=float"."""
+    """The kernel ``entry`` of a CUDA source, compiled with ``macros`` such as "-DCUSRU_TYPE=float"."""
     extra = os.environ.get("CUSRU_SIMULATE_FLAGS", "")
     key = (source, entry, tuple(macros), extra, os.environ.get("CXX"))
     kernel = _kernels.get(key)

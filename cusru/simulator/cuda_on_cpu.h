@@ -179,7 +179,7 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
 
-// ---- cusru's names: each has a PTX version beside it in the kernels ----
+// ---- cusru's names: device.cuh has the PTX versions (of the flags between blocks not yet: no kernel has such) ----
 
 // Every thread of a block gets the same memory from the same declaration. It is full of NaNs at first. The static
 // variable identifies the declaration, one per instantiation of a template as on a GPU.
