@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import importlib
 import json
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import cusru
+from cusru import dlpack, reference
 
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "float16": 1e-3, "bfloat16": 5e-3}  # of a result held in that dtype
 CHECKED = 16  # of the D columns, for every batch
@@ -34,6 +36,27 @@ Array = np.ndarray
 # ---- where it runs -----------------------------------------------------------------------------------------------------
 
 
+class Bits:
+    """A bfloat16 array over its bits, since NumPy has no such dtype: what cusru takes from any framework that has it."""
+
+    def __init__(self, bits: Array) -> None:
+        self.bits, self.ndim, self.nbytes = bits, bits.ndim, bits.nbytes
+        self.export = dlpack._Export(dataclasses.replace(dlpack.borrow(bits, "bits"), dtype="bfloat16"))
+
+    def __dlpack__(self, **wishes: Any) -> Any:
+        return self.export.__dlpack__(**wishes)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.export.__dlpack_device__()
+
+    def __getitem__(self, index: Any) -> Bits:
+        return Bits(self.bits[index])
+
+
+def host(a: Any) -> Array:
+    return reference.widen(a.bits, np.float32) if isinstance(a, Bits) else np.asarray(a)
+
+
 class Cpu:
     """NumPy arrays: the NumPy backend, or the simulator."""
 
@@ -42,11 +65,18 @@ class Cpu:
         self.device = f"{_processor()}, {os.cpu_count()} cores"
         self.shape = (64, 8, 256) if simulated else (256, 16, 512)
 
-    def put(self, a: Array) -> Any:
+    def cast(self, a: Array, dtype: str) -> Any:
+        if dtype != "bfloat16":
+            return a.astype(dtype)
+        bits = np.empty(a.shape, np.uint16)
+        reference.narrow(a, bits)
+        return Bits(bits)
+
+    def put(self, a: Any) -> Any:
         return a
 
     def get(self, a: Any) -> Array:
-        return np.asarray(a)
+        return host(a)
 
     def bytes(self, count: int) -> Any:
         return np.zeros(count, np.uint8)
@@ -80,6 +110,9 @@ class Gpu:
             f"{about['multiProcessorCount']} multiprocessors, {about['totalGlobalMem'] / 2**30:.1f} GiB"
         )
         self.filler = self.bytes(2**28), self.bytes(2**28)
+
+    def cast(self, a: Array, dtype: str) -> Any:
+        return a.astype(importlib.import_module("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
 
     def put(self, a: Array) -> Any:
         # As bits: every CuPy can move those, whatever it makes of bfloat16.
@@ -267,20 +300,26 @@ def make(shape: tuple[int, int, int]) -> dict[str, Array]:
     return values
 
 
-def measure(machine: Cpu | Gpu, values: dict[str, Array], dtype: np.dtype) -> Iterator[Row]:
-    state = np.dtype("float64" if dtype == np.float64 else "float32")
-    values = {name: a.astype(state if name in ("c0", "grad_c_last") else dtype) for name, a in values.items()}
+def measure(machine: Cpu | Gpu, values: dict[str, Array], dtype: str) -> Iterator[Row]:
+    state = "float64" if dtype == "float64" else "float32"
     width = values["x"].shape[2]
+    values = {name: machine.cast(a, state if name in ("c0", "grad_c_last") else dtype) for name, a in values.items()}
     pick = slice(None, None, -(-width // CHECKED))
 
     def part(a: Any) -> Any:  # of D, which is the last axis of all but u's arrays
         return a[:, :, pick] if a.ndim == 4 else a[..., pick]
 
-    wider = np.longdouble if dtype == np.float64 else np.float64
-    right = truth(**{name: part(a).astype(wider) for name, a in values.items()})
+    wider = np.longdouble if dtype == "float64" else np.float64
+    right = truth(**{name: host(part(a)).astype(wider) for name, a in values.items()})
     arrays = {name: machine.put(a) for name, a in values.items()}
     u, x, grad_h, grad_c_last = (arrays.pop(name) for name in ("u", "x", "grad_h", "grad_c_last"))
-    forward = cusru.sru_forward(u, x, **arrays)
+
+    def own(names: tuple[str, ...]) -> list[Any]:
+        """`out` with our own arrays for what NumPy cannot hold, None for the rest."""
+        like = (values.get({"h": "x"}.get(name, name)) for name in names)
+        return [Bits(np.empty_like(a.bits)) if isinstance(a, Bits) else None for a in like]
+
+    forward = cusru.sru_forward(u, x, **arrays, out=own(FORWARD))
 
     def run(direction: str, out: Any = None, workspace: Any = None) -> Any:
         if direction == "forward":
@@ -288,12 +327,12 @@ def measure(machine: Cpu | Gpu, values: dict[str, Array], dtype: np.dtype) -> It
         return cusru.sru_backward(grad_h, grad_c_last, forward.c, u, x, **arrays, out=out, workspace=workspace)
 
     for direction, names in (("forward", FORWARD), ("backward", BACKWARD)):
-        results = run(direction)
+        results = run(direction, own(names))
         errors = {}
         for name in names:
-            got = machine.get(part(getattr(results, name)))
-            want, magnitude = right[name]
-            bound = TOLERANCE[got.dtype.name] * magnitude
+            result = part(getattr(results, name))
+            got, (want, magnitude) = machine.get(result), right[name]
+            bound = TOLERANCE["bfloat16" if isinstance(result, Bits) else got.dtype.name] * magnitude
             errors[name] = float((abs(got.astype(wider) - want) / bound).max())
         worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
 
@@ -304,7 +343,7 @@ def measure(machine: Cpu | Gpu, values: dict[str, Array], dtype: np.dtype) -> It
         machine.copy(source, target)
         of_copy = machine.seconds(functools.partial(machine.copy, source, target))
         seconds = machine.seconds(functools.partial(run, direction, results, workspace))
-        yield Row(dtype.name, direction, errors[worst], worst, seconds, floor / seconds / 1e9, of_copy / seconds)
+        yield Row(dtype, direction, errors[worst], worst, seconds, floor / seconds / 1e9, of_copy / seconds)
 
 
 # ---- the report --------------------------------------------------------------------------------------------------------
@@ -333,12 +372,11 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     skipped = {}
     for name in TOLERANCE:
-        if name == "bfloat16" and versions["ml_dtypes"] == "not installed":
-            skipped[name] = "skipped: NumPy has no bfloat16 without the package ml_dtypes (pip install ml_dtypes)"
+        if name == "bfloat16" and isinstance(machine, Gpu) and versions["ml_dtypes"] == "not installed":
+            skipped[name] = "skipped: CuPy has no bfloat16 without the package ml_dtypes (pip install ml_dtypes)"
             say(f"  {name:<10}{skipped[name]}")
             continue
-        dtype = np.dtype(importlib.import_module("ml_dtypes").bfloat16 if name == "bfloat16" else name)
-        for row in measure(machine, values, dtype):
+        for row in measure(machine, values, name):
             rows.append(row)
             flag = "" if row.error <= 1 else "   OUT OF BOUNDS"
             say(

@@ -68,14 +68,14 @@ class Specialisation(NamedTuple):
 
     @property
     def ahead(self) -> int:
-        """Steps whose loads are in flight: as many as 64 registers hold, in powers of two up to 16 forward and 8 backward, a
-        quarter of that where a thread walks several columns."""
+        """Steps whose loads are in flight: as many as 64 registers hold (48 in the backward of several columns, which spills
+        beyond), in powers of two up to 16 forward and 8 backward, a quarter of that where a thread walks several columns."""
         item, state = (np.dtype(name).itemsize for name in (STORAGE[self.dtype], STATES[self.dtype]))
         backward = self.direction == "backward"
         narrow = (4 if self.skip != "none" else 3) + backward + 2 * (self.weight == "step")  # k of u, x, grad_h, weights
         wide = backward + 2 * (self.weight == "step_state")  # c, weights
         registers = self.columns * (narrow * max(item, 4 if self.columns == 1 else 2) + wide * state) // 4
-        fit = 1 << ((64 // registers).bit_length() - 1)
+        fit = 1 << (((48 if backward and self.columns > 1 else 64) // registers).bit_length() - 1)
         return min(fit, (8 if backward else 16) // (4 if self.columns > 1 else 1))
 
     @property
