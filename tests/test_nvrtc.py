@@ -41,12 +41,14 @@ def check(kernel: Specialisation, architecture: int) -> None:
 
 
 def covering(kernels: Iterable[Specialisation]) -> list[Specialisation]:
-    """Few kernels that hold every value of every option, and every pass and layout, with every dtype."""
+    """Few kernels that hold every value of every option, and every pass and layout and kind of weights, which decide the
+    registers, with every dtype."""
 
     def pairs(kernel: Specialisation) -> set[tuple[object, ...]]:
         shape = (kernel.direction, kernel.recompute, kernel.columns, kernel.packed)
         options = (kernel.skip, kernel.activation, kernel.candidate, kernel.weight)
-        return {(kernel.dtype, shape)} | {(kernel.dtype, i, option) for i, option in enumerate(options)}
+        registers = (kernel.dtype, *shape[:3], kernel.weight)
+        return {(kernel.dtype, shape), registers} | {(kernel.dtype, i, option) for i, option in enumerate(options)}
 
     remaining = {kernel: pairs(kernel) for kernel in kernels}
     wanted = set().union(*remaining.values())
