@@ -10,8 +10,8 @@ magnitude: the largest over time in the column, a difference counting with the m
 The rounding of c = f*c' + g*z and of the carry, which are such differences, is also felt in what is computed from them: so
 activation(c) counts with both terms of c, times its slope, and gc with the largest carry before it, as far as it was kept.
 K: the amplification K_t = |dc_t/dc_{t-1}| * K_{t-1} + 1, its maximum over time, in columns whose recurrence amplifies
-(|dc_t/dc_{t-1}| > 1 somewhere); 0 elsewhere, so that the tolerance alone holds there: K counts steps too, and would excuse
-anything of a long memory.
+(|dc_t/dc_{t-1}| > 1 somewhere) and in those whose u never changes, which rounds the same way at every step; 0 elsewhere, so
+that the tolerance alone holds there: K counts steps too, and would excuse anything of a long memory.
 """
 
 import numpy as np
@@ -74,6 +74,7 @@ class _Inputs:
         self.u = widen(u)
         length, batch, dim, k = self.shape = self.u.shape
         zeros = np.zeros((length, batch, dim))
+        self.steady = (self.u == self.u[:1]).all(axis=(0, 3)) if length > 1 else np.zeros((batch, dim), bool)
         self.bias = np.zeros((2, dim)) if bias is None else widen(bias).reshape(2, dim)
         self.per_step = weight_c is not None and np.ndim(weight_c) == 4
         self.linear = weight_c is None  # then nothing is multiplied by v: 0 * NaN would be NaN
@@ -104,13 +105,13 @@ def _largest(a):
     return a.max(axis=0, keepdims=True, initial=0)
 
 
-def _amplification(jacobians):
+def _amplification(jacobians, steady):
     """K per column, (1, B, D), from dc/dc_prev in the order of the recursion; 0 where nothing is amplified."""
     k, worst = np.ones(jacobians.shape[1:]), np.ones(jacobians.shape[1:])
     for j in np.abs(np.where(np.isfinite(jacobians), jacobians, 0)):
         k = j * k + 1
         worst = np.maximum(worst, k)
-    return np.where((_largest(jacobians) > 1), worst[None], 0)
+    return np.where((_largest(jacobians) > 1) | steady, worst[None], 0)
 
 
 def forward(
@@ -155,7 +156,9 @@ def forward(
                 jac[t, :, d] = np.where(pad, 0, jac[t, :, d])  # nothing is computed at padding
                 h[t, :, d], h_size[t, :, d], all_c[t, :, d] = np.where(pad, 0, h_new), np.where(pad, 0, size), c
             c_last[:, d] = c
-            amplification[:, :, d] = _amplification(np.where(i.pad[:, :, None], 1, jac[:, :, d])[:: -1 if reverse else 1])
+            amplification[:, :, d] = _amplification(
+                np.where(i.pad[:, :, None], 1, jac[:, :, d])[:: -1 if reverse else 1], i.steady[:, d]
+            )
             for j in range(count):
                 t = j * save_every if reverse else min((j + 1) * save_every, length) - 1
                 saved[j, :, d] = all_c[t, :, d]
@@ -240,7 +243,9 @@ def backward(
                 gw_size[t, :, d] = np.where(pad[..., None], 0, np.stack([gu1_size, gu2_size], -1) * abs(c_prev)[..., None])
             carry_last[:, d] = carry
             carry_size[:, :, d] = _largest(np.array(carry_sizes))
-            amplification[:, :, d] = _amplification(np.where(i.pad[:, :, None], 1, jac[:, :, d])[:: 1 if reverse else -1])
+            amplification[:, :, d] = _amplification(
+                np.where(i.pad[:, :, None], 1, jac[:, :, d])[:: 1 if reverse else -1], i.steady[:, d]
+            )
 
     amplification = amplification * forward_k
 
