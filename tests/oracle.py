@@ -18,7 +18,8 @@ import numpy as np
 
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "float16": 1e-3, "bfloat16": 5e-3}
 LARGEST = {"float64": np.finfo(np.float64).max, "float32": np.finfo(np.float32).max, "float16": 65504.0, "bfloat16": 3.38e38}
-FLOOR = {"float64": 1e-305, "float32": 1e-36, "float16": 2.0**-23, "bfloat16": 1e-36}  # subnormals may be flushed or rounded
+FLOOR = {"float64": 1e-305, "float32": 1e-36, "float16": 2.0**-23, "bfloat16": 1e-36}  # flushed, rounded
+# A factor below 2^-126 may be flushed before factors of up to some 30 multiply it: 1e-36 for float32's state.
 STATE_RESULTS = ("c", "c_last")  # held in the state's dtype always
 SCALE, ALPHA = 1.0507009873554804934, 1.6732632423543772848
 

@@ -534,7 +534,6 @@ __device__ __forceinline__ void backward_saved(const Thread<V>& thread, Gradient
 // the last are walked forward once more, first, for the states between them, which go to `checkpoints`.
 template <typename V, int AHEAD, int TILE, int THREADS>
 __device__ __forceinline__ void backward_recomputed(const Thread<V>& thread, Gradients<V>& gradients) {
-    using T = typename V::T;
     using S = typename V::S;
     constexpr int N = V::COLUMNS, K = V::K, SLOTS = (K + 1) * N;
     CUSRU_SHARED(S, stash, TILE * SLOTS * THREADS);
