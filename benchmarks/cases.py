@@ -44,6 +44,12 @@ class Case(NamedTuple):
     def elements(self) -> int:
         return self.L * self.B * self.D
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What differs from a plain SRU v1."""
+        fixed = ("name", "L", "B", "D", "dtypes")
+        return {n: v for n, v in self._asdict().items() if n not in fixed and v != self._field_defaults[n]}
+
 
 _SEPARATION = Case("separation", 64, 4096, 64, weight_c="column", mask_target="gate", bidirectional=True)
 

@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -323,20 +324,21 @@ def _machine(device: tuple[str, int]) -> tuple[Callable[[Specialisation, int, in
 
 
 @functools.cache
-def source() -> str:
-    """The kernels' source as one text: CuPy's disk cache is keyed by it, and would not see a changed include."""
+def source(file: Path | None = None) -> str:
+    """The kernels' source, or that of another file which includes their headers, as one text: CuPy's disk cache is keyed by
+    it, and would not see a changed include."""
     seen: set[str] = set()
 
-    def inline(name: str) -> str:
+    def inline(name: str, text: str | None = None) -> str:
         if name in seen:
             return ""
         seen.add(name)
-        text = resources.files("cusru").joinpath("kernels", name).read_text()
+        text = text or resources.files("cusru").joinpath("kernels", name).read_text()
         text = re.sub(r"^#pragma once\n", "", text, flags=re.MULTILINE)
         text = re.sub(r'^#include "(\w+\.cuh)"\n', lambda include: inline(include[1]), text, flags=re.MULTILINE)
         return f'#line 1 "{name}"\n{text}' if name.endswith(".cu") else text
 
-    return inline("sru.cu")
+    return inline(file.name, file.read_text()) if file else inline("sru.cu")
 
 
 def options(kernel: Specialisation) -> tuple[str, ...]:

@@ -1,0 +1,131 @@
+"""Where a benchmark runs: NumPy, the simulator or a CUDA device; how it launches a kernel there, and how it times a call.
+
+The classes extend those of `python -m cusru`, which time a call beside a copy. On `Numpy` and `Simulator` time is the CPU's
+and no evidence for a GPU's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cusru import __main__ as main
+from cusru import raw_kernels
+
+HERE = Path(__file__).parent
+
+
+def launch_options(macros: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(f"-D{name}={value}" for name, value in macros.items())
+
+
+class _Host(main.Cpu):
+    def put(self, a: np.ndarray) -> np.ndarray:
+        """A copy that begins at a multiple of 256 bytes, as what a device's allocator gives."""
+        room = np.empty(a.nbytes + 256, np.uint8)
+        begin = -room.ctypes.data % 256
+        copied = room[begin : begin + a.nbytes].view(a.dtype).reshape(a.shape)
+        copied[...] = a
+        return copied
+
+    def bytes(self, count: int) -> np.ndarray:
+        return self.put(np.zeros(count, np.uint8))
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        return self.put(np.zeros(shape, dtype))
+
+    caches = ("as left",)  # by the run before
+
+    def time(self, call: Callable[[], object], cache: str = "as left") -> float:
+        return self.seconds(call)
+
+
+class Numpy(_Host):
+    name = "numpy"
+    simulated = False
+
+    def __init__(self) -> None:
+        super().__init__(simulated=False)
+
+
+class Simulator(_Host):
+    name = "simulator"
+    simulated = True
+
+    def __init__(self) -> None:
+        super().__init__(simulated=True)
+
+    def launch(self, file: str, entry: str, macros: dict[str, Any], blocks: int, threads: int, args: np.ndarray) -> None:
+        from cusru import simulator
+
+        simulator.load(raw_kernels.source(HERE / file), entry, launch_options(macros))(blocks, threads, args)
+
+
+class Cuda(main.Gpu):
+    name = "gpu"
+    simulated = False
+    caches = ("cold", "warm")
+
+    def __init__(self, cupy: Any) -> None:
+        super().__init__(cupy)
+        self.kernels: dict[tuple[Any, ...], Any] = {}
+
+    def launch(self, file: str, entry: str, macros: dict[str, Any], blocks: int, threads: int, *args: Any) -> None:
+        options = ("-std=c++17", *launch_options(macros))
+        if (file, entry, options) not in self.kernels:
+            self.kernels[file, entry, options] = self.cupy.RawKernel(raw_kernels.source(HERE / file), entry, options=options)
+        self.kernels[file, entry, options]((blocks,), (threads,), args)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        if dtype == "bfloat16":  # as bits, which every CuPy can allocate
+            return self.cupy.empty(shape, np.uint16).view(dtype)
+        return self.cupy.empty(shape, dtype)
+
+    def time(self, call: Callable[[], object], cache: str = "cold") -> float:
+        """Seconds by events on the stream, the median of ten. cold: copies have emptied L2 before each run. warm: the same call
+        has just run. Either way the device is busy while Python prepares the launch, which is therefore not timed."""
+        if cache == "cold":
+            return self.seconds(call)
+        times = []
+        for _ in range(10):
+            call()
+            self.launch("stream.cu", "hold", {"THREADS": 256}, 1, 1, np.int64(1_000_000))  # some 0.6 ms
+            start, end = self.cupy.cuda.Event(), self.cupy.cuda.Event()
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(self.cupy.cuda.get_elapsed_time(start, end) / 1000)
+        return float(np.median(times))
+
+
+Machine = Numpy | Simulator | Cuda
+
+
+def find(name: str) -> Machine:
+    """ "numpy", "simulator" or "gpu". RuntimeError where this computer has no such thing, with the reason.
+
+    The simulator is chosen by the environment: with it, CUSRU_SIMULATE must be 1, and with NumPy it must not.
+    """
+    wanted = "1" if name == "simulator" else ""
+    if name != "gpu" and (os.environ.get("CUSRU_SIMULATE") == "1") != bool(wanted):
+        raise RuntimeError(f"CUSRU_SIMULATE is {os.environ.get('CUSRU_SIMULATE')!r}, which does not select {name}")
+    if name == "numpy":
+        return Numpy()
+    if name == "simulator":
+        from cusru import simulator
+
+        simulator.compiler()
+        return Simulator()
+    try:
+        import cupy
+    except ImportError as error:
+        raise RuntimeError(f'CuPy cannot be imported ({error}): pip install ".[cuda13]" or ".[cuda12]"') from error
+    try:
+        return Cuda(cupy)
+    except Exception as error:
+        raise RuntimeError(f"no CUDA device that works: {type(error).__name__}: {error}") from error

@@ -1,0 +1,191 @@
+"""A case laid out on a machine: its two passes, ready to run again and again, their floor, the yardsticks and the baseline.
+
+work = Workload(machine, case, "float32")
+row = work.measure("forward")          # or work.run("forward"), to run it once
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import cusru
+from benchmarks import cases
+from benchmarks.cases import Case
+from benchmarks.machine import Machine
+from cusru import raw_kernels
+
+PASSES = ("forward", "backward")
+STREAM_THREADS, STREAM_BLOCK_BYTES = 256, 128 * 1024
+ORIGINAL_THREADS = 512
+
+
+class Floor(NamedTuple):
+    """The bytes that a pass must move: each input read once, each output written once, at their own dtypes."""
+
+    read: int
+    written: int
+
+    @property
+    def bytes(self) -> int:
+        return self.read + self.written
+
+
+def _nbytes(arrays: Any) -> int:
+    return sum(a.nbytes for a in arrays if hasattr(a, "nbytes"))
+
+
+class Workload:
+    def __init__(self, machine: Machine, case: Case, dtype: str) -> None:
+        self.machine, self.case, self.dtype = machine, case, dtype
+        self.given = cases.make(case, dtype, put=machine.put)
+        self.output = cusru.sru_forward(**self.given)
+        self._workspace = {}
+        self.results: dict[str, Any] = {"forward": self.output}
+        self.gradients: tuple[Any, ...] = ()
+        if case.save_every is not None:
+            self.gradients = (*cases.make_gradients(case, dtype, put=machine.put), self.output.c)
+            self.results["backward"] = cusru.sru_backward(*self.gradients, **self.given)
+        for direction in self.results:
+            self._workspace[direction] = machine.bytes(cusru.workspace_size(direction, **self.given))
+
+    def run(self, direction: str) -> None:
+        """As a caller does who owns all memory: nothing is allocated."""
+        memory = dict(out=self.results[direction], workspace=self._workspace[direction])
+        if direction == "forward":
+            cusru.sru_forward(**self.given, **memory)
+        else:
+            cusru.sru_backward(*self.gradients, **self.given, **memory)
+
+    def floor(self, direction: str) -> Floor:
+        read = _nbytes(self.given.values()) + (_nbytes(self.gradients) if direction == "backward" else 0)
+        return Floor(read, _nbytes(self.results[direction]))
+
+    # ---- yardsticks ----
+
+    def copy(self, floor: Floor) -> Callable[[], object]:
+        """A copy that reads and writes half of the bytes each."""
+        source, target = (self.machine.bytes(floor.bytes // 2) for _ in range(2))
+        return functools.partial(self.machine.copy, source, target)
+
+    def stream(self, floor: Floor) -> Callable[[], object]:
+        """A kernel that reads and writes just as many bytes as the pass must."""
+        return stream(self.machine, floor)
+
+    # ---- the baseline ----
+
+    @property
+    def has_original(self) -> bool:
+        """Whether the original design had such a variant, and the machine runs kernels."""
+        case = self.case
+        return (
+            hasattr(self.machine, "launch")
+            and case.candidate == "identity"
+            and case.weight_c != "step"
+            and case.layout == "k_inner"
+            and case.activation in ("identity", "tanh")
+        )
+
+    @functools.cached_property
+    def original(self) -> Original:
+        return Original(self)
+
+    # ---- figures ----
+
+    def measure(self, direction: str, others: dict[str, Callable[[], object]] | None = None, cache: str = "") -> dict[str, Any]:
+        """Times of the pass, of its yardsticks, of the original design and of `others`, from one run. cache: one of the machine's
+        `caches`, by default the first."""
+        cache = cache or self.machine.caches[0]
+        floor, time = self.floor(direction), functools.partial(self.machine.time, cache=cache)
+        calls: dict[str, Callable[[], object]] = {"cusru": functools.partial(self.run, direction)}
+        if self.has_original:
+            calls["original"] = functools.partial(self.original.run, direction)
+        calls |= others or {}
+        yardsticks = {"copy": self.copy(floor)}
+        if hasattr(self.machine, "launch"):
+            yardsticks["stream"] = self.stream(floor)
+        for call in (*calls.values(), *yardsticks.values()):
+            call()  # compiled, and in place
+        of = {name: time(call) for name, call in yardsticks.items()}
+        fastest = min(of.values())
+        return {
+            "case": self.case.name, "shape": [self.case.L, self.case.B, self.case.D], "pass": direction, "dtype": self.dtype,
+            "backend": self.machine.name, "cache": cache, "options": self.case.options, "floor_bytes": floor.bytes,
+            "read_share": floor.read / floor.bytes, **{f"{name}_gb_per_s": floor.bytes / t / 1e9 for name, t in of.items()},
+            "times": {
+                name: {
+                    "seconds": (seconds := time(call)), "gb_per_s": floor.bytes / seconds / 1e9,
+                    "of_copy": of["copy"] / seconds, "of_ceiling": fastest / seconds,
+                }
+                for name, call in calls.items()
+            },
+        }  # fmt: skip
+
+
+def stream(machine: Any, floor: Floor) -> Callable[[], object]:
+    """What the yardstick's kernel does with as many bytes, in vectors of 16."""
+    read, written = (max(n // 16, 1) for n in floor)
+    source, target = machine.bytes(read * 16), machine.bytes(written * 16)
+    args = np.zeros((), [("from", "u8"), ("to", "u8"), ("reads", "i8"), ("writes", "i8")])
+    args["from"], args["to"], args["reads"], args["writes"] = _address(source), _address(target), read, written
+    blocks = -(-(read + written) * 16 // STREAM_BLOCK_BYTES)
+
+    def call(_keep: Any = (source, target)) -> None:
+        machine.launch("stream.cu", "stream", {"THREADS": STREAM_THREADS}, blocks, STREAM_THREADS, args)
+
+    return call
+
+
+def _address(a: Any) -> int:
+    return a.ctypes.data if isinstance(a, np.ndarray) else a.data.ptr
+
+
+class Original:
+    """The same passes by the kernels of original.cu, in memory of their own."""
+
+    INPUTS = ("u", "x", "bias", "weight_c", "c0", "mask_c", "mask_pad", "grad_h", "grad_c_last")
+    RESULTS = ("h", "c", "c_last", "grad_u", "grad_x", "grad_bias", "grad_weight_c", "grad_c0")
+    ARGS = np.dtype(
+        [(name, "u8") for name in INPUTS + RESULTS]
+        + [(name, "i8") for name in ("length", "batch", "width")]
+        + [("scale_x", "f8")]
+    )
+
+    def __init__(self, work: Workload) -> None:
+        self.machine, case = work.machine, work.case
+        given = {name: a for name, a in work.given.items() if hasattr(a, "nbytes")}
+        given |= dict(zip(("grad_h", "grad_c_last"), work.gradients, strict=False))
+        state = work.output.c_last.dtype
+        arrays = {**given, "c": self.machine.empty(work.output.h.shape, state)}
+        for name in ("h", "c_last"):
+            like = getattr(work.output, name)
+            arrays[name] = self.machine.empty(like.shape, like.dtype)
+        for name in ("u", "x", "c0"):
+            if name in given:
+                arrays[f"grad_{name}"] = self.machine.empty(given[name].shape, given[name].dtype)
+        for name in ("bias", "weight_c"):
+            if name in given:
+                arrays[f"grad_{name}"] = self.machine.empty((2, case.B, case.D), state)
+        self.arrays = arrays
+        self.args = np.zeros((), self.ARGS)
+        for name in self.INPUTS + self.RESULTS:
+            self.args[name] = _address(arrays[name]) if name in arrays else 0
+        self.args["length"], self.args["batch"], self.args["width"] = case.L, case.B, case.D
+        self.args["scale_x"] = case.scale_x
+        self.blocks = -(-case.B * case.D // ORIGINAL_THREADS)
+        self.macros = {
+            "TYPE": raw_kernels.TYPES[work.dtype], "K": case.k, "TANH_ACTIVATION": int(case.activation == "tanh"),
+            "MASK_GATE": int(case.mask_target == "gate"), "BIDIRECTIONAL": int(case.bidirectional),
+        }  # fmt: skip
+        self.sums = {n: self.machine.empty((2, case.D), state) for n in ("grad_bias", "grad_weight_c") if n in arrays}
+        self.run("forward")
+
+    def run(self, direction: str) -> None:
+        entry = f"original_{direction}"
+        self.machine.launch("original.cu", entry, self.macros, self.blocks, ORIGINAL_THREADS, self.args)
+        if direction == "backward":
+            for name, total in self.sums.items():
+                self.arrays[name].sum(axis=1, out=total)
