@@ -1,0 +1,203 @@
+"""`python -m benchmarks.resources`: what each kernel takes of a multiprocessor, from NVRTC and ptxas. No GPU is needed.
+
+With --json one object a line, for each specialisation and architecture:
+
+    direction, dtype, skip, activation, candidate, weight, columns, packed, recompute      the specialisation
+    architecture              90 for sm_90
+    threads, ahead            of a block; steps whose loads are in flight
+    registers, spill_bytes, stack_bytes, shared_bytes      of a thread, of a thread, of a thread, of a block
+    blocks_per_sm             blocks of this kernel that fit on one multiprocessor together
+    bytes_in_flight_per_sm    blocks_per_sm * threads * columns * ahead * bytes that are read for a step of a column: what the
+                              kernel can have in flight where a launch has blocks enough. For the recomputing backward the
+                              smaller of its two walks. By Little's law an H100 needs 17.8 KB (docs/performance.md).
+
+Without --all: a sample in which every value of every option occurs, and every pass, layout and kind of weights with every dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cusru import raw_kernels
+from cusru.raw_kernels import Specialisation
+
+
+class Multiprocessor(NamedTuple):
+    """Limits of one multiprocessor: CUDA Programming Guide, "Technical Specifications per Compute Capability"."""
+
+    blocks: int
+    warps: int
+    shared: int  #: bytes
+    reserved: int = 1024  #: bytes of shared memory that the system takes of each block
+    granularity: int = 128  #: bytes, of the allocation of shared memory
+
+
+REGISTERS, PARTITIONS, REGISTER_GRANULARITY = 65536, 4, 256  # the same in all of them
+MULTIPROCESSORS = {
+    75: Multiprocessor(16, 32, 64 << 10, reserved=0, granularity=256),
+    80: Multiprocessor(32, 64, 164 << 10),
+    86: Multiprocessor(16, 48, 100 << 10),
+    89: Multiprocessor(24, 48, 100 << 10),
+    90: Multiprocessor(32, 64, 228 << 10),
+    100: Multiprocessor(32, 64, 228 << 10),
+    120: Multiprocessor(24, 48, 100 << 10),
+}
+
+
+def ptxas(source: str, options: tuple[str, ...], architecture: int) -> str:
+    """ptxas's report on a source of one kernel. RuntimeError where it does not compile."""
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram(source, "kernel.cu", [], [])
+    try:
+        nvrtc.compileProgram(program, (*options, f"--gpu-architecture=sm_{architecture}", "-ftz=true", "--ptxas-options=-v"))
+        return nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"{options} for sm_{architecture}:\n{nvrtc.getProgramLog(program)}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+class Usage(NamedTuple):
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+
+
+def usages(log: str) -> list[Usage]:
+    """Of each kernel in ptxas's report."""
+    found = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) registers(.*)", log
+    )
+    return [
+        Usage(int(registers), int(stores) + int(loads), int(stack), sum(map(int, re.findall(r"(\d+) bytes smem", rest))))
+        for stack, stores, loads, registers, rest in found
+    ]
+
+
+def usage(kernel: Specialisation, architecture: int) -> Usage:
+    log = ptxas(raw_kernels.source(), raw_kernels.options(kernel), architecture)
+    found = usages(log)
+    if len(found) != 1:
+        raise RuntimeError(f"no report of one kernel from ptxas:\n{log}")
+    return found[0]
+
+
+def _up(n: int, granularity: int) -> int:
+    return -(-n // granularity) * granularity
+
+
+def blocks_per_sm(architecture: int, threads: int, registers: int, shared: int) -> int:
+    """Blocks that fit on a multiprocessor together, by its slots for blocks and warps, its registers and its shared memory."""
+    sm, warps = MULTIPROCESSORS[architecture], -(-threads // 32)
+    warps_by_registers = REGISTERS // PARTITIONS // _up(registers * 32, REGISTER_GRANULARITY) * PARTITIONS
+    by_shared = sm.shared // max(_up(shared + sm.reserved, sm.granularity), 1)
+    return min(sm.blocks, sm.warps // warps, warps_by_registers // warps, by_shared if shared + sm.reserved else sm.blocks)
+
+
+def bytes_per_step(kernel: Specialisation) -> int:
+    """That a thread reads for a step of one column, in the walk that reads fewer."""
+    item, state = (np.dtype(names[kernel.dtype]).itemsize for names in (raw_kernels.STORAGE, raw_kernels.STATES))
+    if kernel.direction == "reduce":
+        return state
+    u, x = (4 if kernel.skip == "projected" else 3) * item, item * (kernel.skip == "x")
+    weight = {"step": 2 * item, "step_state": 2 * state}.get(kernel.weight, 0)
+    if kernel.direction == "forward":
+        return u + x + weight
+    if kernel.recompute:
+        return min(u, x + item) + weight
+    return u + x + weight + item + state  # grad_h, c
+
+
+def row(kernel: Specialisation, architecture: int) -> dict[str, Any]:
+    used = usage(kernel, architecture)
+    blocks = blocks_per_sm(architecture, kernel.threads, used.registers, used.shared_bytes)
+    ahead = 4 if kernel.direction == "reduce" else kernel.ahead  # the reduction's loop is unrolled by 4
+    return {
+        **kernel._asdict(), "architecture": architecture, "threads": kernel.threads, "ahead": ahead, **used._asdict(),
+        "blocks_per_sm": blocks,
+        "bytes_in_flight_per_sm": blocks * kernel.threads * kernel.columns * ahead * bytes_per_step(kernel),
+    }  # fmt: skip
+
+
+def covering(kernels: Iterable[Specialisation]) -> list[Specialisation]:
+    """Few kernels that hold every value of every option, and every pass and layout and kind of weights, which decide the
+    registers, with every dtype."""
+
+    def pairs(kernel: Specialisation) -> set[tuple[object, ...]]:
+        shape = (kernel.direction, kernel.recompute, kernel.columns, kernel.packed)
+        options = (kernel.skip, kernel.activation, kernel.candidate, kernel.weight)
+        registers = (kernel.dtype, *shape[:3], kernel.weight)
+        return {(kernel.dtype, shape), registers} | {(kernel.dtype, i, option) for i, option in enumerate(options)}
+
+    remaining = {kernel: pairs(kernel) for kernel in kernels}
+    wanted = set().union(*remaining.values())
+    chosen = []
+    while wanted:
+        best = max(remaining, key=lambda kernel: len(remaining[kernel] & wanted))
+        chosen.append(best)
+        wanted -= remaining.pop(best)
+    return chosen
+
+
+def supported() -> list[int]:
+    """The architectures of MULTIPROCESSORS that this NVRTC compiles for."""
+    from cupy.cuda import nvrtc
+
+    return [architecture for architecture in MULTIPROCESSORS if architecture in set(map(int, nvrtc.getSupportedArchs()))]
+
+
+def rows(kernels: Iterable[Specialisation], architectures: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """In order, compiled by as many processes as there are processors."""
+    jobs = [(kernel, architecture) for architecture in architectures for kernel in kernels]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        yield from pool.map(row, *zip(*jobs, strict=True))
+
+
+COLUMNS = (
+    ("direction", 10), ("dtype", 9), ("skip", 10), ("activation", 11), ("candidate", 10), ("weight", 11), ("columns", 8),
+    ("packed", 7), ("recompute", 10), ("architecture", 13), ("threads", 8), ("ahead", 6), ("registers", 10), ("spill_bytes", 12),
+    ("shared_bytes", 13), ("blocks_per_sm", 14), ("bytes_in_flight_per_sm", 23),
+)  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument("--all", action="store_true", help="every specialisation: half a second each, for each architecture")
+    parser.add_argument("--architecture", action="append", type=int, choices=list(MULTIPROCESSORS), metavar="SM",
+                        help="90 for sm_90 (may be given again); default: all that this NVRTC knows of "
+                        + ", ".join(map(str, MULTIPROCESSORS)))  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        known = supported()
+    except ImportError as error:
+        print(f'benchmarks.resources: needs CuPy and NVRTC ({error}): pip install ".[cuda13]"', file=sys.stderr)
+        return 1
+    if unknown := set(options.architecture or ()) - set(known):
+        parser.error(f"--architecture: this NVRTC does not compile for {', '.join(f'sm_{n}' for n in sorted(unknown))}")
+
+    every = list(raw_kernels.specialisations())
+    if not options.json:
+        print("".join(f"{name:<{width}}" for name, width in COLUMNS))
+    for result in rows(every if options.all else covering(every), options.architecture or known):
+        if options.json:
+            print(json.dumps(result), flush=True)
+        else:
+            print("".join(f"{result[name]!s:<{width}}" for name, width in COLUMNS), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
