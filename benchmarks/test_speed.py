@@ -1,7 +1,9 @@
-"""Forward and backward over the cases of `cases.py`: `pytest benchmarks/`.
+"""Forward and backward over the cases of `cases.py`, on every backend that this computer has: `pytest benchmarks/`.
 
-NumPy runs the small cases, a GPU those of BENCHMARKS. pytest-benchmark's own table shows a call as its caller sees it; under
-`extra_info` (in --benchmark-json) stand GB/s of the floor's bytes and the fraction of a copy that moves as many, in the same run.
+NumPy and the simulator run the small cases, a GPU those of BENCHMARKS. The figures of pytest-benchmark's table are times in
+copies: the time of a pass over that of a copy of its floor's bytes, measured in turn, so that a baseline stays good when the
+machine's speed drifts. `extra_info` (in --benchmark-json) has seconds, GB/s and the fraction of a copy, also of what runs
+beside ours: on a GPU and the simulator the original SRU's design (original.cu), on NumPy the `sru` package's operator.
 """
 
 from __future__ import annotations
@@ -12,62 +14,55 @@ from typing import Any
 
 import pytest
 
-import cusru
-from benchmarks import cases
+from benchmarks import cases, machine, peers
 from benchmarks.cases import Case
-from cusru.__main__ import Cpu, Gpu
+from benchmarks.workload import PASSES, Workload
 
-NUMPY = [(case, dtype) for case in cases.SMALL for dtype in case.dtypes] + [(cases.CASES["short"], "float32")]
-GPU = [(case, dtype) for case in cases.BENCHMARKS for dtype in case.dtypes]
-
-
-@functools.cache
-def machine(module: str) -> Cpu | Gpu:
-    if module == "numpy":
-        return Cpu(simulated=False)
-    cupy = pytest.importorskip("cupy", reason='no CuPy: pip install ".[cuda13]"')
-    try:
-        return Gpu(cupy)
-    except Exception as error:
-        pytest.skip(f"no CUDA device: {type(error).__name__}")
+SMALL = [(case, dtype) for case in cases.SMALL for dtype in case.dtypes]
+TABLES = {
+    "numpy": [*SMALL, (cases.CASES["short"], "float32")],
+    "simulator": SMALL,
+    "gpu": [(case, dtype) for case in cases.BENCHMARKS for dtype in case.dtypes],
+}
 
 
 def parameters() -> Iterator[Any]:
-    for module, table in (("numpy", NUMPY), ("cupy", GPU)):
+    for backend, table in TABLES.items():
         for case, dtype in table:
-            for direction in ("forward", "backward"):
-                marks = [pytest.mark.gpu] if module == "cupy" else []
-                yield pytest.param(module, case, dtype, direction, marks=marks, id=f"{module}-{case.name}-{dtype}-{direction}")
+            for direction in PASSES:
+                marks = [pytest.mark.gpu] if backend == "gpu" else []
+                yield pytest.param(backend, case, dtype, direction, marks=marks, id=f"{backend}-{case.name}-{dtype}-{direction}")
 
 
-@pytest.mark.parametrize(("module", "case", "dtype", "direction"), list(parameters()))
-def test_speed(benchmark: Any, monkeypatch: pytest.MonkeyPatch, module: str, case: Case, dtype: str, direction: str) -> None:
-    monkeypatch.delenv("CUSRU_SIMULATE", raising=False)
+@functools.lru_cache(1)  # both passes of a case in turn
+def workload(backend: str, case: Case, dtype: str) -> Workload:
+    return Workload(found(backend), case, dtype)
+
+
+@functools.cache
+def found(backend: str) -> machine.Machine:
+    return machine.find(backend)
+
+
+@pytest.mark.parametrize(("backend", "case", "dtype", "direction"), list(parameters()))
+def test_speed(
+    benchmark: Any, clock: Any, monkeypatch: pytest.MonkeyPatch, backend: str, case: Case, dtype: str, direction: str
+) -> None:
+    monkeypatch.setenv("CUSRU_SIMULATE", "1" if backend == "simulator" else "")
     if dtype == "bfloat16":
         pytest.importorskip("ml_dtypes", reason='no ml_dtypes: pip install ".[test]"')
-    here = machine(module)
-    given = cases.make(case, dtype, put=here.put)
-    function: Any = cusru.sru_forward
-    inputs = [a for a in given.values() if hasattr(a, "nbytes")]
-    if direction == "backward":
-        grad_h, grad_c_last = cases.make_gradients(case, dtype, put=here.put)
-        c = cusru.sru_forward(**given).c
-        function = functools.partial(cusru.sru_backward, grad_h, grad_c_last, c)
-        inputs += [grad_h, grad_c_last, c]
-    workspace = here.bytes(cusru.workspace_size(direction, **given))
-    results = function(**given)
+    try:
+        work = workload(backend, case, dtype)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    others = {}
+    if backend == "numpy":
+        try:
+            others["sru"] = getattr(peers.sru_operator(work), direction)
+        except peers.Unavailable as error:
+            benchmark.extra_info["no_sru"] = str(error)
+    benchmark.extra_info |= work.measure(direction, others)
 
-    def run() -> None:
-        function(**given, out=results, workspace=workspace)
-
-    def run_and_wait() -> None:
-        run()
-        if isinstance(here, Gpu):
-            here.cupy.cuda.get_current_stream().synchronize()
-
-    floor = sum(a.nbytes for a in (*inputs, *results) if a is not None)
-    source, target = here.bytes(floor // 2), here.bytes(floor // 2)
-    of_copy = here.seconds(functools.partial(here.copy, source, target))
-    seconds = here.seconds(run)
-    benchmark.extra_info |= {"floor_bytes": floor, "gb_per_s": floor / seconds / 1e9, "of_copy": of_copy / seconds}
-    benchmark.pedantic(run_and_wait, rounds=5, warmup_rounds=1)
+    run, copy = functools.partial(work.run, direction), work.copy(work.floor(direction))
+    time = work.machine.time
+    benchmark.pedantic(lambda: clock.advance(time(run) / time(copy)), rounds=5)
