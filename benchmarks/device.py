@@ -1,0 +1,341 @@
+"""`python -m benchmarks.device --out DIR`: all that only a GPU can show, in one command of less than eight minutes.
+
+    tests       pytest -m gpu tests
+    sanitizer   compute-sanitizer's memcheck, racecheck and initcheck on the small cases, where it is installed
+    bandwidth   a device-to-device copy, and a kernel that reads and writes in the mixes of the passes
+    table       the table of cases, forward and backward, with cold and with warm L2, beside the original SRU's design
+    peers       other packages' recurrences, where they can be imported (peers.py)
+
+Each step is a process of its own with a share of the time: one that fails, crashes or is out of time is reported, with what it
+had found, and the next goes on. DIR receives report.json, report.md and bandwidth.png. The exit status is 1 if a step failed.
+
+With --simulate the simulator stands in for the device, with the small cases: to try the command, not to measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import cases, machine, peers
+from benchmarks import report as reports
+from benchmarks.workload import PASSES, Floor, Workload, stream
+from cusru import __main__ as about
+
+ROOT = Path(__file__).parent.parent
+SECONDS = {"tests": 160, "sanitizer": 75, "bandwidth": 20, "table": 125, "peers": 80}  # what one leaves, the next may use
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+PEER_CASES = ("square", "square-v2", "narrow", "wide")
+Row = dict[str, Any]
+
+
+# ---- the steps: each yields rows, in a process of its own --------------------------------------------------------------
+
+
+def find(simulate: bool) -> machine.Machine:
+    return machine.find("simulator" if simulate else "gpu")
+
+
+def tests(simulate: bool) -> Iterator[Row]:
+    """One row a test, as pytest reports it."""
+    command = [sys.executable, "-m", "pytest", "tests", "-v", "-p", "no:cacheprovider", "--color=no", "--tb=short"]
+    command += ["-m", "not long", "-k", "simulator and test_properties"] if simulate else ["-m", "gpu and not long"]
+    with contextlib.suppress(ImportError):
+        import xdist  # noqa: F401
+
+        command += ["-n", str(min(os.cpu_count() or 1, 4))]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert run.stdout
+    tail: list[str] = []
+    for line in run.stdout:
+        tail = [*tail[-60:], line.rstrip()]
+        if found := re.search(r"(PASSED|FAILED|ERROR|SKIPPED)\s+(tests/\S+)|(tests/\S+) (PASSED|FAILED|ERROR|SKIPPED)", line):
+            yield {"test": found[2] or found[3], "outcome": (found[1] or found[4]).lower()}
+    if status := run.wait():
+        yield {"failed": f"pytest exited with {status}", "tail": tail}
+
+
+def small(simulate: bool) -> Iterator[Row]:
+    """The small cases, once each: what the sanitizers watch. Without CuPy's pool, in which a stray access meets other arrays."""
+    if not simulate:
+        import cupy
+
+        cupy.cuda.set_allocator(None)
+    here = find(simulate)
+    for case in cases.SMALL:
+        for dtype in case.dtypes:
+            work = Workload(here, case, dtype)
+            for direction in PASSES:
+                work.run(direction)
+                results = {name: here.get(a) for name, a in work.results[direction]._asdict().items() if a is not None}
+                wrong = [name for name, a in results.items() if not math.isfinite(float(abs(a.astype("f8")).sum()))]
+                yield {
+                    "case": case.name,
+                    "dtype": dtype,
+                    "pass": direction,
+                    **({"failed": f"not finite: {wrong}"} if wrong else {}),
+                }
+
+
+def sanitizer(simulate: bool) -> Iterator[Row]:
+    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    runs = [sys.executable, "-m", "benchmarks.device", "--step", "small", *(["--simulate"] if simulate else [])]
+    if simulate:
+        yield _watched("none: the program alone", runs, SECONDS["sanitizer"])
+    if not found:
+        yield {"skipped": "compute-sanitizer is not installed"}
+        return
+    for tool in () if simulate else SANITIZERS:
+        yield _watched(tool, [found, "--tool", tool, "--error-exitcode", "99", *runs], SECONDS["sanitizer"] / len(SANITIZERS))
+
+
+def _watched(tool: str, command: list[str], seconds: float) -> Row:
+    start = time.monotonic()
+    row: Row = {"tool": tool}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        try:
+            printed, _ = run.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            run.kill()
+            printed, _ = run.communicate()
+            row["failed"] = f"out of time after {seconds:.0f} s"
+    ran = [line for line in printed.splitlines() if line.startswith("{")]
+    row |= {"passes_run": len(ran), "seconds": time.monotonic() - start}
+    if summary := re.search(r"(?:ERROR|RACECHECK) SUMMARY: .*", printed):
+        row["summary"] = summary[0]
+    if run.returncode and "failed" not in row:
+        row |= {"failed": f"exit status {run.returncode}", "tail": printed.splitlines()[-30:]}
+    return row
+
+
+def bandwidth(simulate: bool) -> Iterator[Row]:
+    """GB/s of a copy, and of reading and writing in the passes' mixes, for several sizes."""
+    here = find(simulate)
+    for size in (2**16, 2**18) if simulate else (2**25, 2**27, 2**29, 2**31):
+        source, target = here.bytes(size // 2), here.bytes(size // 2)
+        copy = functools.partial(here.copy, source, target)
+        copy()
+        yield {"kernel": "copy", "read_share": 0.5, "bytes": size, "gb_per_s": size / here.time(copy) / 1e9}
+        for share in (0.5, 0.6, 2 / 3, 0.8):  # 0.6: backward; 2/3: forward, every state; 0.8: forward, no state
+            call = stream(here, Floor(int(size * share), size - int(size * share)))
+            call()
+            yield {"kernel": "stream", "read_share": share, "bytes": size, "gb_per_s": size / here.time(call) / 1e9}
+
+
+def table(simulate: bool) -> Iterator[Row]:
+    here = find(simulate)
+    chosen = cases.SMALL if simulate else sorted(cases.BENCHMARKS, key=lambda case: case.elements)
+    for case in chosen:
+        for dtype in case.dtypes:
+            try:
+                work = Workload(here, case, dtype)
+                for direction in PASSES:
+                    for cache in here.caches:
+                        yield work.measure(direction, cache=cache)
+            except Exception as error:
+                yield {"case": case.name, "dtype": dtype, "failed": f"{type(error).__name__}: {error}"}
+            work = None  # frees the device's memory before the next case takes its own
+
+
+def beside(simulate: bool) -> Iterator[Row]:
+    """Ours and the peers' times at a few shapes; GB/s of what each must move, since they do not compute the same."""
+    here = find(simulate)
+    names = ("small", "small-separation-k3") if simulate else PEER_CASES
+    gone: dict[str, str] = {}  # packages that are not there need no second try
+    for case in (cases.CASES[name] for name in names):
+        for dtype in case.dtypes if not simulate else ("float32",):
+            work = Workload(here, case, dtype)
+            candidates: dict[str, Callable[[Workload], peers.Peer]] = {"cusru": _ours, **peers.PEERS}
+            for name, make in candidates.items():
+                row = {"case": case.name, "shape": [case.L, case.B, case.D], "dtype": dtype, "peer": name}
+                try:
+                    if name in gone:
+                        raise peers.Unavailable(gone[name])
+                    peer = make(work)
+                    for direction in PASSES:
+                        call, moved = getattr(peer, direction), getattr(peer, f"{direction}_bytes")
+                        call()
+                        seconds = here.time(call)
+                        yield {**row, "pass": direction, "seconds": seconds, "bytes": moved, "gb_per_s": moved / seconds / 1e9}
+                except peers.Unavailable as error:
+                    if "cannot be imported" in str(error) or "do not build" in str(error):
+                        gone[name] = str(error)
+                    yield {**row, "skipped": str(error)}
+                except Exception as error:
+                    kind = "failed" if name in ("cusru", "sru_layer") else "skipped"  # a peer that breaks is not our failure
+                    yield {**row, kind: f"it breaks: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            work = None
+
+
+def _ours(work: Workload) -> peers.Peer:
+    runs = (functools.partial(work.run, direction) for direction in PASSES)
+    return peers.Peer(*runs, *(work.floor(direction).bytes for direction in PASSES))
+
+
+def environment(simulate: bool) -> Iterator[Row]:
+    here = find(simulate)
+    _, versions, _ = about.look_around()
+    driver = ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0].strip()
+    row = {"device": here.device, "backend": here.backend, "driver": driver or "unknown", "CUDA": versions.get("CUDA", "none")}
+    yield row | {name: versions[name] for name in ("cusru", "CuPy", "NumPy")} | {"Python": versions["Python"].split(",")[0]}
+
+
+STEPS: dict[str, Callable[[bool], Iterator[Row]]] = {
+    "environment": environment, "tests": tests, "sanitizer": sanitizer, "bandwidth": bandwidth, "table": table, "peers": beside,
+    "small": small,
+}  # fmt: skip
+
+
+# ---- running them --------------------------------------------------------------------------------------------------------
+
+
+def run_step(name: str, simulate: bool, seconds: float) -> Row:
+    """{"status": "ok", "skipped", "failed" or "out of time", "seconds", "rows", and "why" where it is not ok}."""
+    command = [sys.executable, "-m", "benchmarks.device", "--step", name, *(["--simulate"] if simulate else [])]
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
+        run = _start(command, simulate, stdout=out, stderr=err)
+        try:
+            run.wait(max(seconds, 1))
+            late = False
+        except subprocess.TimeoutExpired:
+            late = True
+        finally:  # also of ctrl-C: what the step has started ends with it
+            _end(run)
+        printed, errors = (_without_paths(file.read()).strip().splitlines() for file in (out, err) if file.seek(0) == 0)
+    rows = list(_objects(printed))
+    failures = [row["failed"] for row in rows if "failed" in row]
+    failures += [row["test"] for row in rows if row.get("outcome") in ("failed", "error")]
+    result: Row = {"status": "ok", "seconds": round(time.monotonic() - start, 1), "rows": rows}
+    if late:
+        result |= {"status": "out of time", "why": f"stopped after {seconds:.0f} s; the rows are what it had found"}
+    elif run.returncode:
+        result |= {"status": "failed", "why": errors[-1] if errors else f"exit status {run.returncode}", "errors": errors[-30:]}
+    if failures:
+        result |= {"status": "failed", "why": f"{len(failures)} failed, the first: {failures[0]}"}
+    elif not rows and result["status"] == "ok":
+        result |= {"status": "failed", "why": "it found nothing to run"}
+    elif rows and all("skipped" in row or row.get("outcome") == "skipped" for row in rows):
+        result |= {"status": "skipped", "why": rows[0].get("skipped", "all skipped")}
+    return result
+
+
+def _start(command: list[str], simulate: bool, **files: Any) -> subprocess.Popen[str]:
+    """In a process group of its own."""
+    environment = {**os.environ, "CUSRU_SIMULATE": "1" if simulate else ""}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True, **files)
+
+
+def _end(run: subprocess.Popen[str]) -> None:
+    """The whole group: interrupted, so that no lock of a build is left behind, and killed if that does not help."""
+    if run.poll() is None:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(run.pid, signal.SIGINT)
+            run.wait(5)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+
+
+def _objects(lines: list[str]) -> Iterator[Row]:
+    for line in lines:
+        if line.startswith("{"):
+            with contextlib.suppress(json.JSONDecodeError):  # the last line of a step that was stopped
+                yield json.loads(line)
+
+
+def _without_paths(text: str) -> str:
+    for path, name in ((str(ROOT), "."), (sys.prefix, "<python>"), (sys.base_prefix, "<python>"), (str(Path.home()), "~")):
+        text = text.replace(path, name)
+    return text
+
+
+def write(report: Row, out: Path) -> None:
+    try:
+        if reports.picture(report, out / "bandwidth.png"):
+            report["picture"] = "bandwidth.png"
+    except Exception as error:
+        hint = ': pip install ".[examples]"' if isinstance(error, ImportError) else ""
+        report["steps"]["picture"] = {"status": "failed", "seconds": 0, "why": f"{error}{hint}", "rows": []}
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "report.md").write_text(reports.markdown(report))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    about_it, details = (__doc__ or "\n").split("\n", 1)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.device",
+        description=about_it,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the report goes; made if it is not there")
+    parser.add_argument("--simulate", action="store_true", help="let the simulator stand in for the device")
+    parser.add_argument("--only", action="append", choices=list(SECONDS), help="this step alone (may be given again)")
+    parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.step:
+        for row in STEPS[options.step](options.simulate):
+            print(json.dumps(row), flush=True)
+        return 0
+    if options.out is None:
+        parser.error("--out is needed: the folder that the report goes to")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "report.md").touch()
+    except OSError as error:
+        parser.error(f"--out: {error}")
+
+    start = time.monotonic()
+    first = run_step("environment", options.simulate, 60)
+    if first["status"] != "ok":
+        print(f"benchmarks.device: {first['why']}\n--simulate lets the simulator stand in, to try the command.", file=sys.stderr)
+        return 1
+    arguments_shown = " ".join(
+        ["--out DIR", *(["--simulate"] if options.simulate else []), *(f"--only {s}" for s in options.only or [])]
+    )
+    report: Row = {
+        "simulated": options.simulate, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": f"python -m benchmarks.device {arguments_shown}", "environment": first["rows"][0], "seconds": 0, "steps": {},
+    }  # fmt: skip
+    print(report["environment"]["device"], flush=True)
+    builder = None
+    if not options.simulate and "peers" in (options.only or SECONDS):  # the packages that compile, while the tests run
+        nothing = subprocess.DEVNULL
+        builder = _start([sys.executable, "-m", "benchmarks.peers"], options.simulate, stdout=nothing, stderr=nothing)
+    allowed = 0.0
+    try:
+        for name in options.only or SECONDS:
+            allowed += SECONDS[name]
+            print(f"{name:<12}", end="", flush=True)
+            done = report["steps"][name] = run_step(name, options.simulate, allowed - (time.monotonic() - start))
+            print(f"{done['status']}, {done['seconds']:.0f} s{': ' + done['why'] if 'why' in done else ''}", flush=True)
+            report["seconds"] = round(time.monotonic() - start, 1)
+    finally:  # also after ctrl-C: what was found is kept
+        if builder:
+            _end(builder)
+        write(report, options.out)
+    print(f"{options.out / 'report.md'} and beside it report.json{', ' + report['picture'] if 'picture' in report else ''}")
+    return 0 if all(step["status"] in ("ok", "skipped") for step in report["steps"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""What `python -m benchmarks.device` found, as Markdown and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.workload import PASSES
+
+Row = dict[str, Any]
+SIMULATED = "Simulated on a CPU: no time here says anything about a GPU."
+
+
+def markdown(report: Row) -> str:
+    lines = [f"# cusru on {report['environment']['device']}", ""]
+    if report["simulated"]:
+        lines += [f"**{SIMULATED}**", ""]
+    lines += [f"- {name}: {value}" for name, value in report["environment"].items() if name != "device"]
+    lines += [f"- date: {report['date']}", f"- command: `{report['command']}`, {report['seconds']:.0f} s", ""]
+    steps = report["steps"].items()
+    lines += [
+        "## Steps",
+        "",
+        *_table("step | status | seconds | why", ([n, s["status"], s["seconds"], s.get("why", "")] for n, s in steps)),
+    ]
+    for section in (_tests, _sanitizer, _bandwidth, _passes, _peers):
+        lines += section(report)
+    if "picture" in report:
+        lines += ["", f"![fraction of the ceiling]({report['picture']})"]
+    return "\n".join(lines) + "\n"
+
+
+def _tests(report: Row) -> Iterator[str]:
+    if found := _rows(report, "tests", "outcome"):
+        outcomes = [row["outcome"] for row in found]
+        yield from ("", "## Tests", "", ", ".join(f"{outcomes.count(o)} {o}" for o in dict.fromkeys(outcomes)) + ".")
+        bad = [f"- {row['outcome']}: `{row['test']}`" for row in found if row["outcome"] in ("failed", "error")]
+        yield from ["", *bad] if bad else []
+
+
+def _sanitizer(report: Row) -> Iterator[str]:
+    if found := _rows(report, "sanitizer", "tool"):
+        yield from ("", "## compute-sanitizer, on the small cases", "")
+        says = ([row["tool"], row["passes_run"], row.get("failed") or row.get("summary", "exit status 0")] for row in found)
+        yield from _table("tool | passes run | says", says)
+
+
+def _bandwidth(report: Row) -> Iterator[str]:
+    if found := _rows(report, "bandwidth", "kernel"):
+        kinds = dict.fromkeys((row["kernel"], row["read_share"]) for row in found)
+        of = {(row["kernel"], row["read_share"], row["bytes"]): f"{row['gb_per_s']:.0f}" for row in found}
+        heads = " | ".join(["MiB", *(f"{kernel}, {share:.0%} reads" for kernel, share in kinds)])
+        sizes = dict.fromkeys(row["bytes"] for row in found)
+        yield from ("", "## Yardsticks, L2 cold", "", "GB/s, bytes read and bytes written counted together.", "")
+        yield from _table(heads, ([f"{size / 2**20:g}", *(of.get((*kind, size), "") for kind in kinds)] for size in sizes))
+
+
+def _passes(report: Row) -> Iterator[str]:
+    found = _rows(report, "table", "times")
+    for cache in dict.fromkeys(row["cache"] for row in found):
+        yield from ("", f"## Passes, L2 {cache}", "")
+        yield from (_LEGEND, "")
+        heads = "case | L, B, D | dtype | pass | ms | GB/s | of a copy | of the ceiling | original: ms | its time / ours"
+        yield from _table(heads, (_pass(row) for row in found if row["cache"] == cache))
+    failed = _rows(report, "table", "failed")
+    yield from ["", *(f"- failed: {row['case']}, {row['dtype']}: {row['failed']}" for row in failed)] if failed else []
+
+
+_LEGEND = (
+    "GB/s: each input read once and each output written once, over the time. Of a copy: a device-to-device copy of as many "
+    "bytes; of the ceiling: the faster of that copy and a kernel that reads and writes just these bytes; all from one run."
+)
+
+
+def _pass(row: Row) -> list[str]:
+    ours, original = row["times"]["cusru"], row["times"].get("original")
+    line = [row["case"], _shape(row), row["dtype"], row["pass"], _ms(ours["seconds"]), f"{ours['gb_per_s']:.4g}"]
+    line += [f"{ours['of_copy']:.3g}", f"{ours['of_ceiling']:.3g}"]
+    return line + ([_ms(original["seconds"]), f"{original['seconds'] / ours['seconds']:.2f}"] if original else ["", ""])
+
+
+def _peers(report: Row) -> Iterator[str]:
+    if found := _rows(report, "peers", "seconds"):
+        yield from ("", "## Peers, L2 cold", "")
+        yield from ("GB/s: of the bytes that each must move; they do not compute the same (benchmarks/peers.py).", "")
+        lines = (
+            [row["case"], _shape(row), row["dtype"], row["peer"], row["pass"], _ms(row["seconds"]), f"{row['gb_per_s']:.4g}"]
+            for row in found
+        )
+        yield from _table("case | L, B, D | dtype | peer | pass | ms | GB/s", lines)
+    missing = dict.fromkeys((row["peer"], row["skipped"]) for row in _rows(report, "peers", "skipped"))
+    yield from ["", "Not run:", "", *(f"- {peer}: {why}" for peer, why in missing)] if missing else []
+
+
+def _rows(report: Row, step: str, key: str) -> list[Row]:
+    return [row for row in report["steps"].get(step, {}).get("rows", []) if key in row]
+
+
+def _table(heads: str, rows: Iterable[Iterable[Any]]) -> Iterator[str]:
+    columns = heads.split(" | ")
+    yield f"| {heads} |"
+    yield "| " + " | ".join("---" for _ in columns) + " |"
+    for row in rows:
+        yield "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g}"
+
+
+def _shape(row: Row) -> str:
+    return ", ".join(map(str, row["shape"]))
+
+
+def picture(report: Row, path: Path) -> bool:
+    """The fraction of the ceiling over shape, a panel for each pass, L2 cold; hollow: the original design. Whether there was
+    anything to draw."""
+    found = _rows(report, "table", "times")
+    rows = [row for row in found if row["cache"] == found[0]["cache"]]
+    if not rows:
+        return False
+    from matplotlib.figure import Figure
+
+    shapes = {row["case"]: _shape(row) for row in rows}
+    names, dtypes = list(shapes), list(dict.fromkeys(row["dtype"] for row in rows))
+    figure = Figure(figsize=(max(6.0, 1.0 * len(names)), 8), layout="constrained")
+    panels = figure.subplots(len(PASSES), 1, sharex=True)
+    for panel, direction in zip(panels, PASSES, strict=True):
+        panel.axhline(1, color="grey", linewidth=0.8)
+        for i, dtype in enumerate(dtypes):
+            for who, face in (("cusru", f"C{i}"), ("original", "none")):
+                points = [
+                    (names.index(row["case"]), row["times"][who]["of_ceiling"])
+                    for row in rows
+                    if row["pass"] == direction and row["dtype"] == dtype and who in row["times"]
+                ]
+                if points:
+                    panel.scatter(*zip(*points, strict=True), s=50, facecolors=face, edgecolors=f"C{i}", label=f"{who}, {dtype}")
+        panel.set(ylabel=f"{direction}: fraction of the ceiling", ylim=(0, None))
+        panel.grid(axis="y", alpha=0.3)
+    panels[0].legend(ncols=2, fontsize="small")
+    title = f"{report['environment']['device'].split(' (')[0]}, L2 {rows[0]['cache']}, {report['date'][:10]}"
+    panels[0].set_title(f"{title}\n{SIMULATED}" if report["simulated"] else title)
+    panels[-1].set_xticks(range(len(names)), [f"{name}\n{shape}" for name, shape in shapes.items()])
+    panels[-1].tick_params("x", rotation=60, labelsize="small")
+    figure.savefig(path, dpi=110)
+    return True

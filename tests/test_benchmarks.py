@@ -1,0 +1,545 @@
+"""The instruments: the bytes they count, the resources they read, the baseline and the yardsticks, and the report for a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import strategies
+from conftest import missing
+
+from benchmarks import cases, device, machine, peers, report, resources, traffic, workload
+from benchmarks.workload import PASSES, Floor, Workload
+from cusru import raw_kernels, simulator
+
+ROOT = Path(__file__).parent.parent
+needs_compiler = pytest.mark.skipif(missing("simulator") is not None, reason=missing("simulator") or "")
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> machine.Simulator:
+    if reason := missing("simulator"):
+        pytest.skip(reason)
+    monkeypatch.setenv("CUSRU_SIMULATE", "1")
+    return machine.Simulator()
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    values = {**os.environ, "CUSRU_SIMULATE": "", **environment}
+    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=values, capture_output=True, text=True, check=False)
+
+
+# ---- traffic: the memory wall is reached where the bytes moved are the bytes that must be ---------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("multiprocessors", [132, 0], ids=["one column a thread", "several"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("case", [*traffic.LAYOUTS, *traffic.STATES[:2]], ids=lambda case: case.name)
+def test_every_pass_moves_its_floor_and_little_more(
+    monkeypatch: pytest.MonkeyPatch, case: cases.Case, dtype: str, multiprocessors: int
+) -> None:
+    monkeypatch.setenv("CUSRU_SIMULATE", "1")
+    assert (case.L, case.B, case.D) == (128, 32, 512)
+    for row in traffic.rows(case, dtype, multiprocessors):
+        assert 1 <= row["ratio"] <= 1.02, row
+        assert row["sector_efficiency"] >= 0.95, row
+        assert row["workspace_bytes"] <= 0.05 * row["floor_bytes"], row
+
+
+def test_the_floor_is_that_of_the_equations(simulated: machine.Simulator) -> None:
+    """By hand: k = 3 with x, v2, state float32 under float16 u."""
+    case = cases.Case("floor", 24, 2, 8, weight_c="column", c0=True, save_every=5, padding="lengths")
+    work = Workload(simulated, case, "float16")
+    steps, columns, blocks = 24 * 2 * 8, 2 * 8, 5
+    parameters, plane, padding = 2 * (2 * 8 * 4), columns * 4, 24 * 2
+    assert work.floor("forward") == Floor(
+        read=steps * 4 * 2 + parameters + plane + padding, written=steps * 2 + blocks * plane + plane
+    )
+    assert work.floor("backward") == Floor(
+        read=steps * 5 * 2 + parameters + plane + padding + plane + blocks * plane, written=steps * 4 * 2 + parameters + plane
+    )
+
+
+@needs_compiler
+def test_traffic_prints_one_object_a_line() -> None:
+    done = run("benchmarks.traffic", "--json", "--case", "small-masked", "--case", "short-v2-inference")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["case"], row["dtype"], row["pass"]) for row in rows] == [
+        *(("small-masked", dtype, direction) for dtype in ("float32", "bfloat16") for direction in PASSES),
+        ("short-v2-inference", "float32", "forward"),
+        ("short-v2-inference", "float16", "forward"),
+    ]
+    for row in rows:
+        assert row["ratio"] == pytest.approx((row["bytes_read"] + row["bytes_written"]) / row["floor_bytes"], abs=1e-5)
+        assert 0 < row["sector_efficiency"] <= 1
+        assert row["requests_per_kib"] >= 2
+    assert rows[0]["options"]["save_every"] == 7
+
+
+def test_traffic_without_a_compiler_says_what_to_install() -> None:
+    done = run("benchmarks.traffic", PATH="", CXX="")
+    assert done.returncode == 1
+    assert "apt-get install g++" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ---- the baseline and the yardstick ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask_target", ["state", "gate"])
+@pytest.mark.parametrize("activation", ["identity", "tanh"])
+@pytest.mark.parametrize("skip", ["none", "x", "projected"])
+def test_the_original_design_computes_what_ours_does(
+    simulated: machine.Simulator, skip: str, activation: str, mask_target: str
+) -> None:
+    case = cases.CASES["small-masked"]._replace(
+        D=16, skip=skip, activation=activation, mask_target=mask_target, save_every=1, bidirectional=mask_target == "gate"
+    )
+    for dtype in strategies.DTYPES:
+        work = Workload(simulated, case, dtype)
+        work.original.run("backward")
+        tolerance = {"float64": 1e-12, "float32": 2e-5, "float16": 1e-3, "bfloat16": 1e-2}[dtype]
+        pairs = {name: (work.original.arrays[name], getattr(work.output, name)) for name in ("h", "c_last")}
+        for name, a in work.results["backward"]._asdict().items():
+            if a is not None:
+                pairs[name] = (work.original.sums.get(f"grad_{name}", work.original.arrays[f"grad_{name}"]), a)
+        for name, (theirs, ours) in pairs.items():
+            theirs, ours = (np.asarray(a, np.float64) for a in (theirs, ours))
+            assert abs(theirs - ours).max() <= tolerance * max(1, abs(ours).max()), (dtype, name)
+
+
+def test_the_original_design_is_compared_where_it_had_the_variant(simulated: machine.Simulator) -> None:
+    chosen = {case.name for case in cases.SMALL if Workload(simulated, case, case.dtypes[0]).has_original}
+    assert chosen == {"small", "small-masked", "small-narrow", "small-separation-k3", "small-separation-k4"}
+
+
+@pytest.mark.parametrize("floor", [Floor(16, 16), Floor(1_000_000, 16), Floor(123_456, 654_321)])
+def test_the_stream_reads_and_writes_just_its_bytes(simulated: machine.Simulator, floor: Floor) -> None:
+    written: list[np.ndarray] = []
+    simulated.bytes = lambda count: written.append(np.full(count + 16, 3, np.uint8)[:count]) or written[-1]  # type: ignore[method-assign]
+    call = workload.stream(simulated, floor)
+    with simulator.report() as counted:
+        call()
+    assert counted.bytes_read == floor.read // 16 * 16
+    assert counted.bytes_written == floor.written // 16 * 16
+    target = written[1].view(np.uint32)
+    assert (target % 3 == 0).all() if floor.read == 16 else not (target == 0x03030303).all(), (
+        "what was read is in what is written"
+    )
+
+
+def test_figures_follow_from_the_times(simulated: machine.Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 ms for ours, 8 for another, 1 for a copy, half for the stream."""
+    work = Workload(simulated, cases.CASES["small-qrnn"], "float32")
+    seconds = iter((1e-3, 0.5e-3, 2e-3, 8e-3))
+    monkeypatch.setattr(simulated, "time", lambda call, cache: next(seconds))
+    row = work.measure("backward", {"other": lambda: None})
+    floor = work.floor("backward").bytes
+    assert row["floor_bytes"] == floor
+    assert row["copy_gb_per_s"] == floor / 1e-3 / 1e9
+    assert row["times"]["cusru"] == {"seconds": 2e-3, "gb_per_s": floor / 2e-3 / 1e9, "of_copy": 0.5, "of_ceiling": 0.25}
+    assert row["times"]["other"]["of_copy"] == 1 / 8
+    assert row["options"] == {"skip": "none", "candidate": "tanh", "layout": "d_inner"}
+
+
+def test_what_is_timed_allocates_nothing_and_gives_the_same_bits(simulated: machine.Simulator) -> None:
+    work = Workload(simulated, cases.CASES["small-masked"], "float32")
+    for direction in PASSES:
+        before = [None if a is None else a.copy() for a in work.results[direction]]
+        for a in work.results[direction]:
+            if a is not None:
+                a.fill(7)
+        work.run(direction)
+        for a, b in zip(work.results[direction], before, strict=True):
+            assert a is None or np.array_equal(a, b)
+
+
+class StandIn:
+    """For CuPy: memory on the host, the launch handed to the simulator."""
+
+    class RawKernel:
+        def __init__(self, code: str, name: str, options: tuple[str, ...]) -> None:
+            self.kernel = simulator.load(code, name, tuple(o for o in options if o.startswith("-D")))
+
+        def __call__(self, grid: tuple[int], block: tuple[int], args: tuple[Any, ...]) -> None:
+            (struct,) = args
+            assert isinstance(struct, np.ndarray), "CuPy takes a struct as an array of one element"
+            self.kernel(*grid, *block, struct)
+
+
+def test_the_launches_of_a_cuda_device_are_those_of_the_simulator(simulated: machine.Simulator) -> None:
+    """The CuPy path of stream.cu and original.cu, up to the driver."""
+    cuda = machine.Cuda.__new__(machine.Cuda)
+    cuda.cupy, cuda.kernels = StandIn, {}
+    work = Workload(simulated, cases.CASES["small-masked"], "float32")
+    want = {name: a.copy() for name, a in work.original.arrays.items()}
+    work.original.arrays["h"].fill(0)
+    simulated.launch = cuda.launch  # type: ignore[method-assign]
+    work.original.run("forward")
+    work.original.run("backward")
+    work.stream(work.floor("forward"))()
+    assert np.array_equal(work.original.arrays["h"], want["h"])
+    assert len(cuda.kernels) == 3, "compiled once each"
+
+
+# ---- resources ------------------------------------------------------------------------------------------------------------
+
+OCCUPANCY = """
+#include <limits.h>
+#include <cuda_occupancy.h>
+extern "C" int blocks(int capability, int threads, int registers, int shared, int sm_threads, int sm_shared, int reserved) {
+    cudaOccDeviceProp sm;
+    sm.computeMajor = capability / 10, sm.computeMinor = capability % 10;
+    sm.maxThreadsPerBlock = 1024, sm.maxThreadsPerMultiprocessor = sm_threads, sm.warpSize = 32, sm.numSms = 1;
+    sm.regsPerBlock = sm.regsPerMultiprocessor = 65536;
+    sm.sharedMemPerBlock = 48 << 10, sm.sharedMemPerMultiprocessor = sm_shared, sm.reservedSharedMemPerBlock = reserved;
+    sm.sharedMemPerBlockOptin = sm_shared - reserved;
+    cudaOccFuncAttributes kernel;
+    kernel.maxThreadsPerBlock = INT_MAX, kernel.numRegs = registers, kernel.sharedSizeBytes = shared;
+    kernel.partitionedGCConfig = PARTITIONED_GC_OFF, kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
+    kernel.maxDynamicSharedSizeBytes = 0, kernel.numBlockBarriers = 1;
+    cudaOccDeviceState state;
+    cudaOccResult result;
+    if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &sm, &kernel, &state, threads, 0)) return -1;
+    return result.activeBlocksPerMultiprocessor;
+}
+"""
+
+
+@needs_compiler
+def test_blocks_per_multiprocessor_are_those_of_nvidia_s_calculator(tmp_path: Path) -> None:
+    found = [path for folder in sys.path for path in Path(folder).glob("nvidia/*/include/cuda_occupancy.h")]
+    if not found:
+        pytest.skip('cuda_occupancy.h comes with nvidia-cuda-runtime: pip install ".[cuda13]"')
+    source, library = tmp_path / "occupancy.cpp", tmp_path / "occupancy.so"
+    source.write_text(OCCUPANCY)
+    subprocess.run(
+        [simulator.compiler(), "-shared", "-fPIC", f"-I{found[0].parent}", str(source), "-o", str(library)], check=True
+    )
+    blocks = ctypes.CDLL(str(library)).blocks
+    seen = set()
+    for capability, sm in resources.MULTIPROCESSORS.items():
+        for threads in (32, 64, 512):
+            for registers in (16, 40, 63, 64, 65, 128, 142, 168, 202, 213, 255):
+                for shared in (0, 4, 4096, 20000, 32768, 40960, 49152):
+                    ours = resources.blocks_per_sm(capability, threads, registers, shared)
+                    assert ours == blocks(capability, threads, registers, shared, 32 * sm.warps, sm.shared, sm.reserved), (
+                        capability,
+                        threads,
+                        registers,
+                        shared,
+                    )
+                    seen.add(ours)
+    assert len(seen) > 10
+
+
+def test_bytes_of_a_step_are_what_a_thread_reads(simulated: machine.Simulator) -> None:
+    """Counted by the simulator over a long column, but for what a column reads once."""
+    for skip in ("none", "x", "projected"):
+        for weight in ("none", "step"):
+            for dtype in ("float32", "float16", "float64"):
+                case = cases.Case("bytes", 400, 1, 4, skip=skip, weight_c=weight, bias=None)
+                work = Workload(simulated, case, dtype)
+                for direction in PASSES:
+                    kind = "none" if weight == "none" else "step" if dtype in ("float32", "float64") else "step_state"
+                    kernel = raw_kernels.Specialisation(direction, dtype, skip, weight=kind)
+                    with simulator.report() as counted:
+                        work.run(direction)
+                    per_step = counted.bytes_read / (400 * 4)
+                    assert per_step == pytest.approx(resources.bytes_per_step(kernel), abs=0.2), kernel
+
+
+def test_resources_of_a_kernel() -> None:
+    pytest.importorskip("cupy", reason='needs CuPy and NVRTC: pip install "cusru[cuda13]"')
+    row = resources.row(raw_kernels.Specialisation("backward", "float32", "x", weight="column", recompute=True), 90)
+    assert row["spill_bytes"] == row["stack_bytes"] == 0
+    assert 64 < row["registers"] < 256
+    assert row["shared_bytes"] == 32 * 64 * 4 * 4, "TILE steps, 64 threads, u and c, 4 bytes"
+    assert row["blocks_per_sm"] == min(6, 65536 // 64 // (-(-row["registers"] // 8) * 8)), "228 KiB hold 6 blocks of 33"
+    assert row["bytes_in_flight_per_sm"] == row["blocks_per_sm"] * 64 * 8 * (4 + 4), "8 steps of x and grad_h"
+
+
+def test_resources_prints_one_object_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("cupy", reason='needs CuPy and NVRTC: pip install "cusru[cuda13]"')
+    few = [kernel for kernel in raw_kernels.specialisations() if kernel.direction == "reduce"]
+    monkeypatch.setattr(resources, "covering", lambda kernels: few)
+    assert resources.main(["--json", "--architecture", "90", "--architecture", "75"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["dtype"], row["architecture"]) for row in rows] == [(k.dtype, sm) for sm in (90, 75) for k in few]
+    for row in rows:
+        assert row["spill_bytes"] == 0
+        assert row["blocks_per_sm"] >= 2
+        assert row["bytes_in_flight_per_sm"] > 0
+
+
+def test_the_benchmarks_own_kernels_compile_without_spills() -> None:
+    pytest.importorskip("cupy", reason='needs CuPy and NVRTC: pip install "cusru[cuda13]"')
+    for architecture in resources.supported():
+        log = resources.ptxas(raw_kernels.source(machine.HERE / "stream.cu"), ("-std=c++17", "-DTHREADS=256"), architecture)
+        assert [used.spill_bytes + used.stack_bytes for used in resources.usages(log)] == [0, 0], log  # stream, hold
+    for dtype in raw_kernels.TYPES.values():
+        options = ("-std=c++17", f"-DTYPE={dtype}", "-DK=4", "-DTANH_ACTIVATION=1", "-DMASK_GATE=1", "-DBIDIRECTIONAL=1")
+        log = resources.ptxas(raw_kernels.source(machine.HERE / "original.cu"), options, 90)
+        assert [used.spill_bytes for used in resources.usages(log)] == [0, 0], log
+
+
+# ---- the regression check -------------------------------------------------------------------------------------------------
+
+ONE = ("benchmarks/test_speed.py", "-q", "-k", "numpy-small-float64-forward")
+
+
+def test_a_stored_baseline_catches_what_has_become_slower(tmp_path: Path) -> None:
+    """As CONTRIBUTING.md says, on ratios to a copy: a baseline three times as fast fails, one three times as slow passes."""
+    baseline = tmp_path / "baseline.json"
+    made = run("pytest", *ONE, f"--benchmark-json={baseline}")
+    assert made.returncode == 0, made.stdout
+    assert "time in copies" in made.stdout
+    stored = json.loads(baseline.read_text())
+    assert "node" not in stored["machine_info"], "no name of a computer goes into a report"
+    (benchmark,) = stored["benchmarks"]
+    figures = benchmark["extra_info"]["times"]["cusru"]
+    assert figures["of_copy"] == pytest.approx(1 / benchmark["stats"]["median"], rel=0.9)
+    for factor, status in ((1 / 3, 1), (3, 0)):
+        for figure in ("min", "max", "mean", "median"):
+            stored["benchmarks"][0]["stats"][figure] = benchmark["stats"][figure] * factor
+        changed = tmp_path / "changed.json"
+        changed.write_text(json.dumps(stored))
+        compared = run("pytest", *ONE, f"--benchmark-compare={changed}", "--benchmark-compare-fail=median:50%")
+        assert compared.returncode == status, compared.stdout
+        assert ("Performance has regressed" in compared.stdout + compared.stderr) == bool(status)
+
+
+# ---- peers ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_numpy(monkeypatch: pytest.MonkeyPatch) -> machine.Numpy:
+    monkeypatch.delenv("CUSRU_SIMULATE", raising=False)
+    pytest.importorskip("torch", reason='torch is missing: pip install ".[torch]"')
+    return machine.Numpy()
+
+
+@pytest.mark.xdist_group("sru")
+def test_the_sru_package_s_operator_computes_the_same_case(on_numpy: machine.Numpy) -> None:
+    pytest.importorskip("sru", reason='sru is missing: pip install ".[peers]"')
+    for name in ("small", "small-separation-k3", "small-separation-k4"):
+        work = Workload(on_numpy, cases.CASES[name], "float32")
+        peer = peers.sru_operator(work)
+        h, c_last = (a.numpy() for a in peer.forward())
+        np.testing.assert_allclose(h, work.output.h, atol=2e-5)
+        np.testing.assert_allclose(c_last, work.output.c_last, atol=2e-5)
+        grad_u = peer.backward()[0].numpy().reshape(work.given["u"].shape)
+        np.testing.assert_allclose(grad_u, work.results["backward"].u, atol=5e-5)
+
+
+def test_layers_run_beside_ours(on_numpy: machine.Numpy) -> None:
+    work = Workload(on_numpy, cases.CASES["small"], "float32")
+    for make in (peers.lstm, peers.sru_layer):
+        peer = make(work)
+        assert peer.forward().shape == (40, 3, 20)
+        assert peer.backward()[0].shape == (40, 3, 20)
+        assert peer.backward_bytes > peer.forward_bytes > work.case.elements * 8
+
+
+def test_a_peer_that_cannot_run_says_why(on_numpy: machine.Numpy, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("accelerated_scan.warp", "accelerated_scan.scalar"):
+        monkeypatch.setitem(sys.modules, name, None)
+    small = Workload(on_numpy, cases.CASES["small"], "float32")
+    step = Workload(on_numpy, cases.CASES["small-step"], "float32")
+    for make, work, why in (
+        (peers.scan, small, "pip install accelerated-scan"),
+        (peers.hgrn, small, "GPU"),
+        (peers.sru_operator, step, "no such variant"),
+        (peers.sru_operator, Workload(on_numpy, cases.CASES["small"], "float64"), "float32"),
+    ):
+        with pytest.raises(peers.Unavailable, match=why):
+            make(work)
+
+
+# ---- the report for a GPU -------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_the_simulator_stands_in_for_a_device(tmp_path: Path) -> None:
+    """The whole command but the tests, which would be these."""
+    only = [word for step in ("sanitizer", "bandwidth", "table") for word in ("--only", step)]
+    done = run("benchmarks.device", "--simulate", "--out", str(tmp_path / "new" / "folder"), *only)
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = tmp_path / "new" / "folder"
+    found = json.loads((out / "report.json").read_text())
+    assert found["simulated"] is True
+    assert {"device", "driver", "CUDA", "CuPy", "cusru"} <= set(found["environment"])
+    assert {name: step["status"] for name, step in found["steps"].items() if name != "picture"} == dict.fromkeys(
+        ("sanitizer", "bandwidth", "table"), "ok"
+    )
+    rows = found["steps"]["table"]["rows"]
+    assert {(row["case"], row["dtype"], row["pass"]) for row in rows} == {
+        (case.name, dtype, direction) for case in cases.SMALL for dtype in case.dtypes for direction in PASSES
+    }
+    assert found["steps"]["sanitizer"]["rows"][0]["passes_run"] == len(rows)
+    text = (out / "report.md").read_text()
+    assert report.SIMULATED in text
+    for row in rows:
+        assert f"| {row['case']} | {', '.join(map(str, row['shape']))} | {row['dtype']} | {row['pass']} |" in text
+    for private in (str(ROOT), str(tmp_path), sys.prefix, socket.gethostname()):
+        assert private not in text + json.dumps(found)
+
+
+@needs_compiler
+def test_a_picture_is_drawn(tmp_path: Path) -> None:
+    image = pytest.importorskip("matplotlib.image", reason='matplotlib is missing: pip install ".[examples]"')
+    assert report.picture(a_report(), tmp_path / "bandwidth.png")
+    pixels = image.imread(tmp_path / "bandwidth.png")
+    assert pixels.shape[0] > 500
+    assert pixels.std() > 0.05
+    assert not report.picture({**a_report(), "steps": {}}, tmp_path / "none.png")
+
+
+@needs_compiler
+def test_a_step_that_fails_is_reported_and_the_next_goes_on(tmp_path: Path) -> None:
+    """No kernel compiles here, so each step fails in its own process."""
+    environment = dict(CUSRU_SIMULATE_FLAGS="-no-such-flag", CUSRU_CACHE_DIR=str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir(mode=0o700)
+    done = run("benchmarks.device", "--simulate", "--out", str(tmp_path), "--only", "bandwidth", "--only", "table", **environment)
+    assert done.returncode == 1
+    steps = json.loads((tmp_path / "report.json").read_text())["steps"]
+    assert {steps[name]["status"] for name in ("bandwidth", "table")} == {"failed"}
+    assert "no-such-flag" in json.dumps(steps["bandwidth"])
+    assert len(steps["table"]["rows"]) == sum(len(case.dtypes) for case in cases.SMALL), "nor does a case stop the next"
+    assert "failed: small, float64" in (tmp_path / "report.md").read_text()
+
+
+@needs_compiler
+def test_a_step_out_of_time_keeps_what_it_had_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = "import json, time\nprint(json.dumps({'case': 1}), flush=True)\nprint('{half', end='', flush=True)\ntime.sleep(100)"
+    start = device._start
+    monkeypatch.setattr(
+        device, "_start", lambda command, simulate, **files: start([sys.executable, "-c", endless], simulate, **files)
+    )
+    begin = time.monotonic()
+    step = device.run_step("table", simulate=True, seconds=2)
+    assert time.monotonic() - begin < 20
+    assert step["status"] == "out of time"
+    assert step["rows"] == [{"case": 1}]
+
+
+def test_what_a_step_started_ends_with_it(tmp_path: Path) -> None:
+    """Even if it pays no heed to an interrupt."""
+    marker = tmp_path / "alive"
+    child = f"import signal, time\nsignal.signal(2, signal.SIG_IGN)\nopen({str(marker)!r}, 'w').write('x')\ntime.sleep(100)"
+    parent = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])"
+    process = device._start([sys.executable, "-c", parent], True)
+    while not marker.exists():
+        time.sleep(0.05)
+    device._end(process)
+    time.sleep(0.2)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_without_a_device_nothing_is_run(tmp_path: Path) -> None:
+    if missing("gpu") is None:
+        pytest.skip("there is a CUDA device")
+    done = run("benchmarks.device", "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert "--simulate" in done.stderr
+    assert "CuPy" in done.stderr or "CUDA" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out, why in ((["--out", str(tmp_path / "file" / "below")], "--out"), ([], "--out is needed")):
+        done = run("benchmarks.device", "--simulate", *out)
+        assert done.returncode == 2
+        assert why in done.stderr
+
+
+def a_report() -> dict[str, Any]:
+    """As from a GPU, with made-up figures."""
+
+    def times(**seconds: float) -> dict[str, dict[str, float]]:
+        return {
+            who: {"seconds": s, "gb_per_s": 1 / s, "of_copy": 0.9e-3 / s, "of_ceiling": 0.8e-3 / s} for who, s in seconds.items()
+        }
+
+    def passed(case: str, cache: str, **seconds: float) -> dict[str, Any]:
+        row = {"case": case, "shape": [4, 2, 8], "dtype": "float32", "cache": cache, "times": times(**seconds)}
+        return {**row, "pass": "forward"}
+
+    rows = {
+        "tests": [{"test": "tests/a.py::b[gpu]", "outcome": "passed"}, {"test": "tests/a.py::c[gpu]", "outcome": "failed"}],
+        "sanitizer": [{"tool": "memcheck", "passes_run": 36, "summary": "ERROR SUMMARY: 0 errors", "seconds": 1}],
+        "bandwidth": [{"kernel": "stream", "read_share": 0.6, "bytes": 2**29, "gb_per_s": 3000.4}],
+        "table": [
+            passed("wide", "cold", cusru=1e-3, original=4e-3), passed("narrow", "cold", cusru=2e-3),
+            passed("wide", "warm", cusru=0.5e-3), {"case": "huge", "dtype": "float32", "failed": "MemoryError: 1 | 2"},
+        ],
+        "peers": [
+            {**passed("wide", "cold"), "times": {}, "peer": "lstm", "pass": "backward", "seconds": 0.5, "gb_per_s": 2},
+            {"case": "wide", "dtype": "float32", "peer": "scan", "skipped": "not there"},
+        ],
+    }  # fmt: skip
+    steps = {name: {"status": "ok", "seconds": 1.5, "rows": found} for name, found in rows.items()}
+    environment = {"device": "A GPU (cuda:0)", "driver": "580.1", "CUDA": "driver 13.0", "CuPy": "14.2.0"}
+    return {
+        "simulated": False, "date": "2026-01-02T03:04:05+00:00", "command": "python -m benchmarks.device --out DIR",
+        "environment": environment, "seconds": 400.2, "steps": steps, "picture": "bandwidth.png",
+    }  # fmt: skip
+
+
+def test_the_report_shows_each_figure() -> None:
+    text = report.markdown(a_report())
+    for line in (
+        "# cusru on A GPU (cuda:0)", "- driver: 580.1", "- CuPy: 14.2.0", "1 passed, 1 failed.", "- failed: `tests/a.py::c[gpu]`",
+        "| memcheck | 36 | ERROR SUMMARY: 0 errors |", "| 512 | 3000 |", "## Passes, L2 cold", "## Passes, L2 warm",
+        "| wide | 4, 2, 8 | float32 | forward | 1 | 1000 | 0.9 | 0.8 | 4 | 4.00 |",
+        "| narrow | 4, 2, 8 | float32 | forward | 2 | 500 | 0.45 | 0.4 |  |  |", "- failed: huge, float32: MemoryError: 1 | 2",
+        "| wide | 4, 2, 8 | float32 | lstm | backward | 500 | 2 |", "- scan: not there",
+        "![fraction of the ceiling](bandwidth.png)",
+    ):  # fmt: skip
+        assert line in text.splitlines(), line
+    assert report.SIMULATED not in text
+
+
+def test_the_tests_step_reads_pytest_with_and_without_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        "tests/test_a.py::test_b[gpu] PASSED                    [  1%]",
+        "[gw1] [  2%] FAILED tests/test_a.py::test_c[gpu-x] ",
+        "tests/test_a.py::test_d SKIPPED (no CUDA device)       [  3%]",
+        "[gw0] [ 50%] ERROR tests/test_a.py::test_e ",
+        "===== 1 passed in 3 s =====",
+    ]
+    process = SimpleNamespace(stdout=iter(line + "\n" for line in lines), wait=lambda: 1)
+    monkeypatch.setattr(device.subprocess, "Popen", lambda *_, **__: process)
+    rows = list(device.tests(simulate=True))
+    assert [(row["test"], row["outcome"]) for row in rows[:4]] == [
+        ("tests/test_a.py::test_b[gpu]", "passed"), ("tests/test_a.py::test_c[gpu-x]", "failed"),
+        ("tests/test_a.py::test_d", "skipped"), ("tests/test_a.py::test_e", "error"),
+    ]  # fmt: skip
+    assert rows[4]["failed"] == "pytest exited with 1"
+
+
+def test_a_sanitizer_s_finding_fails_the_step(tmp_path: Path) -> None:
+    says = "print('{}'); print('========= ERROR SUMMARY: 3 errors'); raise SystemExit(99)"
+    row = device._watched("memcheck", [sys.executable, "-c", says], seconds=20)
+    assert row["failed"] == "exit status 99"
+    assert row["summary"] == "ERROR SUMMARY: 3 errors"
+    assert row["passes_run"] == 1
+    clean = device._watched("memcheck", [sys.executable, "-c", "print('{}')"], seconds=20)
+    assert "failed" not in clean
+    late = device._watched("racecheck", [sys.executable, "-c", "import time; time.sleep(60)"], seconds=1)
+    assert late["failed"] == "out of time after 1 s"
