@@ -11,7 +11,10 @@ With --json one object a line, for each specialisation and architecture:
                               kernel can have in flight where a launch has blocks enough. For the recomputing backward the
                               smaller of its two walks. By Little's law an H100 needs 17.8 KB (docs/performance.md).
 
-Without --all: a sample in which every value of every option occurs, and every pass, layout and kind of weights with every dtype.
+    instructions, special_functions      with --sass: in the loops over time, for a step of a column, from nvdisasm
+
+--kernels sample: every value of every option, and every pass, layout and kind of weights with every dtype. plain: SRU with skip
+input and identity, v1 and v2. all: every specialisation, half a second each.
 """
 
 from __future__ import annotations
@@ -20,10 +23,15 @@ import argparse
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,14 +62,14 @@ MULTIPROCESSORS = {
 }
 
 
-def ptxas(source: str, options: tuple[str, ...], architecture: int) -> str:
-    """ptxas's report on a source of one kernel. RuntimeError where it does not compile."""
+def build(source: str, options: tuple[str, ...], architecture: int) -> tuple[str, bytes]:
+    """ptxas's report and the machine code. RuntimeError where it does not compile."""
     from cupy.cuda import nvrtc
 
     program = nvrtc.createProgram(source, "kernel.cu", [], [])
     try:
         nvrtc.compileProgram(program, (*options, f"--gpu-architecture=sm_{architecture}", "-ftz=true", "--ptxas-options=-v"))
-        return nvrtc.getProgramLog(program)
+        return nvrtc.getProgramLog(program), nvrtc.getCUBIN(program)
     except nvrtc.NVRTCError as error:
         raise RuntimeError(f"{options} for sm_{architecture}:\n{nvrtc.getProgramLog(program)}") from error
     finally:
@@ -87,11 +95,59 @@ def usages(log: str) -> list[Usage]:
 
 
 def usage(kernel: Specialisation, architecture: int) -> Usage:
-    log = ptxas(raw_kernels.source(), raw_kernels.options(kernel), architecture)
+    return _one_usage(build(raw_kernels.source(), raw_kernels.options(kernel), architecture)[0])
+
+
+def _one_usage(log: str) -> Usage:
     found = usages(log)
     if len(found) != 1:
         raise RuntimeError(f"no report of one kernel from ptxas:\n{log}")
     return found[0]
+
+
+# ---- instructions --------------------------------------------------------------------------------------------------------
+
+
+def find_nvdisasm() -> str:
+    """Of the CUDA toolkit or of the package nvidia-cuda-nvdisasm."""
+    folders = [str(path) for folder in sys.path for path in Path(folder).glob("nvidia/*/bin")]
+    found = shutil.which("nvdisasm") or shutil.which("nvdisasm", path=os.pathsep.join(folders))
+    if not found:
+        raise RuntimeError("--sass needs nvdisasm, which is not on PATH: pip install nvidia-cuda-nvdisasm")
+    return found
+
+
+def innermost_loops(sass: str) -> list[list[str]]:
+    """The instructions of each loop that holds no other. A loop is what lies between a label and the nearest jump back to it."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(\S.*?)\s*;", line):
+            instructions.append(instruction[1])
+    loops: dict[int, int] = {}
+    for last, instruction in enumerate(instructions):
+        jump = re.search(r"\bBRA\b.*?(\.L_x_\d+)", instruction)
+        first = labels.get(jump[1], last) if jump else last
+        if first < last:
+            loops.setdefault(first, last)
+    inner = [(a, b) for a, b in loops.items() if not any(a < first and last <= b for first, last in loops.items())]
+    return [instructions[a : b + 1] for a, b in inner]
+
+
+def instructions(kernel: Specialisation, cubin: bytes) -> dict[str, float]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin + b"\0")  # CuPy leaves out the last byte
+        file.flush()
+        sass = subprocess.run([find_nvdisasm(), file.name], capture_output=True, text=True, check=True).stdout
+    loops = [loop for loop in innermost_loops(sass) if any("LDG" in instruction for instruction in loop)]
+    steps = kernel.columns * _ahead(kernel)
+    special = sum("MUFU" in instruction for loop in loops for instruction in loop)
+    return {"instructions": round(sum(map(len, loops)) / steps, 1), "special_functions": special / steps}
+
+
+# ---- a multiprocessor ----------------------------------------------------------------------------------------------------
 
 
 def _up(n: int, granularity: int) -> int:
@@ -120,15 +176,28 @@ def bytes_per_step(kernel: Specialisation) -> int:
     return u + x + weight + item + state  # grad_h, c
 
 
-def row(kernel: Specialisation, architecture: int) -> dict[str, Any]:
-    used = usage(kernel, architecture)
+def _ahead(kernel: Specialisation) -> int:
+    return 4 if kernel.direction == "reduce" else kernel.ahead  # the reduction's loop is unrolled by 4
+
+
+def row(kernel: Specialisation, architecture: int, sass: bool = False) -> dict[str, Any]:
+    log, cubin = build(raw_kernels.source(), raw_kernels.options(kernel), architecture)
+    used = _one_usage(log)
     blocks = blocks_per_sm(architecture, kernel.threads, used.registers, used.shared_bytes)
-    ahead = 4 if kernel.direction == "reduce" else kernel.ahead  # the reduction's loop is unrolled by 4
+    in_flight = blocks * kernel.threads * kernel.columns * _ahead(kernel) * bytes_per_step(kernel)
     return {
-        **kernel._asdict(), "architecture": architecture, "threads": kernel.threads, "ahead": ahead, **used._asdict(),
-        "blocks_per_sm": blocks,
-        "bytes_in_flight_per_sm": blocks * kernel.threads * kernel.columns * ahead * bytes_per_step(kernel),
+        **kernel._asdict(), "architecture": architecture, "threads": kernel.threads, "ahead": _ahead(kernel), **used._asdict(),
+        "blocks_per_sm": blocks, "bytes_in_flight_per_sm": in_flight, **(instructions(kernel, cubin) if sass else {}),
     }  # fmt: skip
+
+
+# ---- which kernels -------------------------------------------------------------------------------------------------------
+
+
+def plain(kernels: Iterable[Specialisation]) -> list[Specialisation]:
+    """SRU with skip input and identity, as the tables of docs/performance.md have it."""
+    usual = dict(skip="x", activation="identity", candidate="identity")
+    return [k for k in kernels if usual.items() <= k._asdict().items() and k.weight in ("none", "column")]
 
 
 def covering(kernels: Iterable[Specialisation]) -> list[Specialisation]:
@@ -158,11 +227,11 @@ def supported() -> list[int]:
     return [architecture for architecture in MULTIPROCESSORS if architecture in set(map(int, nvrtc.getSupportedArchs()))]
 
 
-def rows(kernels: Iterable[Specialisation], architectures: Iterable[int]) -> Iterator[dict[str, Any]]:
+def rows(kernels: Iterable[Specialisation], architectures: Iterable[int], sass: bool = False) -> Iterator[dict[str, Any]]:
     """In order, compiled by as many processes as there are processors."""
     jobs = [(kernel, architecture) for architecture in architectures for kernel in kernels]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(row, *zip(*jobs, strict=True))
+        yield from pool.map(partial(row, sass=sass), *zip(*jobs, strict=True))
 
 
 COLUMNS = (
@@ -171,31 +240,40 @@ COLUMNS = (
     ("shared_bytes", 13), ("blocks_per_sm", 14), ("bytes_in_flight_per_sm", 23),
 )  # fmt: skip
 
+SASS_COLUMNS = (("instructions", 13), ("special_functions", 18))
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
-    parser.add_argument("--all", action="store_true", help="every specialisation: half a second each, for each architecture")
-    parser.add_argument("--architecture", action="append", type=int, choices=list(MULTIPROCESSORS), metavar="SM",
-                        help="90 for sm_90 (may be given again); default: all that this NVRTC knows of "
-                        + ", ".join(map(str, MULTIPROCESSORS)))  # fmt: skip
+    parser.add_argument("--kernels", choices=["sample", "plain", "all"], default="sample", help="which (default: sample)")
+    which = "90 for sm_90 (may be given again); default: all that this NVRTC knows of " + ", ".join(map(str, MULTIPROCESSORS))
+    parser.add_argument("--architecture", action="append", type=int, choices=list(MULTIPROCESSORS), metavar="SM", help=which)
+    parser.add_argument("--sass", action="store_true", help="count instructions too, with nvdisasm")
     options = parser.parse_args(arguments)
     try:
         known = supported()
+        if options.sass:
+            find_nvdisasm()
     except ImportError as error:
         print(f'benchmarks.resources: needs CuPy and NVRTC ({error}): pip install ".[cuda13]"', file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        print(f"benchmarks.resources: {error}", file=sys.stderr)
         return 1
     if unknown := set(options.architecture or ()) - set(known):
         parser.error(f"--architecture: this NVRTC does not compile for {', '.join(f'sm_{n}' for n in sorted(unknown))}")
 
     every = list(raw_kernels.specialisations())
+    chosen = {"sample": covering, "plain": plain, "all": list}[options.kernels](every)
+    columns = (*COLUMNS, *(SASS_COLUMNS if options.sass else ()))
     if not options.json:
-        print("".join(f"{name:<{width}}" for name, width in COLUMNS))
-    for result in rows(every if options.all else covering(every), options.architecture or known):
+        print("".join(f"{name:<{width}}" for name, width in columns))
+    for result in rows(chosen, options.architecture or known, options.sass):
         if options.json:
             print(json.dumps(result), flush=True)
         else:
-            print("".join(f"{result[name]!s:<{width}}" for name, width in COLUMNS), flush=True)
+            print("".join(f"{result[name]!s:<{width}}" for name, width in columns), flush=True)
     return 0
 
 

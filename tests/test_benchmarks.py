@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -285,14 +284,54 @@ def test_resources_prints_one_object_a_line(monkeypatch: pytest.MonkeyPatch, cap
         assert row["bytes_in_flight_per_sm"] > 0
 
 
+SASS = """
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_3:
+        /*0010*/                   IADD R2, R2, 0x1 ;
+.L_x_1:
+        /*0020*/                   LDG.E R4, [R2] ;
+        /*0030*/                   MUFU.EX2 R5, R4 ;
+        /*0040*/              @!P0 BRA `(.L_x_2) ;
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0060*/               @P2 BRA `(.L_x_1) ;
+        /*0070*/               @P3 BRA `(.L_x_3) ;
+.L_x_4:
+        /*0080*/                   BRA `(.L_x_4);
+"""
+
+
+def test_the_innermost_loops_are_counted() -> None:
+    """Not the loop around it, not the second jump to the same place, not the trap at the end."""
+    (loop,) = resources.innermost_loops(SASS)
+    assert loop == ["LDG.E R4, [R2]", "MUFU.EX2 R5, R4", "@!P0 BRA `(.L_x_2)", "@P1 BRA `(.L_x_1)"]
+
+
+def test_a_step_takes_four_special_functions() -> None:
+    pytest.importorskip("cupy", reason='needs CuPy and NVRTC: pip install "cusru[cuda13]"')
+    try:
+        resources.find_nvdisasm()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    for kernel, special in (
+        (raw_kernels.Specialisation("forward", "float32", "x", weight="column"), 4),
+        (raw_kernels.Specialisation("backward", "bfloat16", "x", columns=4), 4),
+        (raw_kernels.Specialisation("backward", "float32", "x", recompute=True), 6),
+    ):
+        row = resources.row(kernel, 90, sass=True)
+        assert row["special_functions"] == special
+        assert 40 < row["instructions"] < 220
+
+
 def test_the_benchmarks_own_kernels_compile_without_spills() -> None:
     pytest.importorskip("cupy", reason='needs CuPy and NVRTC: pip install "cusru[cuda13]"')
     for architecture in resources.supported():
-        log = resources.ptxas(raw_kernels.source(machine.HERE / "stream.cu"), ("-std=c++17", "-DTHREADS=256"), architecture)
+        log, _ = resources.build(raw_kernels.source(machine.HERE / "stream.cu"), ("-std=c++17", "-DTHREADS=256"), architecture)
         assert [used.spill_bytes + used.stack_bytes for used in resources.usages(log)] == [0, 0], log  # stream, hold
     for dtype in raw_kernels.TYPES.values():
         options = ("-std=c++17", f"-DTYPE={dtype}", "-DK=4", "-DTANH_ACTIVATION=1", "-DMASK_GATE=1", "-DBIDIRECTIONAL=1")
-        log = resources.ptxas(raw_kernels.source(machine.HERE / "original.cu"), options, 90)
+        log, _ = resources.build(raw_kernels.source(machine.HERE / "original.cu"), options, 90)
         assert [used.spill_bytes for used in resources.usages(log)] == [0, 0], log
 
 
@@ -332,7 +371,6 @@ def on_numpy(monkeypatch: pytest.MonkeyPatch) -> machine.Numpy:
     return machine.Numpy()
 
 
-@pytest.mark.xdist_group("sru")
 def test_the_sru_package_s_operator_computes_the_same_case(on_numpy: machine.Numpy) -> None:
     pytest.importorskip("sru", reason='sru is missing: pip install ".[peers]"')
     for name in ("small", "small-separation-k3", "small-separation-k4"):
@@ -436,18 +474,17 @@ def test_a_step_out_of_time_keeps_what_it_had_found(monkeypatch: pytest.MonkeyPa
     assert step["rows"] == [{"case": 1}]
 
 
-def test_what_a_step_started_ends_with_it(tmp_path: Path) -> None:
-    """Even if it pays no heed to an interrupt."""
-    marker = tmp_path / "alive"
-    child = f"import signal, time\nsignal.signal(2, signal.SIG_IGN)\nopen({str(marker)!r}, 'w').write('x')\ntime.sleep(100)"
-    parent = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])"
-    process = device._start([sys.executable, "-c", parent], True)
-    while not marker.exists():
-        time.sleep(0.05)
+def test_what_a_step_started_ends_with_it() -> None:
+    """Even if it pays no heed to an interrupt: the pipe that it held is closed."""
+    ours, theirs = os.pipe()
+    child = f"import os, signal, time; signal.signal(2, signal.SIG_IGN); os.write({theirs}, b'up'); time.sleep(100)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], close_fds=False)"
+    process = device._start([sys.executable, "-c", parent], True, pass_fds=(theirs,))
+    os.close(theirs)
+    assert os.read(ours, 2) == b"up"
     device._end(process)
-    time.sleep(0.2)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    assert os.read(ours, 2) == b""
+    os.close(ours)
 
 
 def test_without_a_device_nothing_is_run(tmp_path: Path) -> None:
