@@ -84,12 +84,8 @@ def small(simulate: bool) -> Iterator[Row]:
                 work.run(direction)
                 results = {name: here.get(a) for name, a in work.results[direction]._asdict().items() if a is not None}
                 wrong = [name for name, a in results.items() if not math.isfinite(float(abs(a.astype("f8")).sum()))]
-                yield {
-                    "case": case.name,
-                    "dtype": dtype,
-                    "pass": direction,
-                    **({"failed": f"not finite: {wrong}"} if wrong else {}),
-                }
+                row = {"case": case.name, "dtype": dtype, "pass": direction}
+                yield {**row, "failed": f"not finite: {wrong}"} if wrong else row
 
 
 def sanitizer(simulate: bool) -> Iterator[Row]:
@@ -97,10 +93,11 @@ def sanitizer(simulate: bool) -> Iterator[Row]:
     runs = [sys.executable, "-m", "benchmarks.device", "--step", "small", *(["--simulate"] if simulate else [])]
     if simulate:
         yield _watched("none: the program alone", runs, SECONDS["sanitizer"])
+        return
     if not found:
         yield {"skipped": "compute-sanitizer is not installed"}
         return
-    for tool in () if simulate else SANITIZERS:
+    for tool in SANITIZERS:
         yield _watched(tool, [found, "--tool", tool, "--error-exitcode", "99", *runs], SECONDS["sanitizer"] / len(SANITIZERS))
 
 
@@ -156,7 +153,7 @@ def beside(simulate: bool) -> Iterator[Row]:
     """Ours and the peers' times at a few shapes; GB/s of what each must move, since they do not compute the same."""
     here = find(simulate)
     names = ("small", "small-separation-k3") if simulate else PEER_CASES
-    gone: dict[str, str] = {}  # packages that are not there need no second try
+    gone: dict[str, peers.Unavailable] = {}  # what is not there needs no second try
     for case in (cases.CASES[name] for name in names):
         for dtype in case.dtypes if not simulate else ("float32",):
             work = Workload(here, case, dtype)
@@ -165,7 +162,7 @@ def beside(simulate: bool) -> Iterator[Row]:
                 row = {"case": case.name, "shape": [case.L, case.B, case.D], "dtype": dtype, "peer": name}
                 try:
                     if name in gone:
-                        raise peers.Unavailable(gone[name])
+                        raise gone[name]
                     peer = make(work)
                     for direction in PASSES:
                         call, moved = getattr(peer, direction), getattr(peer, f"{direction}_bytes")
@@ -173,8 +170,8 @@ def beside(simulate: bool) -> Iterator[Row]:
                         seconds = here.time(call)
                         yield {**row, "pass": direction, "seconds": seconds, "bytes": moved, "gb_per_s": moved / seconds / 1e9}
                 except peers.Unavailable as error:
-                    if "cannot be imported" in str(error) or "do not build" in str(error):
-                        gone[name] = str(error)
+                    if error.altogether:
+                        gone[name] = error
                     yield {**row, "skipped": str(error)}
                 except Exception as error:
                     kind = "failed" if name in ("cusru", "sru_layer") else "skipped"  # a peer that breaks is not our failure

@@ -1,7 +1,7 @@
-// The baseline: the design of the SRU's first CUDA kernels, in our own text. One thread walks one column and has one step
-// in flight: it loads a step's values when it needs them, and the next step's only then. Every state is stored, arrays are
-// compact, a gate is a true division with its slow path, and a parameter gradient is left per batch, to be summed after.
-// Equations and names as in cusru/kernels/sru.cuh; with identity and tanh, as those kernels had.
+// The baseline: the design of the SRU's first CUDA kernels, in our own text. One thread walks one column and has one
+// step in flight: it loads a step's values when it needs them, and the next step's only then. Every state is stored,
+// arrays are compact, a gate is a true division with its slow path, and a parameter gradient is left per batch, to be
+// summed after. Equations and names as in cusru/kernels/sru.cuh; with identity and tanh, as those kernels had.
 #include "numbers.cuh"
 
 using T = TYPE;
@@ -103,7 +103,8 @@ extern "C" __global__ void original_backward(const Original a) {
         if (a.grad_x) put<T>(a.grad_x, at, S(a.scale_x) * gs);
     }
     if (a.grad_bias) put<S>(a.grad_bias, p.column, sum_f), put<S>(a.grad_bias, p.columns + p.column, sum_r);
-    if (a.grad_weight_c) put<S>(a.grad_weight_c, p.column, sum_vf), put<S>(a.grad_weight_c, p.columns + p.column, sum_vr);
+    if (a.grad_weight_c)
+        put<S>(a.grad_weight_c, p.column, sum_vf), put<S>(a.grad_weight_c, p.columns + p.column, sum_vr);
     if (a.grad_c0) put<S>(a.grad_c0, p.column, carry);
 }
 

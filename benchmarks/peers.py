@@ -27,7 +27,11 @@ from benchmarks.workload import PASSES, Workload
 
 
 class Unavailable(Exception):
-    """Why a peer cannot be run here."""
+    """Why a peer cannot be run here. `altogether`: nor with any other case."""
+
+    def __init__(self, why: str, altogether: bool = False) -> None:
+        super().__init__(why)
+        self.altogether = altogether
 
 
 class Peer(NamedTuple):
@@ -42,15 +46,14 @@ def _import(name: str, extra: str = "") -> Any:
         return importlib.import_module(name)
     except Exception as error:  # a package that compiles when it is imported can raise anything
         hint = f"; {extra}" if extra else ""
-        raise Unavailable(
-            f"{name} cannot be imported: {type(error).__name__}: {' '.join(str(error).split())[:200]}{hint}"
-        ) from error
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise Unavailable(f"{name} cannot be imported: {why}{hint}", altogether=True) from error
 
 
 def _torch(work: Workload) -> Any:
     torch = _import("torch", 'pip install ".[torch]"')
     if work.machine.name == "gpu" and not torch.cuda.is_available():
-        raise Unavailable("this torch has no CUDA device")
+        raise Unavailable("this torch has no CUDA device", altogether=True)
     return torch
 
 
@@ -79,7 +82,7 @@ def sru_operator(work: Workload) -> Peer:
         ops = _import("sru.ops", 'pip install ".[peers]"')
     failed = [str(w.message).splitlines()[0] for w in caught if "unsuccessful" in str(w.message)]
     if on_gpu and failed:
-        raise Unavailable(f"its CUDA kernels do not build: {failed[0][:200]}")
+        raise Unavailable(f"its CUDA kernels do not build: {failed[0][:200]}", altogether=True)
 
     t, d = _tensors(torch, work), case.D
     u = t["u"].reshape(case.L, case.B, d * case.k)  # a copy where D is innermost: it knows no other layout
@@ -194,7 +197,7 @@ def _scan_module(power_of_two: bool) -> Any:
 def hgrn(work: Workload) -> Peer:
     torch, case = _torch(work), work.case
     if work.machine.name != "gpu":
-        raise Unavailable("flash-linear-attention's kernels need a GPU")
+        raise Unavailable("flash-linear-attention's kernels need a GPU", altogether=True)
     module = _import("fla.ops.hgrn", "pip install flash-linear-attention")
     if work.dtype == "float64":
         raise Unavailable("HGRN's kernels compute in float32")

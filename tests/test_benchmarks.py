@@ -194,6 +194,26 @@ def test_the_launches_of_a_cuda_device_are_those_of_the_simulator(simulated: mac
     assert len(cuda.kernels) == 3, "compiled once each"
 
 
+@pytest.mark.parametrize(("cache", "before"), [("cold", ["copy"] * 10), ("warm", ["call", "hold"])], ids=["cold", "warm"])
+def test_a_cold_time_empties_l2_and_a_warm_one_fills_it(cache: str, before: list[str]) -> None:
+    """Both keep the device busy while Python prepares the launch; only the launch lies between the events."""
+    done: list[str] = []
+
+    class Event:
+        def record(self) -> None:
+            done.append("event")
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+    cuda = machine.Cuda.__new__(machine.Cuda)
+    cuda.cupy = SimpleNamespace(cuda=SimpleNamespace(Event=Event, get_elapsed_time=lambda start, end: 3.0))
+    cuda.filler, cuda.copy = (0, 0), lambda source, target: done.append("copy")  # type: ignore[method-assign,assignment]
+    cuda.launch = lambda file, entry, *rest: done.append(entry)  # type: ignore[method-assign]
+    assert cuda.time(lambda: done.append("call"), cache) == 3e-3
+    assert done == [*before, "event", "call", "event", "wait"] * 10
+
+
 # ---- resources ------------------------------------------------------------------------------------------------------------
 
 OCCUPANCY = """

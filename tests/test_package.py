@@ -70,11 +70,16 @@ def test_readme_examples_run(block):
     assert python(block, timeout=300).stdout
 
 
-def test_readme_shows_the_three_frameworks_and_the_two_commands():
+def test_readme_shows_the_three_frameworks_and_the_commands():
     firsts = [re.search(r"^import (\w+)", block, re.MULTILINE)[1] for block in BLOCKS]
     assert firsts == ["cupy", "torch", "jax", "torch"]
     commands = re.findall(r"^    (pip .*)$", README, flags=re.M)
-    assert commands == ["pip install . && python -m cusru", 'pip install ".[test]" && pytest']
+    assert commands == [
+        "pip install . && python -m cusru",
+        'pip install ".[test]" && pytest',
+        'pip install ".[examples]" && python examples/char_lm.py',
+        'pip install ".[cuda13,test,examples]" pytest-xdist && python -m benchmarks.device --out report',
+    ]
 
 
 def test_links_in_the_documents_lead_somewhere():
