@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ from benchmarks.workload import PASSES, Floor, Workload, stream
 from cusru import __main__ as about
 
 ROOT = Path(__file__).parent.parent
-SECONDS = {"tests": 160, "sanitizer": 75, "bandwidth": 20, "table": 125, "peers": 80}  # what one leaves, the next may use
+SECONDS = {"tests": 150, "sanitizer": 75, "bandwidth": 15, "table": 115, "peers": 105}  # what one leaves, the next may use
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
-PEER_CASES = ("square", "square-v2", "narrow", "wide")
+PEER_CASES = ("square", "wide", "narrow")
 Row = dict[str, Any]
 
 
@@ -51,14 +52,14 @@ def find(simulate: bool) -> machine.Machine:
     return machine.find("simulator" if simulate else "gpu")
 
 
-def tests(simulate: bool) -> Iterator[Row]:
+def tests(simulate: bool, seconds: float) -> Iterator[Row]:
     """One row a test, as pytest reports it."""
     command = [sys.executable, "-m", "pytest", "tests", "-v", "-p", "no:cacheprovider", "--color=no", "--tb=short"]
     command += ["-m", "not long", "-k", "simulator and test_properties"] if simulate else ["-m", "gpu and not long"]
     with contextlib.suppress(ImportError):
         import xdist  # noqa: F401
 
-        command += ["-n", str(min(os.cpu_count() or 1, 4))]
+        command += ["-n", str(_workers(simulate))]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert run.stdout
     tail: list[str] = []
@@ -70,57 +71,78 @@ def tests(simulate: bool) -> Iterator[Row]:
         yield {"failed": f"pytest exited with {status}", "tail": tail}
 
 
-def small(simulate: bool) -> Iterator[Row]:
+def _workers(simulate: bool) -> int:
+    """Processes that the tests are shared among: each may hold some 20 GiB of the device's memory."""
+    most = min(os.cpu_count() or 1, 4)
+    if simulate:
+        return most
+    import cupy
+
+    return max(1, min(most, cupy.cuda.runtime.memGetInfo()[0] // (20 << 30)))
+
+
+def small(simulate: bool, seconds: float) -> Iterator[Row]:
     """The small cases, once each: what the sanitizers watch. Without CuPy's pool, in which a stray access meets other arrays."""
     if not simulate:
         import cupy
 
         cupy.cuda.set_allocator(None)
     here = find(simulate)
-    for case in cases.SMALL:
-        for dtype in case.dtypes:
-            work = Workload(here, case, dtype)
-            for direction in PASSES:
-                work.run(direction)
-                results = {name: here.get(a) for name, a in work.results[direction]._asdict().items() if a is not None}
-                wrong = [name for name, a in results.items() if not math.isfinite(float(abs(a.astype("f8")).sum()))]
-                row = {"case": case.name, "dtype": dtype, "pass": direction}
-                yield {**row, "failed": f"not finite: {wrong}"} if wrong else row
+    for case, dtype in _each(cases.SMALL):
+        work = Workload(here, case, dtype)
+        for direction in PASSES:
+            work.run(direction)
+            results = {name: here.get(a) for name, a in work.results[direction]._asdict().items() if a is not None}
+            wrong = [name for name, a in results.items() if not math.isfinite(float(abs(a.astype("f8")).sum()))]
+            row = {"case": case.name, "dtype": dtype, "pass": direction}
+            yield {**row, "failed": f"not finite: {wrong}"} if wrong else row
 
 
-def sanitizer(simulate: bool) -> Iterator[Row]:
-    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    runs = [sys.executable, "-m", "benchmarks.device", "--step", "small", *(["--simulate"] if simulate else [])]
+def sanitizer(simulate: bool, seconds: float) -> Iterator[Row]:
+    """The program first by itself, which compiles its kernels; then under each tool."""
+    end = time.monotonic() + seconds
+    program = [sys.executable, "-m", "benchmarks.device", "--step", "small", *(["--simulate"] if simulate else [])]
+    yield _watched("none", program, seconds)
     if simulate:
-        yield _watched("none: the program alone", runs, SECONDS["sanitizer"])
         return
+    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if not found:
         yield {"skipped": "compute-sanitizer is not installed"}
         return
-    for tool in SANITIZERS:
-        yield _watched(tool, [found, "--tool", tool, "--error-exitcode", "99", *runs], SECONDS["sanitizer"] / len(SANITIZERS))
+    for left, tool in zip(range(len(SANITIZERS), 0, -1), SANITIZERS, strict=True):
+        options = ["--tool", tool, "--error-exitcode", "99"]
+        if tool == "memcheck":  # CuPy asks the driver things that it may refuse: no fault of a kernel
+            options += ["--report-api-errors", "no"]
+        yield _watched(tool, [found, *options, *program], (end - time.monotonic()) / left)
 
 
 def _watched(tool: str, command: list[str], seconds: float) -> Row:
     start = time.monotonic()
     row: Row = {"tool": tool}
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+    with tempfile.TemporaryFile("w+", errors="replace") as out:
+        run = _start(command, None, stdout=out, stderr=subprocess.STDOUT)
         try:
-            printed, _ = run.communicate(timeout=seconds)
+            run.wait(max(seconds, 1))
         except subprocess.TimeoutExpired:
-            run.kill()
-            printed, _ = run.communicate()
             row["failed"] = f"out of time after {seconds:.0f} s"
-    ran = [line for line in printed.splitlines() if line.startswith("{")]
-    row |= {"passes_run": len(ran), "seconds": time.monotonic() - start}
+        finally:
+            _end(run, patience=2)
+        out.seek(0)
+        printed = out.read()
+    ran = list(_objects(printed.splitlines()))
+    row |= {"passes_run": len(ran), "seconds": round(time.monotonic() - start, 1)}
     if summary := re.search(r"(?:ERROR|RACECHECK) SUMMARY: .*", printed):
         row["summary"] = summary[0]
-    if run.returncode and "failed" not in row:
-        row |= {"failed": f"exit status {run.returncode}", "tail": printed.splitlines()[-30:]}
+    if "failed" not in row:
+        wrong = [one["failed"] for one in ran if "failed" in one]
+        if wrong:
+            row["failed"] = wrong[0]
+        elif run.returncode or not ran:
+            row |= {"failed": f"exit status {run.returncode}", "tail": printed.splitlines()[-30:]}
     return row
 
 
-def bandwidth(simulate: bool) -> Iterator[Row]:
+def bandwidth(simulate: bool, seconds: float) -> Iterator[Row]:
     """GB/s of a copy, and of reading and writing in the passes' mixes, for several sizes."""
     here = find(simulate)
     for size in (2**16, 2**18) if simulate else (2**25, 2**27, 2**29, 2**31):
@@ -134,49 +156,79 @@ def bandwidth(simulate: bool) -> Iterator[Row]:
             yield {"kernel": "stream", "read_share": share, "bytes": size, "gb_per_s": size / here.time(call) / 1e9}
 
 
-def table(simulate: bool) -> Iterator[Row]:
+def table(simulate: bool, seconds: float) -> Iterator[Row]:
     here = find(simulate)
     chosen = cases.SMALL if simulate else sorted(cases.BENCHMARKS, key=lambda case: case.elements)
-    for case in chosen:
-        for dtype in case.dtypes:
-            try:
-                work = Workload(here, case, dtype)
-                for direction in PASSES:
-                    for cache in here.caches:
-                        yield work.measure(direction, cache=cache)
-            except Exception as error:
-                yield {"case": case.name, "dtype": dtype, "failed": f"{type(error).__name__}: {error}"}
-            work = None  # frees the device's memory before the next case takes its own
+    for case, dtype in _each(chosen):
+        try:
+            work = Workload(here, case, dtype)
+            for direction in PASSES:
+                for cache in here.caches:
+                    yield work.measure(direction, cache=cache)
+        except Exception as error:
+            yield {"case": case.name, "dtype": dtype, "failed": _one_line(error)}
+            if _lost(error):
+                return
+        work = None  # frees the device's memory before the next case takes its own
 
 
-def beside(simulate: bool) -> Iterator[Row]:
+def _each(chosen: Iterable[cases.Case]) -> Iterator[tuple[cases.Case, str]]:
+    """The cases in their dtypes, but for bfloat16 where NumPy has none."""
+    there = importlib.util.find_spec("ml_dtypes") is not None
+    return ((case, dtype) for case in chosen for dtype in case.dtypes if there or dtype != "bfloat16")
+
+
+def _lost(error: Exception) -> bool:
+    """Whether the device answers this process no more: after a kernel's fault every call fails alike."""
+    return type(error).__module__.startswith("cupy_backends.") and "MemoryAllocation" not in str(error)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def beside(simulate: bool, seconds: float) -> Iterator[Row]:
     """Ours and the peers' times at a few shapes; GB/s of what each must move, since they do not compute the same."""
     here = find(simulate)
-    names = ("small", "small-separation-k3") if simulate else PEER_CASES
     gone: dict[str, peers.Unavailable] = {}  # what is not there needs no second try
-    for case in (cases.CASES[name] for name in names):
-        for dtype in case.dtypes if not simulate else ("float32",):
-            work = Workload(here, case, dtype)
-            candidates: dict[str, Callable[[Workload], peers.Peer]] = {"cusru": _ours, **peers.PEERS}
-            for name, make in candidates.items():
-                row = {"case": case.name, "shape": [case.L, case.B, case.D], "dtype": dtype, "peer": name}
-                try:
-                    if name in gone:
-                        raise gone[name]
-                    peer = make(work)
-                    for direction in PASSES:
-                        call, moved = getattr(peer, direction), getattr(peer, f"{direction}_bytes")
-                        call()
-                        seconds = here.time(call)
-                        yield {**row, "pass": direction, "seconds": seconds, "bytes": moved, "gb_per_s": moved / seconds / 1e9}
-                except peers.Unavailable as error:
-                    if error.altogether:
-                        gone[name] = error
-                    yield {**row, "skipped": str(error)}
-                except Exception as error:
-                    kind = "failed" if name in ("cusru", "sru_layer") else "skipped"  # a peer that breaks is not our failure
-                    yield {**row, kind: f"it breaks: {type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-            work = None
+    candidates: dict[str, Callable[[Workload], peers.Peer]] = {"cusru": _ours, **peers.PEERS}
+    chosen = ("small", "small-separation-k3") if simulate else PEER_CASES
+    for case, dtype in _each(cases.CASES[name]._replace(dtypes=("float32", "bfloat16")) for name in chosen):
+        if simulate and dtype != "float32":
+            continue
+        work = None  # the last one's memory, before this one takes its own
+        for name, make in candidates.items():
+            row = {"case": case.name, "shape": [case.L, case.B, case.D], "dtype": dtype, "peer": name}
+            peer = None
+            _free_memory(simulate)
+            try:
+                if name in gone:
+                    raise gone[name]
+                work = work or Workload(here, case, dtype)
+                peer = make(work)
+                for direction in PASSES:
+                    call, moved = getattr(peer, direction), getattr(peer, f"{direction}_bytes")
+                    call()
+                    time_of, copy = here.time(call), here.time(work.copy(Floor(moved - moved // 2, moved // 2)))
+                    figures = {"seconds": time_of, "bytes": moved, "gb_per_s": moved / time_of / 1e9, "of_copy": copy / time_of}
+                    yield {**row, "pass": direction, **figures}
+            except peers.Unavailable as error:
+                if error.altogether:
+                    gone[name] = error
+                yield {**row, "skipped": str(error)}
+            except Exception as error:
+                kind = "failed" if name in ("cusru", "sru_layer") else "skipped"  # a peer that breaks is not our failure
+                yield {**row, kind: f"it breaks: {_one_line(error)}"}
+                if _lost(error):
+                    return
+
+
+def _free_memory(simulate: bool) -> None:
+    """CuPy's pool and torch's do not know of one another."""
+    if not simulate:
+        sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
+        if torch := sys.modules.get("torch"):
+            torch.cuda.empty_cache()
 
 
 def _ours(work: Workload) -> peers.Peer:
@@ -184,7 +236,7 @@ def _ours(work: Workload) -> peers.Peer:
     return peers.Peer(*runs, *(work.floor(direction).bytes for direction in PASSES))
 
 
-def environment(simulate: bool) -> Iterator[Row]:
+def environment(simulate: bool, seconds: float) -> Iterator[Row]:
     here = find(simulate)
     _, versions, _ = about.look_around()
     driver = ""
@@ -195,7 +247,7 @@ def environment(simulate: bool) -> Iterator[Row]:
     yield row | {name: versions[name] for name in ("cusru", "CuPy", "NumPy")} | {"Python": versions["Python"].split(",")[0]}
 
 
-STEPS: dict[str, Callable[[bool], Iterator[Row]]] = {
+STEPS: dict[str, Callable[[bool, float], Iterator[Row]]] = {
     "environment": environment, "tests": tests, "sanitizer": sanitizer, "bandwidth": bandwidth, "table": table, "peers": beside,
     "small": small,
 }  # fmt: skip
@@ -207,6 +259,7 @@ STEPS: dict[str, Callable[[bool], Iterator[Row]]] = {
 def run_step(name: str, simulate: bool, seconds: float) -> Row:
     """{"status": "ok", "skipped", "failed" or "out of time", "seconds", "rows", and "why" where it is not ok}."""
     command = [sys.executable, "-m", "benchmarks.device", "--step", name, *(["--simulate"] if simulate else [])]
+    command += ["--seconds", f"{seconds:.1f}"]
     start = time.monotonic()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
         run = _start(command, simulate, stdout=out, stderr=err)
@@ -235,18 +288,19 @@ def run_step(name: str, simulate: bool, seconds: float) -> Row:
     return result
 
 
-def _start(command: list[str], simulate: bool, **files: Any) -> subprocess.Popen[str]:
-    """In a process group of its own."""
-    environment = {**os.environ, "CUSRU_SIMULATE": "1" if simulate else ""}
+def _start(command: list[str], simulate: bool | None, **files: Any) -> subprocess.Popen[str]:
+    """In a process group of its own. simulate: None keeps the environment."""
+    environment = {**os.environ, **({} if simulate is None else {"CUSRU_SIMULATE": "1" if simulate else ""})}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, start_new_session=True, **files)
 
 
-def _end(run: subprocess.Popen[str]) -> None:
-    """The whole group: interrupted, so that no lock of a build is left behind, and killed if that does not help."""
+def _end(run: subprocess.Popen[str], patience: float = 10) -> None:
+    """The whole group: interrupted, so that no lock of a build is left behind and what it has started ends too; killed if that
+    does not help."""
     if run.poll() is None:
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(run.pid, signal.SIGINT)
-            run.wait(5)
+            run.wait(patience)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)
     run.wait()
@@ -260,20 +314,25 @@ def _objects(lines: list[str]) -> Iterator[Row]:
 
 
 def _without_paths(text: str) -> str:
-    for path, name in ((str(ROOT), "."), (sys.prefix, "<python>"), (sys.base_prefix, "<python>"), (str(Path.home()), "~")):
-        text = text.replace(path, name)
+    """What the report says of files begins at the checkout or the environment. A root such as / or /usr stands for itself."""
+    for path, name in ((ROOT, "."), (Path(sys.prefix), "<python>"), (Path.home(), "~")):
+        if len(path.parts) > 2:
+            text = re.sub(re.escape(str(path)) + r"(?![\w.-])", name, text)
     return text
 
 
 def write(report: Row, out: Path) -> None:
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "report.md").write_text(reports.markdown(report))
+
+
+def draw(report: Row, out: Path) -> None:
     try:
         if reports.picture(report, out / "bandwidth.png"):
             report["picture"] = "bandwidth.png"
     except Exception as error:
         hint = ': pip install ".[examples]"' if isinstance(error, ImportError) else ""
         report["steps"]["picture"] = {"status": "failed", "seconds": 0, "why": f"{error}{hint}", "rows": []}
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "report.md").write_text(reports.markdown(report))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -287,10 +346,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the report goes; made if it is not there")
     parser.add_argument("--simulate", action="store_true", help="let the simulator stand in for the device")
     parser.add_argument("--only", action="append", choices=list(SECONDS), help="this step alone (may be given again)")
-    parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)  # in a process of its own: rows on stdout
+    parser.add_argument("--seconds", type=float, default=math.inf, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.step:
-        for row in STEPS[options.step](options.simulate):
+        for row in STEPS[options.step](options.simulate, options.seconds):
             print(json.dumps(row), flush=True)
         return 0
     if options.out is None:
@@ -314,19 +374,27 @@ def main(arguments: list[str] | None = None) -> int:
         "command": f"python -m benchmarks.device {arguments_shown}", "environment": first["rows"][0], "seconds": 0, "steps": {},
     }  # fmt: skip
     print(report["environment"]["device"], flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running ends, and what was found is kept
     builder = None
-    if not options.simulate and "peers" in (options.only or SECONDS):  # the packages that compile, while the tests run
+    if not options.simulate and not options.only:  # the packages that compile, while the tests run
         nothing = subprocess.DEVNULL
-        builder = _start([sys.executable, "-m", "benchmarks.peers"], options.simulate, stdout=nothing, stderr=nothing)
+        builder = _start([sys.executable, "-m", "benchmarks.peers"], False, stdout=nothing, stderr=nothing)
     allowed = 0.0
     try:
         for name in options.only or SECONDS:
+            if builder and name not in ("tests", "sanitizer"):  # nothing runs beside what is timed
+                _end(builder)
             allowed += SECONDS[name]
             print(f"{name:<12}", end="", flush=True)
             done = report["steps"][name] = run_step(name, options.simulate, allowed - (time.monotonic() - start))
             print(f"{done['status']}, {done['seconds']:.0f} s{': ' + done['why'] if 'why' in done else ''}", flush=True)
             report["seconds"] = round(time.monotonic() - start, 1)
-    finally:  # also after ctrl-C: what was found is kept
+            write(report, options.out)
+        draw(report, options.out)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    finally:
         if builder:
             _end(builder)
         write(report, options.out)

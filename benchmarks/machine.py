@@ -7,7 +7,6 @@ and no evidence for a GPU's.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,14 +41,7 @@ class _Host(main.Cpu):
     caches = ("as left",)  # by the run before
 
     def time(self, call: Callable[[], object], cache: str = "as left") -> float:
-        """Seconds: the best of at most a hundred runs in a fifth of a second, and of two at least. What disturbs a run on a CPU
-        only ever makes it longer."""
-        best, end, runs = float("inf"), time.perf_counter() + 0.2, 0
-        while runs < 2 or (runs < 100 and time.perf_counter() < end):
-            start = time.perf_counter()
-            call()
-            best, runs = min(best, time.perf_counter() - start), runs + 1
-        return best
+        return self.seconds(call)
 
 
 class Numpy(_Host):
@@ -94,21 +86,13 @@ class Cuda(main.Gpu):
         return self.cupy.empty(shape, dtype)
 
     def time(self, call: Callable[[], object], cache: str = "cold") -> float:
-        """Seconds by events on the stream, the median of ten. cold: copies have emptied L2 before each run. warm: the same call
-        has just run. Either way the device is busy while Python prepares the launch, which is therefore not timed."""
-        if cache == "cold":
-            return self.seconds(call)
-        times = []
-        for _ in range(10):
+        """Seconds. cold: L2 has been emptied. warm: the same call has just run."""
+
+        def warm(work: int) -> None:
             call()
-            self.launch("stream.cu", "hold", {"THREADS": 256}, 1, 1, np.int64(1_000_000))  # some 0.6 ms
-            start, end = self.cupy.cuda.Event(), self.cupy.cuda.Event()
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(self.cupy.cuda.get_elapsed_time(start, end) / 1000)
-        return float(np.median(times))
+            self.launch("stream.cu", "hold", {"THREADS": 256}, 1, 1, np.int64(work * 100_000))  # cycles: 10 are 0.5 ms
+
+        return self.seconds(call, warm if cache == "warm" else None)
 
 
 Machine = Numpy | Simulator | Cuda

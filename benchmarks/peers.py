@@ -4,14 +4,14 @@ Each function lays its arrays out and returns a `Peer`: two calls, forward and b
 `Unavailable` says why there is none: not installed, no such variant, no such dtype, does not build.
 
     lstm            torch's LSTM layer (cuDNN's on a GPU) from and to D features: a whole layer, its GEMMs included
-    sru_layer       ours as a whole layer: torch's GEMM, then cusru; to be held against the LSTM
-    hgrn            flash-linear-attention's HGRN: h_t = a_t h_{t-1} + b_t, its gates in logarithms, features innermost
-    scan            accelerated-scan: the same recurrence, time innermost
+    sru_layer       ours as a whole layer: torch's GEMM, then cusru; to be held against the LSTM (TF32 allowed in both)
+    scan_triton, scan_warp      accelerated-scan: h_t = a_t h_{t-1} + b_t, time innermost; the second zeroes its output first
+    hgrn_recurrent, hgrn_chunk  flash-linear-attention's HGRN: the same recurrence, its gates in logarithms, features innermost
     sru_operator    the `sru` package's own operator on the case's own values (on a CPU: compiled forward, autograd through its
                     Python recurrence backward; on a GPU: its CUDA kernels, where they build)
 
-The order is that of the time they may take: the last two compile C++ and CUDA when they are imported. torch's current stream and
-CuPy's are both the default one, on which the caller's events lie.
+A backward is torch.autograd.grad on a graph that is kept, which may make cuDNN's LSTM copy what it reserved. torch's current
+stream and CuPy's are both the default one, on which the caller's events lie.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def _import(name: str, extra: str = "") -> Any:
 
 def _torch(work: Workload) -> Any:
     torch = _import("torch", 'pip install ".[torch]"')
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True  # by default only cuDNN's GEMMs may
     if work.machine.name == "gpu" and not torch.cuda.is_available():
         raise Unavailable("this torch has no CUDA device", altogether=True)
     return torch
@@ -93,7 +94,7 @@ def sru_operator(work: Workload) -> Peer:
     inputs = (u, given("x", case.L, case.B, d), given("weight_c", 2 * d), given("bias", 2 * d), given("c0", case.B, d))
     options = (
         int(case.activation == "tanh"), d // (2 if case.bidirectional else 1), case.bidirectional, case.skip != "none",
-        torch.tensor([case.scale_x], device=u.device), t.get("mask_c"), t.get("mask_pad"),
+        None if case.scale_x == 1 else torch.tensor([case.scale_x], device=u.device), t.get("mask_c"), t.get("mask_pad"),
     )  # fmt: skip
     recurrence = ops.elementwise_recurrence_gpu if on_gpu else ops.elementwise_recurrence_naive  # differentiable
 
@@ -114,8 +115,9 @@ def sru_operator(work: Workload) -> Peer:
 
 
 def _leaf(torch: Any, work: Workload, *shape: int, scale: float = 1.0) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(*shape, generator=generator) * scale).to(_device(work), getattr(torch, work.dtype)).requires_grad_()
+    generator = torch.Generator(_device(work)).manual_seed(0)
+    drawn = torch.randn(*shape, generator=generator, device=_device(work)) * scale
+    return drawn.to(getattr(torch, work.dtype)).requires_grad_()
 
 
 def _peer(torch: Any, call: Callable[[], Any], grad: Any, leaves: list[Any], forward_bytes: int, backward_bytes: int) -> Peer:
@@ -178,33 +180,41 @@ def sru_layer(work: Workload) -> Peer:
     return _peer(torch, call, torch.ones_like(h), leaves, moved + h.nbytes, 2 * moved + 2 * h.nbytes)
 
 
-def scan(work: Workload) -> Peer:
+def scan_triton(work: Workload) -> Peer:
+    return _scan(work, "accelerated_scan.scalar")
+
+
+def scan_warp(work: Workload) -> Peer:
+    if work.case.L & (work.case.L - 1):
+        raise Unavailable("accelerated-scan's C++ kernel takes lengths that are powers of two")
+    return _scan(work, "accelerated_scan.warp")
+
+
+def _scan(work: Workload, name: str) -> Peer:
     torch, case = _torch(work), work.case
-    module = _scan_module(power_of_two=case.L & (case.L - 1) == 0)
+    module = _import(name, "pip install accelerated-scan")
     token = _leaf(torch, work, case.B, case.D, case.L)
     gate = token.detach().sigmoid().requires_grad_()
     return _peer(torch, lambda: module.scan(gate, token), torch.ones_like(token), [gate, token], *_bytes_of_a_scan(token))
 
 
-def _scan_module(power_of_two: bool) -> Any:
-    """Its C++ kernel, which takes lengths that are powers of two and is built when it is imported; else its Triton one."""
-    if power_of_two:
-        with contextlib.suppress(Unavailable):
-            return _import("accelerated_scan.warp")
-    return _import("accelerated_scan.scalar", "pip install accelerated-scan")
+def hgrn_recurrent(work: Workload) -> Peer:
+    return _hgrn(work, "fused_recurrent_hgrn")
 
 
-def hgrn(work: Workload) -> Peer:
+def hgrn_chunk(work: Workload) -> Peer:
+    return _hgrn(work, "chunk_hgrn")
+
+
+def _hgrn(work: Workload, name: str) -> Peer:
     torch, case = _torch(work), work.case
     if work.machine.name != "gpu":
         raise Unavailable("flash-linear-attention's kernels need a GPU", altogether=True)
-    module = _import("fla.ops.hgrn", "pip install flash-linear-attention")
+    function = getattr(_import("fla.ops.hgrn", "pip install flash-linear-attention"), name)
     if work.dtype == "float64":
         raise Unavailable("HGRN's kernels compute in float32")
     x = _leaf(torch, work, case.B, case.L, case.D)
     gate = torch.nn.functional.logsigmoid(x.detach().float()).to(x.dtype).requires_grad_()
-    # Its recurrent kernel walks as the original SRU's does; the other splits time into chunks of 128.
-    function = module.chunk_hgrn if case.L >= 4 * 128 and case.B * case.D < 2**14 else module.fused_recurrent_hgrn
     return _peer(torch, lambda: function(x, gate)[0], torch.ones_like(x), [x, gate], *_bytes_of_a_scan(x))
 
 
@@ -213,11 +223,12 @@ def _bytes_of_a_scan(one: Any) -> tuple[int, int]:
     return 3 * one.nbytes, 5 * one.nbytes
 
 
+# In the order of the time that they may take before they run: the last compile C++ and CUDA when they are imported.
 PEERS: dict[str, Callable[[Workload], Peer]] = {
-    "lstm": lstm, "sru_layer": sru_layer, "hgrn": hgrn, "scan": scan, "sru_operator": sru_operator,
-}  # fmt: skip
+    make.__name__: make for make in (lstm, sru_layer, scan_triton, hgrn_recurrent, hgrn_chunk, scan_warp, sru_operator)
+}
 
-if __name__ == "__main__":  # builds what compiles when it is imported, so that it is there when its turn comes
+if __name__ == "__main__":  # so that what compiles is there when its turn comes
     for name in ("sru.ops", "accelerated_scan.warp"):
         with contextlib.suppress(Unavailable):
             _import(name)

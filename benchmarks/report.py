@@ -69,7 +69,8 @@ def _passes(report: Row) -> Iterator[str]:
 
 _LEGEND = (
     "GB/s: each input read once and each output written once, over the time. Of a copy: a device-to-device copy of as many "
-    "bytes; of the ceiling: the faster of that copy and a kernel that reads and writes just these bytes; all from one run."
+    "bytes; of the ceiling: the faster of that copy and a kernel that reads and writes just these bytes; all from one run. "
+    "Where the bytes are many times L2, a warm cache is as good as a cold one."
 )
 
 
@@ -85,10 +86,11 @@ def _peers(report: Row) -> Iterator[str]:
         yield from ("", "## Peers, L2 cold", "")
         yield from ("GB/s: of the bytes that each must move; they do not compute the same (benchmarks/peers.py).", "")
         lines = (
-            [row["case"], _shape(row), row["dtype"], row["peer"], row["pass"], _ms(row["seconds"]), f"{row['gb_per_s']:.4g}"]
+            [row["case"], _shape(row), row["dtype"], row["peer"], row["pass"], _ms(row["seconds"]), f"{row['gb_per_s']:.4g}",
+             f"{row['of_copy']:.3g}"]
             for row in found
-        )
-        yield from _table("case | L, B, D | dtype | peer | pass | ms | GB/s", lines)
+        )  # fmt: skip
+        yield from _table("case | L, B, D | dtype | peer | pass | ms | GB/s | of a copy", lines)
     missing = dict.fromkeys((row["peer"], row["skipped"]) for row in _rows(report, "peers", "skipped"))
     yield from ["", "Not run:", "", *(f"- {peer}: {why}" for peer, why in missing)] if missing else []
 

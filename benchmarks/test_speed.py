@@ -35,9 +35,16 @@ def parameters() -> Iterator[Any]:
                 yield pytest.param(backend, case, dtype, direction, marks=marks, id=f"{backend}-{case.name}-{dtype}-{direction}")
 
 
-@functools.lru_cache(1)  # both passes of a case in turn
+_latest: dict[tuple[str, Case, str], Workload] = {}
+
+
 def workload(backend: str, case: Case, dtype: str) -> Workload:
-    return Workload(found(backend), case, dtype)
+    """Kept for the case's other pass; two at once might not fit on a device."""
+    key = (backend, case, dtype)
+    if key not in _latest:
+        _latest.clear()
+        _latest[key] = Workload(found(backend), case, dtype)
+    return _latest[key]
 
 
 @functools.cache
