@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,7 @@ from cusru import __main__ as about
 ROOT = Path(__file__).parent.parent
 SECONDS = {"tests": 150, "sanitizer": 75, "bandwidth": 15, "table": 115, "peers": 105}  # what one leaves, the next may use
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
+PICTURE = "bandwidth.png"
 PEER_CASES = ("square", "wide", "narrow")
 Row = dict[str, Any]
 
@@ -256,35 +258,45 @@ STEPS: dict[str, Callable[[bool, float], Iterator[Row]]] = {
 # ---- running them --------------------------------------------------------------------------------------------------------
 
 
+class Ended(KeyboardInterrupt):
+    """By a signal from outside, to be handled as ctrl-C is."""
+
+
 def run_step(name: str, simulate: bool, seconds: float) -> Row:
-    """{"status": "ok", "skipped", "failed" or "out of time", "seconds", "rows", and "why" where it is not ok}."""
+    """{"status": "ok", "skipped", "failed", "out of time" or "interrupted", "seconds", "rows", and "why" where it is not ok}."""
     command = [sys.executable, "-m", "benchmarks.device", "--step", name, *(["--simulate"] if simulate else [])]
     command += ["--seconds", f"{seconds:.1f}"]
     start = time.monotonic()
+    ended = ""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
         run = _start(command, simulate, stdout=out, stderr=err)
         try:
             run.wait(max(seconds, 1))
-            late = False
         except subprocess.TimeoutExpired:
-            late = True
-        finally:  # also of ctrl-C: what the step has started ends with it
+            ended = "out of time"
+        except KeyboardInterrupt:
+            ended = "interrupted"
+        finally:
             _end(run)
-        printed, errors = (_without_paths(file.read()).strip().splitlines() for file in (out, err) if file.seek(0) == 0)
+        printed, errors = (_anonymous(file.read()).strip().splitlines() for file in (out, err) if file.seek(0) == 0)
     rows = list(_objects(printed))
     failures = [row["failed"] for row in rows if "failed" in row]
     failures += [row["test"] for row in rows if row.get("outcome") in ("failed", "error")]
     result: Row = {"status": "ok", "seconds": round(time.monotonic() - start, 1), "rows": rows}
-    if late:
-        result |= {"status": "out of time", "why": f"stopped after {seconds:.0f} s; the rows are what it had found"}
+    if ended:
+        why = f"after {result['seconds']:.0f} s; what it had found: {len(rows)} rows, {len(failures)} of them failures"
+        result |= {"status": ended, "why": why}
     elif run.returncode:
-        result |= {"status": "failed", "why": errors[-1] if errors else f"exit status {run.returncode}", "errors": errors[-30:]}
-    if failures:
+        said = [line for line in errors if "rror" in line] or errors or [f"exit status {run.returncode}"]
+        result |= {"status": "failed", "why": said[-1], "errors": errors[-30:]}
+    elif failures:
         result |= {"status": "failed", "why": f"{len(failures)} failed, the first: {failures[0]}"}
-    elif not rows and result["status"] == "ok":
+    elif not rows:
         result |= {"status": "failed", "why": "it found nothing to run"}
-    elif rows and all("skipped" in row or row.get("outcome") == "skipped" for row in rows):
-        result |= {"status": "skipped", "why": rows[0].get("skipped", "all skipped")}
+    elif all(row.get("outcome") == "skipped" for row in rows):
+        result |= {"status": "failed", "why": "all tests were skipped"}
+    elif any("skipped" in row for row in rows) and not any("seconds" in row and "failed" not in row for row in rows):
+        result |= {"status": "skipped", "why": next(row["skipped"] for row in rows if "skipped" in row)}
     return result
 
 
@@ -296,14 +308,16 @@ def _start(command: list[str], simulate: bool | None, **files: Any) -> subproces
 
 def _end(run: subprocess.Popen[str], patience: float = 10) -> None:
     """The whole group: interrupted, so that no lock of a build is left behind and what it has started ends too; killed if that
-    does not help."""
-    if run.poll() is None:
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(run.pid, signal.SIGINT)
-            run.wait(patience)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
+    does not help, or if the user will not wait for it."""
+    try:
+        if run.poll() is None:
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(run.pid, signal.SIGINT)
+                run.wait(patience)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
 
 
 def _objects(lines: list[str]) -> Iterator[Row]:
@@ -313,26 +327,47 @@ def _objects(lines: list[str]) -> Iterator[Row]:
                 yield json.loads(line)
 
 
-def _without_paths(text: str) -> str:
-    """What the report says of files begins at the checkout or the environment. A root such as / or /usr stands for itself."""
-    for path, name in ((ROOT, "."), (Path(sys.prefix), "<python>"), (Path.home(), "~")):
-        if len(path.parts) > 2:
-            text = re.sub(re.escape(str(path)) + r"(?![\w.-])", name, text)
-    return text
+def _anonymous(text: str) -> str:
+    """Without what names this computer, its user or its folders; a root such as / or /usr names nobody."""
+    names = {str(ROOT): ".", str(ROOT.resolve()): ".", os.environ.get("CUSRU_CACHE_DIR", ""): "<cache>", sys.prefix: "<python>"}
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        names[str(Path.home())] = "~"
+    for path, name in names.items():
+        if len(Path(path).parts) > 2:
+            text = re.sub(re.escape(path) + r"(?![\w.-])", name, text)
+    text = re.sub(re.escape(tempfile.gettempdir()) + r"/[\w./-]*", "<temporary>", text)
+    return re.sub(rf"\b{re.escape(socket.gethostname())}\b", "<host>", text)
 
 
 def write(report: Row, out: Path) -> None:
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "report.md").write_text(reports.markdown(report))
+    """Each file whole or not at all."""
+    for name, text in (("report.json", json.dumps(report, indent=1) + "\n"), ("report.md", reports.markdown(report))):
+        part = out / f".{name}.part"
+        part.write_text(text)
+        os.replace(part, out / name)
 
 
-def draw(report: Row, out: Path) -> None:
+def draw(report: Row, out: Path) -> Row:
     try:
-        if reports.picture(report, out / "bandwidth.png"):
-            report["picture"] = "bandwidth.png"
+        if not reports.picture(report, out / PICTURE):
+            return {"status": "skipped", "seconds": 0, "why": "no figures to draw", "rows": []}
     except Exception as error:
-        hint = ': pip install ".[examples]"' if isinstance(error, ImportError) else ""
-        report["steps"]["picture"] = {"status": "failed", "seconds": 0, "why": f"{error}{hint}", "rows": []}
+        if isinstance(error, ImportError):
+            return {"status": "skipped", "seconds": 0, "why": f'{error}: pip install ".[examples]"', "rows": []}
+        return {"status": "failed", "seconds": 0, "why": _one_line(error), "rows": []}
+    report["picture"] = PICTURE
+    return {"status": "ok", "seconds": 0, "rows": []}
+
+
+def prepare(out: Path) -> None:
+    """OSError where the report could not be written. A picture of an earlier run goes."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+        pass
+    for name in ("report.json", "report.md", PICTURE):
+        if (out / name).is_dir():
+            raise IsADirectoryError(f"{out / name} is a folder")
+    (out / PICTURE).unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -342,6 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=about_it,
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the report goes; made if it is not there")
     parser.add_argument("--simulate", action="store_true", help="let the simulator stand in for the device")
@@ -355,51 +391,66 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.out is None:
         parser.error("--out is needed: the folder that the report goes to")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "report.md").touch()
-    except OSError as error:
-        parser.error(f"--out: {error}")
-
     start = time.monotonic()
     first = run_step("environment", options.simulate, 60)
     if first["status"] != "ok":
         print(f"benchmarks.device: {first['why']}\n--simulate lets the simulator stand in, to try the command.", file=sys.stderr)
         return 1
-    arguments_shown = " ".join(
-        ["--out DIR", *(["--simulate"] if options.simulate else []), *(f"--only {s}" for s in options.only or [])]
-    )
+    try:
+        prepare(options.out)
+    except OSError as error:
+        parser.error(f"--out: {error}")
+
+    chosen = list(dict.fromkeys(options.only or SECONDS))
+    shown = ["--out DIR", *(["--simulate"] if options.simulate else []), *(f"--only {name}" for name in options.only or [])]
     report: Row = {
         "simulated": options.simulate, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": f"python -m benchmarks.device {arguments_shown}", "environment": first["rows"][0], "seconds": 0, "steps": {},
+        "command": f"python -m benchmarks.device {' '.join(shown)}", "environment": first["rows"][0], "seconds": 0,
+        "steps": {name: {"status": "not run", "seconds": 0, "rows": []} for name in chosen},
     }  # fmt: skip
+    steps = report["steps"]
+
+    def end(number: int, frame: Any) -> None:
+        raise Ended(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):  # of a job's limit, of a terminal that is closed
+        signal.signal(number, end)
     print(report["environment"]["device"], flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running ends, and what was found is kept
     builder = None
-    if not options.simulate and not options.only:  # the packages that compile, while the tests run
-        nothing = subprocess.DEVNULL
-        builder = _start([sys.executable, "-m", "benchmarks.peers"], False, stdout=nothing, stderr=nothing)
-    allowed = 0.0
     try:
-        for name in options.only or SECONDS:
+        if not options.simulate and not options.only:  # the packages that compile, while the tests run
+            nothing = subprocess.DEVNULL
+            builder = _start([sys.executable, "-m", "benchmarks.peers"], False, stdout=nothing, stderr=nothing)
+        allowed = 0.0
+        for name in chosen:
             if builder and name not in ("tests", "sanitizer"):  # nothing runs beside what is timed
                 _end(builder)
             allowed += SECONDS[name]
-            print(f"{name:<12}", end="", flush=True)
-            done = report["steps"][name] = run_step(name, options.simulate, allowed - (time.monotonic() - start))
-            print(f"{done['status']}, {done['seconds']:.0f} s{': ' + done['why'] if 'why' in done else ''}", flush=True)
+            steps[name] = run_step(name, options.simulate, allowed - (time.monotonic() - start))
             report["seconds"] = round(time.monotonic() - start, 1)
             write(report, options.out)
-        draw(report, options.out)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+            _say(name, steps[name])
+            if steps[name]["status"] == "interrupted":
+                return 130
+        if "table" in chosen:
+            steps["picture"] = draw(report, options.out)
+            write(report, options.out)
+            _say("picture", steps["picture"])
+    except OSError as error:
+        print(f"benchmarks.device: cannot write in {options.out}: {error}; the report so far:", file=sys.stderr)
+        print(reports.markdown(report))
+        return 1
+    except KeyboardInterrupt:  # between two steps
         return 130
     finally:
         if builder:
             _end(builder)
-        write(report, options.out)
-    print(f"{options.out / 'report.md'} and beside it report.json{', ' + report['picture'] if 'picture' in report else ''}")
-    return 0 if all(step["status"] in ("ok", "skipped") for step in report["steps"].values()) else 1
+    print(f"{options.out / 'report.md'}, report.json{', ' + PICTURE if 'picture' in report else ''}")
+    return 0 if all(step["status"] in ("ok", "skipped") for step in steps.values()) else 1
+
+
+def _say(name: str, step: Row) -> None:
+    print(f"{name:<12}{step['status']}, {step['seconds']:.0f} s{': ' + step['why'] if 'why' in step else ''}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ and no evidence for a GPU's.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -17,6 +18,19 @@ from cusru import __main__ as main
 from cusru import raw_kernels
 
 HERE = Path(__file__).parent
+
+
+def run_command(main: Callable[[], int]) -> NoReturn:
+    """A reader that leaves (`| head`) or ctrl-C ends a command without a traceback."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes there
+        status = 1
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)
 
 
 def launch_options(macros: dict[str, Any]) -> tuple[str, ...]:

@@ -92,6 +92,7 @@ def _peers(report: Row) -> Iterator[str]:
         )  # fmt: skip
         yield from _table("case | L, B, D | dtype | peer | pass | ms | GB/s | of a copy", lines)
     missing = dict.fromkeys((row["peer"], row["skipped"]) for row in _rows(report, "peers", "skipped"))
+    missing |= dict.fromkeys((row["peer"], "failed: " + row["failed"]) for row in _rows(report, "peers", "failed"))
     yield from ["", "Not run:", "", *(f"- {peer}: {why}" for peer, why in missing)] if missing else []
 
 

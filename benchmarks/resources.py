@@ -11,7 +11,8 @@ With --json one object a line, for each specialisation and architecture:
                               kernel can have in flight where a launch has blocks enough. For the recomputing backward the
                               smaller of its two walks. By Little's law an H100 needs 17.8 KB (docs/performance.md).
 
-    instructions, special_functions      with --sass: in the loops over time, for a step of a column, from nvdisasm
+    instructions, special_functions      with --sass: in the loops over time, for a step of a column, from nvdisasm; float64's
+                              exp and division are calls from there, and not counted
 
 --kernels sample: every value of every option, and every pass, layout and kind of weights with every dtype. plain: SRU with skip
 input and identity, v1 and v2. all: every specialisation, half a second each.
@@ -36,6 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import machine
 from cusru import raw_kernels
 from cusru.raw_kernels import Specialisation
 
@@ -244,7 +246,9 @@ SASS_COLUMNS = (("instructions", 13), ("special_functions", 18))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=(__doc__ or "").split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.resources", description=(__doc__ or "").split("\n", 1)[0], allow_abbrev=False
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     parser.add_argument("--kernels", choices=["sample", "plain", "all"], default="sample", help="which (default: sample)")
     which = "90 for sm_90 (may be given again); default: all that this NVRTC knows of " + ", ".join(map(str, MULTIPROCESSORS))
@@ -278,4 +282,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    machine.run_command(main)

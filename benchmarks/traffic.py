@@ -71,15 +71,17 @@ def rows(case: Case, dtype: str, multiprocessors: int = 132) -> Iterator[dict[st
 
 def main(arguments: list[str] | None = None) -> int:
     named = {case.name: case for case in (*CASES, *cases.CASES.values())}
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=(__doc__ or "").split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.traffic", description=(__doc__ or "").split("\n", 1)[0], allow_abbrev=False
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     which = "this case, with its own dtypes (may be given again); default: " + ", ".join(case.name for case in CASES)
     parser.add_argument("--case", action="append", choices=list(named), metavar="NAME", help=which)
     size = "of the GPU that is planned for (default 132); 0: threads walk several columns wherever the layout allows"
     parser.add_argument("--multiprocessors", type=int, default=132, metavar="N", help=size)
     options = parser.parse_args(arguments)
-    if options.multiprocessors < 0:
-        parser.error(f"--multiprocessors must be at least 0; got {options.multiprocessors}")
+    if not 0 <= options.multiprocessors <= 10_000:
+        parser.error(f"--multiprocessors must be from 0 to 10000; got {options.multiprocessors}")
 
     os.environ["CUSRU_SIMULATE"] = "1"
     line = "{case:<20}{dtype:<10}{pass:<10}{ratio:>14}{sector_efficiency:>9}{requests_per_kib:>14}{workspace:>11}"
@@ -95,8 +97,11 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:  # no C++ compiler
         print(f"benchmarks.traffic: {error}", file=sys.stderr)
         return 1
+    except ImportError as error:
+        print(f'benchmarks.traffic: bfloat16 needs ml_dtypes ({error}): pip install ".[test]"', file=sys.stderr)
+        return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    machine.run_command(main)

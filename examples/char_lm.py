@@ -206,6 +206,10 @@ def cross_entropy(xp: Any, logits: Array, targets: Array) -> tuple[Array, Array]
 # ---- Adam --------------------------------------------------------------------------------------------------------------
 
 
+def learning_rate(highest: float, step: int) -> float:
+    return highest * min(1, step / WARM_UP) / (1 + step / HALF_LIFE)
+
+
 def clip(xp: Any, gradient: Array, largest: float) -> float:
     """To at most this norm, of all parameters together. Returns what it was."""
     norm = float(xp.sqrt(xp.square(gradient).sum()))
@@ -269,7 +273,7 @@ class Run:
         if not math.isfinite(norm + bits):  # before it reaches the parameters, which the checkpoint may take
             raise Problem(f"step {self.step + 1} diverged: loss {bits}, norm of the gradient {norm}; try a smaller --rate")
         self.step += 1
-        rate = self.config["rate"] * min(1, self.step / WARM_UP) / (1 + self.step / HALF_LIFE)
+        rate = learning_rate(self.config["rate"], self.step)
         adam(self.xp, self.model.parameters, self.model.gradient, self.m, self.v, self.step, rate)
         self.train_bits.append(bits)
 
@@ -283,18 +287,21 @@ class Run:
         return total / (len(self.windows) - 1) * BITS
 
     def train(self, until: float, steps: float, show: Callable[[float, bool], None], path: Path) -> bool:
-        """Up to a time of the clock or a number of steps; whether Ctrl-C ended it. Saves at each evaluation and at the end."""
-        interrupted = False
+        """Up to a time of the clock, one step at least, or to a number of steps; whether Ctrl-C ended it. Saves at each
+        evaluation and at the end, also where the end is that nobody reads the output any more."""
+        interrupted, first = False, self.step
 
         def interrupt(number: int, frame: Any) -> None:
             nonlocal interrupted
             interrupted = True  # the step is finished first, so that the checkpoint is whole
             signal.signal(number, before)  # a second Ctrl-C acts at once
 
-        before = signal.signal(signal.SIGINT, interrupt)
+        before = signal.getsignal(signal.SIGINT)
+        if before != signal.SIG_IGN:  # a job in the background is not to be interrupted
+            signal.signal(signal.SIGINT, interrupt)
         spent = 0.0  # in training steps
         try:
-            while not interrupted and self.step < steps and time.perf_counter() < until:
+            while not interrupted and self.step < steps and (self.step == first or time.perf_counter() < until):
                 begin = time.perf_counter()
                 self.train_step()
                 spent += time.perf_counter() - begin
@@ -303,6 +310,9 @@ class Run:
                     self.save(path)
                 show(spent, evaluated)
             self.save(path)
+        except OSError:
+            self.save(path)
+            raise
         finally:
             signal.signal(signal.SIGINT, before)
         return interrupted
@@ -344,6 +354,11 @@ class Run:
         for name, expected in self.arrays().items():
             if (arrays[name].shape, arrays[name].dtype) != (expected.shape, expected.dtype):
                 raise ValueError(f"{name} has shape {arrays[name].shape} and dtype {arrays[name].dtype}")
+        if not all(np.isfinite(a).all() for a in arrays.values()) or (arrays["adam_v"] < 0).any():
+            raise ValueError("it holds a value that training never leaves")
+        evaluations = np.arange(1, len(self.heldout_bits) + 1) * self.config["eval_every"]
+        if about["vocabulary"] != self.text.vocabulary or (arrays["heldout_bits"][:, 0] != evaluations).any():
+            raise ValueError("it contradicts itself")
         self.model.parameters[...] = self.xp.asarray(arrays["parameters"])  # in place: the parameters by name are its views
         self.m, self.v = self.xp.asarray(arrays["adam_m"]), self.xp.asarray(arrays["adam_v"])
         self.state = [self.xp.asarray(c) for c in arrays["state"]]
@@ -364,9 +379,11 @@ def write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise Problem(f"cannot write {path}: {error.strerror or error}") from error
+        if isinstance(error, OSError):
+            raise Problem(f"cannot write {path}: {error.strerror or error}") from error
+        raise
 
 
 def one_line(error: BaseException) -> str:
@@ -377,7 +394,7 @@ def one_line(error: BaseException) -> str:
 def refusing_damage(path: Path) -> Iterator[None]:
     try:
         yield
-    except (Problem, MemoryError):
+    except Problem:
         raise
     except Exception as error:  # whatever zipfile, NumPy and json make of wrong bytes
         raise Problem(f"{path} is damaged, or no checkpoint of char_lm: {one_line(error)}") from error
@@ -481,7 +498,13 @@ def make_parser() -> argparse.ArgumentParser:
     until = parser.add_mutually_exclusive_group()
     until.add_argument("--seconds", type=number(float, 0, 1e7, above=True), help="how long it trains (default 60)")
     until.add_argument("--steps", type=number(int, 1, 10**9), help="train to this step instead, those before --resume included")
-    add("--out", type=Path, default=Path("char_lm"), metavar="DIR", help="for checkpoint.npz and loss.png (default: char_lm)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("char_lm"),
+        metavar="DIR",
+        help="for checkpoint.npz and loss.png, of one run at a time (default: char_lm)",
+    )
     add("--resume", action="store_true", help="go on from the checkpoint in --out; without it, one there is overwritten")
     add("--text", type=Path, nargs="+", metavar="FILE", help="other text, whose last tenth is held out")
     add("--backend", choices=("numpy", "cupy"), help="default: cupy where it works, else numpy")
@@ -528,7 +551,6 @@ def prepare_folder(folder: Path) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    begin = time.perf_counter()
     tqdm, figure = need("tqdm").tqdm, need("matplotlib.figure").Figure(figsize=(8, 5), layout="constrained")
     path, picture = options.out / "checkpoint.npz", options.out / "loss.png"
     about, arrays = read_checkpoint(path) if options.resume else ({}, {})
@@ -542,8 +564,9 @@ def run(options: argparse.Namespace) -> int:
     prepare_folder(options.out)
 
     def say(line: str = "") -> None:
-        tqdm.write(line, file=sys.stdout)  # past the progress bar
-        sys.stdout.flush()
+        if sys.stdout:  # which a shell may have closed
+            tqdm.write(line, file=sys.stdout)  # past the progress bar
+            sys.stdout.flush()
 
     say(f"backend   {backend}")
     text = prepare(options.text)
@@ -564,7 +587,12 @@ def run(options: argparse.Namespace) -> int:
     seconds = None if options.steps else options.seconds or 60.0
     total, unit = (float(options.steps), "steps") if seconds is None else (seconds, "s")
     form = f"{{percentage:3.0f}}%|{{bar:20}}| {{n:.0f}}/{{total:.0f}} {unit}{{postfix}}"
-    bar = tqdm(total=total, initial=training.step if options.steps else 0, bar_format=form, disable=not sys.stderr.isatty())
+    bar = tqdm(
+        total=total,
+        initial=training.step if options.steps else 0,
+        bar_format=form,
+        disable=not (sys.stderr and sys.stderr.isatty()),
+    )
 
     def show(training_seconds: float, evaluated: bool) -> None:
         recent, heldout = float(np.mean(training.train_bits[-50:])), training.heldout_bits[-1:]
@@ -576,7 +604,7 @@ def run(options: argparse.Namespace) -> int:
         if evaluated:
             say(f"{training.step:>8}{elapsed:>10.1f}{recent:>9.3f}{of_heldout:>10}{speed:>14,.0f}")
 
-    first = training.step
+    first, begin = training.step, time.perf_counter()
     with bar:
         interrupted = training.train(begin + seconds if seconds else math.inf, options.steps or math.inf, show, path)
     if interrupted:
@@ -590,7 +618,7 @@ def run(options: argparse.Namespace) -> int:
     say(f"  below it by                  {unigram - reached:.3f}")
     say(f"wrote {path} and {picture}")
     if options.sample:
-        encoding = sys.stdout.encoding or "utf-8"
+        encoding = (sys.stdout and sys.stdout.encoding) or "utf-8"
         say(f"\na sample:\n{sample(training, options.sample).encode(encoding, 'replace').decode(encoding)}")
     return 0
 
@@ -598,12 +626,18 @@ def run(options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     try:
         return run(make_parser().parse_args(arguments))
-    except (Problem, MemoryError) as error:
-        what = error if isinstance(error, Problem) else "not enough memory; a smaller --batch, --length or --width needs less"
-        print(f"char_lm: error: {what}", file=sys.stderr)
-        return 2
+    except MemoryError:
+        what: Any = "not enough memory; a smaller --batch, --length or --width needs less"
+    except (Problem, RuntimeError) as error:  # cusru's, of a backend that the environment asks for
+        what = error
+    except OSError as error:  # of the output: a reader that left, a full disk. The checkpoint has been saved
+        what = f"cannot write what there is to say: {error.strerror or error}"
+        with contextlib.suppress(OSError, ValueError):  # what Python flushes at its end goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
+    print(f"char_lm: error: {what}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -89,6 +91,18 @@ def test_traffic_prints_one_object_a_line() -> None:
     assert rows[0]["options"]["save_every"] == 7
 
 
+@needs_compiler
+def test_a_reader_that_leaves_ends_a_command_quietly() -> None:
+    command = [sys.executable, "-m", "benchmarks.traffic", "--json", "--case", "small", "--case", "small-qrnn"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout
+        assert run.stderr
+        run.stdout.readline()
+        run.stdout.close()
+        assert run.stderr.read() == ""
+    assert run.returncode == 1
+
+
 def test_traffic_without_a_compiler_says_what_to_install() -> None:
     done = run("benchmarks.traffic", PATH="", CXX="")
     assert done.returncode == 1
@@ -166,6 +180,28 @@ def test_figures_follow_from_the_times(simulated: machine.Simulator, monkeypatch
     assert row["times"]["cusru"] == {"seconds": 2e-3, "gb_per_s": floor / 2e-3 / 1e9, "of_copy": 0.5, "of_ceiling": 0.25}
     assert row["times"]["other"]["of_copy"] == 1 / 8
     assert row["options"] == {"skip": "none", "candidate": "tanh", "layout": "d_inner"}
+
+
+def test_a_copy_reads_and_writes_the_floor_s_bytes_together(simulated: machine.Simulator) -> None:
+    work = Workload(simulated, cases.CASES["small"], "float32")
+    copy = work.copy(Floor(3000, 1000))
+    assert [a.nbytes for a in copy.args] == [2000, 2000]  # type: ignore[attr-defined]
+
+
+def test_the_original_is_timed_in_the_pass_that_ours_is(simulated: machine.Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Workload(simulated, cases.CASES["small"], "float32")
+    ran: list[str] = []
+    monkeypatch.setattr(work.original, "run", ran.append)
+    monkeypatch.setattr(simulated, "time", lambda call, cache: call() or 1.0)
+    for direction in PASSES:
+        ran.clear()
+        work.measure(direction)
+        assert ran == [direction, direction], "warmed up, timed"
+
+
+def test_a_time_on_a_cpu_is_the_best_of_its_runs(simulated: machine.Simulator) -> None:
+    pauses = iter([0.03, 0.001, 0.03] + [0.03] * 100)
+    assert 0.001 <= simulated.time(lambda: time.sleep(next(pauses))) < 0.02
 
 
 def test_what_is_timed_allocates_nothing_and_gives_the_same_bits(simulated: machine.Simulator) -> None:
@@ -433,6 +469,21 @@ def test_the_sru_package_s_operator_computes_the_same_case(on_numpy: machine.Num
         np.testing.assert_allclose(grad_u, work.results["backward"].u, atol=5e-5)
 
 
+def test_a_peer_s_figures_follow_from_its_time(on_numpy: machine.Numpy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second for each call, a quarter for each copy."""
+    monkeypatch.setattr(device, "find", lambda simulate: on_numpy)
+    monkeypatch.setattr(peers, "PEERS", {"lstm": peers.lstm})
+    times = iter([0.5, 0.25] * 100)
+    monkeypatch.setattr(on_numpy, "time", lambda call: next(times))
+    rows = list(device.beside(simulate=True, seconds=60))
+    assert [(row["case"], row["peer"], row["pass"]) for row in rows] == [
+        (case, peer, direction) for case in ("small", "small-separation-k3") for peer in ("cusru", "lstm") for direction in PASSES
+    ]
+    for row in rows:
+        assert row["gb_per_s"] == row["bytes"] / 0.5 / 1e9
+        assert row["of_copy"] == 0.5
+
+
 def test_layers_run_beside_ours(on_numpy: machine.Numpy) -> None:
     work = Workload(on_numpy, cases.CASES["small"], "float32")
     for make in (peers.lstm, peers.sru_layer):
@@ -471,10 +522,17 @@ def test_the_simulator_stands_in_for_a_device(tmp_path: Path) -> None:
     found = json.loads((out / "report.json").read_text())
     assert found["simulated"] is True
     assert {"device", "driver", "CUDA", "CuPy", "cusru"} <= set(found["environment"])
-    assert {name: step["status"] for name, step in found["steps"].items() if name != "picture"} == dict.fromkeys(
-        ("sanitizer", "bandwidth", "table"), "ok"
-    )
+    picture = "ok" if importlib.util.find_spec("matplotlib") else "skipped"
+    statuses = {name: step["status"] for name, step in found["steps"].items()}
+    assert statuses == {"sanitizer": "ok", "bandwidth": "ok", "table": "ok", "picture": picture}
+    assert (out / "bandwidth.png").exists() == (picture == "ok")
+    assert all(step in done.stdout for step in statuses)
     rows = found["steps"]["table"]["rows"]
+    for row in rows:
+        copy = row["floor_bytes"] / row["copy_gb_per_s"] / 1e9
+        for figures in row["times"].values():
+            assert figures["gb_per_s"] == pytest.approx(row["floor_bytes"] / figures["seconds"] / 1e9)
+            assert figures["of_copy"] == pytest.approx(copy / figures["seconds"])
     assert {(row["case"], row["dtype"], row["pass"]) for row in rows} == {
         (case.name, dtype, direction) for case in cases.SMALL for dtype in case.dtypes for direction in PASSES
     }
@@ -485,6 +543,14 @@ def test_the_simulator_stands_in_for_a_device(tmp_path: Path) -> None:
         assert f"| {row['case']} | {', '.join(map(str, row['shape']))} | {row['dtype']} | {row['pass']} |" in text
     for private in (str(ROOT), str(tmp_path), sys.prefix, socket.gethostname()):
         assert private not in text + json.dumps(found)
+
+
+def test_bandwidth_counts_bytes_read_and_written(simulated: machine.Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "find", lambda simulate: simulated)
+    monkeypatch.setattr(simulated, "time", lambda call: 1e-3)
+    rows = list(device.bandwidth(simulate=True, seconds=10))
+    assert {row["kernel"] for row in rows} == {"copy", "stream"}
+    assert all(row["gb_per_s"] == row["bytes"] / 1e-3 / 1e9 for row in rows)
 
 
 @needs_compiler
@@ -508,7 +574,11 @@ def test_a_step_that_fails_is_reported_and_the_next_goes_on(tmp_path: Path) -> N
     assert {steps[name]["status"] for name in ("bandwidth", "table")} == {"failed"}
     assert "no-such-flag" in json.dumps(steps["bandwidth"])
     assert len(steps["table"]["rows"]) == sum(len(case.dtypes) for case in cases.SMALL), "nor does a case stop the next"
-    assert "failed: small, float64" in (tmp_path / "report.md").read_text()
+    assert "no-such-flag" in done.stdout, "nor does one have to open the report to know"
+    text = (tmp_path / "report.md").read_text()
+    assert "failed: small, float64" in text
+    for private in (str(ROOT), str(tmp_path), sys.prefix, socket.gethostname()):
+        assert private not in text + json.dumps(steps)
 
 
 @needs_compiler
@@ -577,7 +647,10 @@ def a_report() -> dict[str, Any]:
             passed("wide", "warm", cusru=0.5e-3), {"case": "huge", "dtype": "float32", "failed": "MemoryError: 1 | 2"},
         ],
         "peers": [
-            {**passed("wide", "cold"), "times": {}, "peer": "lstm", "pass": "backward", "seconds": 0.5, "gb_per_s": 2, "of_copy": 0.1},
+            {
+                "case": "wide", "shape": [4, 2, 8], "dtype": "float32", "peer": "lstm", "pass": "backward", "seconds": 0.5,
+                "gb_per_s": 2, "of_copy": 0.1,
+            },
             {"case": "wide", "dtype": "float32", "peer": "scan", "skipped": "not there"},
         ],
     }  # fmt: skip
@@ -634,9 +707,13 @@ def test_a_sanitizer_s_finding_fails_the_step() -> None:
     assert watched("print('nothing was run')")["failed"] == "exit status 0"
 
 
-def test_a_sanitizer_out_of_time_does_not_hold_the_step_up() -> None:
-    """Even if a process that it started holds its output and pays no heed."""
-    child = "import signal, time; signal.signal(2, signal.SIG_IGN); print('{}', flush=True); time.sleep(100)"
+def test_a_sanitizer_out_of_time_ends_with_what_it_has_started(tmp_path: Path) -> None:
+    """Even if that holds its output and pays no heed."""
+    number = tmp_path / "pid"
+    child = (
+        f"import os, signal, time; open({str(number)!r}, 'w').write(str(os.getpid())); signal.signal(2, signal.SIG_IGN); "
+        "print('{}', flush=True); time.sleep(100)"
+    )
     begin = time.monotonic()
     row = device._watched(
         "racecheck", [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"], 2
@@ -644,43 +721,70 @@ def test_a_sanitizer_out_of_time_does_not_hold_the_step_up() -> None:
     assert row["failed"] == "out of time after 2 s"
     assert row["passes_run"] == 1
     assert time.monotonic() - begin < 20
+    of_child = Path("/proc", number.read_text(), "cmdline")
+    assert not of_child.exists() or of_child.read_bytes() == b"", "ended, if perhaps not yet waited for"
 
 
 @needs_compiler
-def test_what_was_found_is_kept_when_it_is_ended_from_outside(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.device",
-        "--simulate",
-        "--out",
-        str(tmp_path),
-        "--only",
-        "bandwidth",
-        "--only",
-        "tests",
-    ]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_found_is_kept_when_it_is_ended_from_outside(tmp_path: Path, number: signal.Signals) -> None:
+    only = ["--only", "bandwidth", "--only", "tests", "--only", "table"]
+    command = [sys.executable, "-m", "benchmarks.device", "--simulate", "--out", str(tmp_path), *only]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout
         while not run.stdout.readline().startswith("bandwidth"):
             pass
         time.sleep(1)
-        run.terminate()
-        assert run.wait(60) == 143
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert found["steps"]["bandwidth"]["status"] == "ok"
-    assert "| bandwidth | ok |" in (tmp_path / "report.md").read_text()
+        run.send_signal(number)
+        said, errors = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "tests       interrupted" in said
+    assert "Traceback" not in errors
+    steps = json.loads((tmp_path / "report.json").read_text())["steps"]
+    assert [step["status"] for step in steps.values()] == ["ok", "interrupted", "not run"]
+    assert "| table | not run |" in (tmp_path / "report.md").read_text()
 
 
-def test_paths_of_this_computer_stay_out_of_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_steps_share_less_than_eight_minutes() -> None:
+    assert sum(device.SECONDS.values()) <= 465
+
+
+def test_what_is_run_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands that only a GPU can try: pytest's, and the sanitizers', whose findings must not end in status 0."""
+    commands: list[list[str]] = []
+    process = SimpleNamespace(stdout=iter(()), wait=lambda: 0)
+    monkeypatch.setattr(device.subprocess, "Popen", lambda command, **_: commands.append(command) or process)
+    monkeypatch.setattr(device, "_workers", lambda simulate: 3)
+    list(device.tests(simulate=False, seconds=10))
+    assert commands[0][commands[0].index("-m", 3) + 1] == "gpu and not long"
+    monkeypatch.setattr(device.shutil, "which", lambda name, path=None: f"/bin/{name}")
+    monkeypatch.setattr(device, "_watched", lambda tool, command, seconds: {"tool": tool, "command": command, "seconds": seconds})
+    rows = list(device.sanitizer(simulate=False, seconds=60))
+    assert [row["tool"] for row in rows] == ["none", "memcheck", "racecheck", "initcheck"]
+    for row in rows[1:]:
+        assert row["command"][:5] == ["/bin/compute-sanitizer", "--tool", row["tool"], "--error-exitcode", "99"]
+        assert ("--report-api-errors" in row["command"]) == (row["tool"] == "memcheck")
+        assert row["command"][-2:] == ["--step", "small"]
+    assert rows[1]["seconds"] == pytest.approx(20, abs=1), "a third of what is left"
+
+
+def test_names_of_this_computer_stay_out_of_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "ROOT", Path("/somewhere/cusru"))
     monkeypatch.setattr(device.sys, "prefix", "/usr")
+    monkeypatch.setattr(device.socket, "gethostname", lambda: "secret-host")
+    monkeypatch.setenv("CUSRU_CACHE_DIR", "/var/my/cache")
     for home, text, clean in (
-        ("/home/me", "/somewhere/cusru/a.py /home/me/b /usr/local/cuda", "./a.py ~/b /usr/local/cuda"),
-        ("/", "a/b /somewhere/cusru-2/c", "a/b /somewhere/cusru-2/c"),
+        ("/home/me", "/somewhere/cusru/a.py /home/me/b /usr/local/cuda on secret-host", "./a.py ~/b /usr/local/cuda on <host>"),
+        ("/", "a/b /somewhere/cusru-2/c /var/my/cache/x.so", "a/b /somewhere/cusru-2/c <cache>/x.so"),
     ):
         monkeypatch.setattr(device.Path, "home", lambda home=home: Path(home))
-        assert device._without_paths(text) == clean
+        assert device._anonymous(text) == clean
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(device.Path, "home", homeless)
+    assert device._anonymous("/home/me") == "/home/me"
 
 
 def test_a_device_that_is_lost_ends_its_step_once(monkeypatch: pytest.MonkeyPatch, simulated: machine.Simulator) -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -135,6 +136,36 @@ def test_the_unigram_entropy_is_the_best_that_frequencies_alone_can_do(tmp_path)
     bits = text.unigram[text.heldout].mean()
     assert bits == pytest.approx(-(2 / 3 * np.log2(2 / 3) + 1 / 3 * np.log2(1 / 3)), abs=2e-3)
     assert 2.0**-text.unigram @ np.ones(len(text.vocabulary)) == pytest.approx(1)
+
+
+def test_held_out_windows_are_spread_and_predict_no_character_twice():
+    for size in (2, 100, 513, 600, 40_000, 100_000):
+        windows = char_lm.heldout_windows(np.arange(size))
+        assert (np.diff(windows, axis=0) == 1).all(), "each is a stretch of the text"
+        predicted = windows[1:].ravel()
+        assert len(set(predicted)) == predicted.size == min(windows.shape[1] * (len(windows) - 1), size - 1)
+        assert predicted.size >= min(size - 1, 64 * 512) * 0.5
+        assert windows.max() > 0.4 * size, "not only of its beginning"
+
+
+def test_held_out_bits_are_those_of_each_character_after_all_before_it(text):
+    """Against the model run on each window whole, in one piece."""
+    run = char_lm.Run(np, char_lm.prepare([text]), {name: default for name, (_, default, _) in char_lm.OPTIONS.items()} | {
+        "width": 12, "batch": 3, "length": 7,
+    })  # fmt: skip
+    windows = np.asarray(run.windows)
+    assert len(windows) > 2 * 64, "more than one part"
+    logits, _, _ = run.model.forward(windows[:-1], run.fresh_state(windows.shape[1]), keep=False)
+    logits = logits.astype(np.float64)
+    nats = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), windows[1:].ravel()]
+    assert run.evaluate() == pytest.approx(nats.mean() / np.log(2), abs=1e-5)
+
+
+def test_the_learning_rate_rises_then_falls_with_the_step_alone():
+    assert char_lm.learning_rate(0.3, 1) == pytest.approx(0.3 / 30 / 1.001)
+    assert char_lm.learning_rate(0.3, 30) == pytest.approx(0.3 / 1.03)
+    assert char_lm.learning_rate(0.3, 1000) == pytest.approx(0.15)
+    assert char_lm.learning_rate(0.3, 3000) == pytest.approx(0.075)
 
 
 def test_what_no_terminal_should_print_is_no_character(tmp_path):
@@ -592,6 +623,59 @@ def test_help_names_every_option():
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shell", "status"),
+    [("{} | head -n 6", 0), ("{} >/dev/full", 2), ("{} >&-", 0), ("{} 2>&-", 0), ("CUSRU_SIMULATE=1 CXX= PATH= {}", 2)],
+)
+def test_whatever_becomes_of_its_output_there_is_no_traceback(text, tmp_path, shell, status):
+    """Nobody reads it, no room for it, none of it; a backend that is not there. What was trained is saved."""
+    words = [sys.executable, str(SCRIPT), "--text", str(text), "--out", str(tmp_path / "out"), *SMALL, "--steps", "9"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "CUSRU_SIMULATE": ""}
+    line = shell.format(shlex.join(words))
+    run = subprocess.run(["/bin/sh", "-c", line], env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert run.returncode == status, run.stderr
+    assert "Traceback" not in run.stderr
+    assert run.stderr.count("char_lm: error: ") == len(run.stderr.splitlines())
+    if "CUSRU_SIMULATE" not in shell:
+        assert (tmp_path / "out" / "checkpoint.npz").exists() == (shell != "{} >/dev/full"), "that stops before the first step"
+
+
+def test_time_too_short_for_a_step_is_one_step(train, tmp_path):
+    """Nor does reading the text count: a checkpoint is never written over by an untrained one."""
+    assert train("short", "--seconds", "0.000001") == 0
+    assert json.loads(str(np.load(tmp_path / "short" / "checkpoint.npz")["about"]))["step"] == 1
+
+
+def test_a_job_that_ignores_interrupts_goes_on_ignoring_them(train, monkeypatch, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        step = char_lm.Run.train_step
+        monkeypatch.setattr(char_lm.Run, "train_step", lambda run: (step(run), os.kill(os.getpid(), signal.SIGINT)))
+        assert train("background", "--steps", "3") == 0
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("member", "change"),
+    [
+        ("adam_m", lambda a: np.where(np.arange(a.size) == 3, np.nan, a).astype(a.dtype)),
+        ("adam_v", lambda a: -a),
+        ("train_bits", lambda a: np.full_like(a, np.inf)),
+        ("heldout_bits", lambda a: a + np.array([[1, 0]])),
+    ],
+    ids=["adam_m", "adam_v", "train_bits", "heldout_bits"],
+)
+def test_values_that_training_never_leaves_are_damage(checkpoint, train, capsys, member, change):
+    path, _ = checkpoint
+    with np.load(path) as file:
+        everything = {name: file[name] for name in file.files}
+    np.savez(path, **everything | {member: change(everything[member])})
+    assert train("run", "--resume", "--steps", "30", sizes=("--backend", "numpy")) == 2
+    assert "is damaged" in error_line(capsys)
 
 
 @pytest.mark.gpu
