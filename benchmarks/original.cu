@@ -1,8 +1,9 @@
 // The baseline: the design of the SRU's first CUDA kernels, in our own text. One thread walks one column and has one
-// step in flight: the next step's loads begin when this one is done. Every state is stored, arrays are compact, a gate is
-// a true division with its slow path, and a parameter gradient is left per batch, to be summed after. It is generous: as
-// NVRTC 13.5 compiles it for sm_90 a step waits for memory once forward and twice backward, a step of the sru package's
-// own kernels three times. Equations and names as in cusru/kernels/sru.cuh; with identity and tanh, as those kernels had.
+// step in flight: the next step's loads begin when this one is done. Every state is stored, arrays are compact, a gate
+// is a true division with its slow path, and a parameter gradient is left per batch, to be summed after. It is
+// generous: as NVRTC 13.5 compiles it for sm_90 a step waits for memory once forward and twice backward, a step of the
+// sru package's own kernels three times. Equations and names as in cusru/kernels/sru.cuh; with identity and tanh, as
+// those kernels had.
 #include "numbers.cuh"
 
 using T = TYPE;
