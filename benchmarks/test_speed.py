@@ -69,8 +69,10 @@ def test_speed(
             others["sru"] = getattr(peers.sru_operator(work), direction)
         except peers.Unavailable as error:
             benchmark.extra_info["no_sru"] = str(error)
+    if benchmark.disabled:  # --benchmark-disable: each once, nothing timed
+        benchmark(lambda: [call() for call in (work.calls(direction) | others).values()])
+        return
     benchmark.extra_info |= work.measure(direction, others)
-
     run, floor, time = functools.partial(work.run, direction), work.floor(direction), work.machine.time
     # Each elsewhere in memory: on a CPU the speed of a small copy depends on where it lies.
     copies = [work.copy(floor)] * ROUNDS if backend == "gpu" else [work.copy(floor) for _ in range(ROUNDS)]

@@ -95,15 +95,17 @@ class Workload:
 
     # ---- figures ----
 
+    def calls(self, direction: str) -> dict[str, Callable[[], object]]:
+        """The pass, and the original design's where it had one."""
+        ours = {"cusru": functools.partial(self.run, direction)}
+        return ours | ({"original": functools.partial(self.original.run, direction)} if self.has_original else {})
+
     def measure(self, direction: str, others: dict[str, Callable[[], object]] | None = None, cache: str = "") -> dict[str, Any]:
         """Times of the pass, of its yardsticks, of the original design and of `others`, from one run. cache: one of the machine's
         `caches`, by default the first."""
         cache = cache or self.machine.caches[0]
         floor, time = self.floor(direction), functools.partial(self.machine.time, cache=cache)
-        calls: dict[str, Callable[[], object]] = {"cusru": functools.partial(self.run, direction)}
-        if self.has_original:
-            calls["original"] = functools.partial(self.original.run, direction)
-        calls |= others or {}
+        calls = self.calls(direction) | (others or {})
         yardsticks = {"copy": self.copy(floor)}
         if hasattr(self.machine, "launch"):
             yardsticks["stream"] = self.stream(floor)

@@ -46,9 +46,14 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("multiprocessors", [132, 0], ids=["one column a thread", "several"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("case", [*traffic.LAYOUTS, *traffic.STATES[:2]], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "multiprocessors"),
+    [
+        *(pytest.param(case, 132, id=f"{case.name}, one column a thread") for case in (*traffic.LAYOUTS, *traffic.STATES[:2])),
+        *(pytest.param(case, 0, id=f"{case.name}, several") for case in traffic.LAYOUTS),
+    ],
+)
 def test_every_pass_moves_its_floor_and_little_more(
     monkeypatch: pytest.MonkeyPatch, case: cases.Case, dtype: str, multiprocessors: int
 ) -> None:
