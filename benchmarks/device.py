@@ -109,7 +109,7 @@ def sanitizer(simulate: bool, seconds: float) -> Iterator[Row]:
         return
     found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if not found:
-        yield {"skipped": "compute-sanitizer is not installed"}
+        yield {"tool": "compute-sanitizer", "passes_run": 0, "skipped": "not installed"}
         return
     for left, tool in zip(range(len(SANITIZERS), 0, -1), SANITIZERS, strict=True):
         options = ["--tool", tool, "--error-exitcode", "99"]
@@ -295,8 +295,8 @@ def run_step(name: str, simulate: bool, seconds: float) -> Row:
         result |= {"status": "failed", "why": "it found nothing to run"}
     elif all(row.get("outcome") == "skipped" for row in rows):
         result |= {"status": "failed", "why": "all tests were skipped"}
-    elif any("skipped" in row for row in rows) and not any("seconds" in row and "failed" not in row for row in rows):
-        result |= {"status": "skipped", "why": next(row["skipped"] for row in rows if "skipped" in row)}
+    elif skipped := [f"{row['tool']}: {row['skipped']}" for row in rows if "skipped" in row and "tool" in row]:
+        result |= {"status": "skipped", "why": skipped[0]}
     return result
 
 

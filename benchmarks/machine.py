@@ -60,7 +60,6 @@ class _Host(main.Cpu):
 
 class Numpy(_Host):
     name = "numpy"
-    simulated = False
 
     def __init__(self) -> None:
         super().__init__(simulated=False)
@@ -68,7 +67,6 @@ class Numpy(_Host):
 
 class Simulator(_Host):
     name = "simulator"
-    simulated = True
 
     def __init__(self) -> None:
         super().__init__(simulated=True)
@@ -81,7 +79,6 @@ class Simulator(_Host):
 
 class Cuda(main.Gpu):
     name = "gpu"
-    simulated = False
     caches = ("cold", "warm")
 
     def __init__(self, cupy: Any) -> None:
@@ -113,13 +110,13 @@ Machine = Numpy | Simulator | Cuda
 
 
 def find(name: str) -> Machine:
-    """ "numpy", "simulator" or "gpu". RuntimeError where this computer has no such thing, with the reason.
+    """The machine "numpy", "simulator" or "gpu". RuntimeError where this computer has no such thing, with the reason.
 
-    The simulator is chosen by the environment: with it, CUSRU_SIMULATE must be 1, and with NumPy it must not.
+    Between the first two the environment chooses: CUSRU_SIMULATE must be 1 for the simulator, and must not for NumPy.
     """
-    wanted = "1" if name == "simulator" else ""
-    if name != "gpu" and (os.environ.get("CUSRU_SIMULATE") == "1") != bool(wanted):
-        raise RuntimeError(f"CUSRU_SIMULATE is {os.environ.get('CUSRU_SIMULATE')!r}, which does not select {name}")
+    simulated = os.environ.get("CUSRU_SIMULATE")
+    if name != "gpu" and (simulated == "1") != (name == "simulator"):
+        raise RuntimeError(f"CUSRU_SIMULATE is {simulated!r}, which does not select {name}")
     if name == "numpy":
         return Numpy()
     if name == "simulator":

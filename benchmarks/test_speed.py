@@ -60,9 +60,10 @@ def test_speed(
     if dtype == "bfloat16":
         pytest.importorskip("ml_dtypes", reason='no ml_dtypes: pip install ".[test]"')
     try:
-        work = workload(backend, case, dtype)
+        found(backend)
     except RuntimeError as error:
         pytest.skip(str(error))
+    work = workload(backend, case, dtype)
     others = {}
     if backend == "numpy":
         try:

@@ -1,7 +1,6 @@
 """A case laid out on a machine: its two passes, ready to run again and again, their floor, the yardsticks and the baseline.
 
-work = Workload(machine, case, "float32")
-row = work.measure("forward")          # or work.run("forward"), to run it once
+`Workload(machine, case, "float32").measure("forward")` is a row of figures, and `.run("forward")` runs the pass once.
 """
 
 from __future__ import annotations

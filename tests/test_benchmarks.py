@@ -452,6 +452,17 @@ def test_a_stored_baseline_catches_what_has_become_slower(tmp_path: Path) -> Non
         assert ("Performance has regressed" in compared.stdout + compared.stderr) == bool(status)
 
 
+def test_a_benchmark_whose_kernel_fails_fails(tmp_path: Path) -> None:
+    """It does not skip, as one whose backend is not there does."""
+    if reason := missing("simulator"):
+        pytest.skip(reason)
+    (tmp_path / "cache").mkdir(mode=0o700)
+    environment = dict(CUSRU_SIMULATE_FLAGS="-no-such-flag", CUSRU_CACHE_DIR=str(tmp_path / "cache"))
+    done = run("pytest", "benchmarks/test_speed.py", "-q", "-k", "simulator-small-float64-forward", **environment)
+    assert done.returncode == 1, done.stdout
+    assert "1 failed" in done.stdout
+
+
 # ---- peers ----------------------------------------------------------------------------------------------------------------
 
 
@@ -771,6 +782,21 @@ def test_what_is_run_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ("--report-api-errors" in row["command"]) == (row["tool"] == "memcheck")
         assert row["command"][-2:] == ["--step", "small"]
     assert rows[1]["seconds"] == pytest.approx(20, abs=1), "a third of what is left"
+
+
+def test_a_sanitizer_that_is_not_there_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the step's status nor in the report does it look as if it had found nothing."""
+    monkeypatch.setattr(device.shutil, "which", lambda name, path=None: None)
+    monkeypatch.setattr(device, "_watched", lambda tool, command, seconds: {"tool": tool, "passes_run": 36, "seconds": 1.0})
+    rows = list(device.sanitizer(simulate=False, seconds=60))
+    printed = "\n".join(json.dumps(row) for row in rows)
+    start = device._start
+    monkeypatch.setattr(device, "_start", lambda _, simulate, **files: start(["echo", printed], simulate, **files))
+    step = device.run_step("sanitizer", simulate=False, seconds=10)
+    assert step["status"] == "skipped"
+    assert step["why"] == "compute-sanitizer: not installed"
+    text = report.markdown({**a_report(), "steps": {"sanitizer": step}})
+    assert "| compute-sanitizer | 0 | not installed |" in text.splitlines()
 
 
 def test_names_of_this_computer_stay_out_of_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
