@@ -99,7 +99,7 @@ def sru_forward(
         TypeError: a dtype, an object that is no array, or a torch tensor that requires grad while grad mode is on.
         ImportError, RuntimeError: device arrays without CuPy or without a working CUDA.
     """
-    problem = _check(
+    problem = check(
         "forward", u, x, bias, weight_c, c0, mask_c, mask_pad, activation, candidate, scale_x, mask_target,
         bidirectional, save_every, stream,
     )  # fmt: skip
@@ -159,7 +159,7 @@ def sru_backward(
     Raises:
         As `sru_forward`; also ValueError where c is absent or its length is not ceil(L / save_every).
     """
-    problem = _check(
+    problem = check(
         "backward", u, x, bias, weight_c, c0, mask_c, mask_pad, activation, candidate, scale_x, mask_target,
         bidirectional, save_every, stream, grad_h=grad_h, grad_c_last=grad_c_last, c=c,
     )  # fmt: skip
@@ -200,7 +200,7 @@ def workspace_size(
         As `sru_forward`.
     """
     _one_of("direction", direction, ("forward", "backward"))
-    problem = _check(
+    problem = check(
         direction, u, x, bias, weight_c, c0, mask_c, mask_pad, activation, candidate, scale_x, mask_target,
         bidirectional, save_every, stream,
     )  # fmt: skip
@@ -237,6 +237,11 @@ class Problem:
         return -(-self.length // self.save_every) if self.save_every else 0
 
     @property
+    def block(self) -> int | None:
+        """Steps of the longest saved block: save_every, but beyond L all are alike, and L fits the kernels."""
+        return self.save_every and min(self.save_every, max(self.length, 1))
+
+    @property
     def step_weight(self) -> bool:
         return "weight_c" in self.arrays and len(self.arrays["weight_c"].shape) == 4
 
@@ -246,7 +251,13 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def _is_number(name: str, value: Any) -> bool:
+def check_options(activation: Any, candidate: Any, mask_target: Any) -> None:
+    _one_of("activation", activation, ACTIVATIONS)
+    _one_of("candidate", candidate, CANDIDATES)
+    _one_of("mask_target", mask_target, MASK_TARGETS)
+
+
+def is_number(name: str, value: Any) -> bool:
     """Whether value is a real number, of Python's or NumPy's (an array of one element is none)."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.generic):
         return False
@@ -259,7 +270,7 @@ def _is_number(name: str, value: Any) -> bool:
     return True
 
 
-def _check_save_every(save_every: Any, direction: str) -> int | None:
+def check_save_every(save_every: Any, direction: str = "forward") -> int | None:
     if save_every is None:
         if direction == "backward":
             raise ValueError(
@@ -278,18 +289,17 @@ def _check_save_every(save_every: Any, direction: str) -> int | None:
     return value
 
 
-def _check(
+def check(
     direction: str, u: Any, x: Any, bias: Any, weight_c: Any, c0: Any, mask_c: Any, mask_pad: Any, activation: Any,
     candidate: Any, scale_x: Any, mask_target: Any, bidirectional: Any, save_every: Any, stream: Any, **of_backward: Any,
 ) -> Problem:  # fmt: skip
-    _one_of("activation", activation, ACTIVATIONS)
-    _one_of("candidate", candidate, CANDIDATES)
-    _one_of("mask_target", mask_target, MASK_TARGETS)
-    save_every = _check_save_every(save_every, direction)
+    """All that can be said about the arguments before any memory is read. A dlpack.Array stands for itself."""
+    check_options(activation, candidate, mask_target)
+    save_every = check_save_every(save_every, direction)
 
-    is_number = _is_number("scale_x", scale_x)
+    by_value = is_number("scale_x", scale_x)
     objects = dict(u=u, x=x, bias=bias, weight_c=weight_c, c0=c0, mask_c=mask_c, mask_pad=mask_pad, **of_backward)
-    if not is_number:
+    if not by_value:
         objects["scale_x"] = scale_x
     required = {"u", "scale_x", "grad_h"}
     if "c" in objects and objects["c"] is None:
@@ -313,10 +323,9 @@ def _check(
     if bidirectional and width % 2:
         raise ValueError(f"bidirectional needs an even D, half of it for each direction; u has shape {a.shape}, D = {width}")
 
-    capped = save_every and min(save_every, max(length, 1))  # beyond L all are alike, and L fits the kernels
     problem = Problem(
         direction, length, batch, width, k, a.dtype, raw_kernels.STATES[a.dtype], activation, candidate, mask_target,
-        bool(bidirectional), capped, float(scale_x) if is_number else 1.0, device, handle, given, dict(given),
+        bool(bidirectional), save_every, float(scale_x) if by_value else 1.0, device, handle, given, dict(given),
     )  # fmt: skip
     own, either = (problem.dtype,), tuple(dict.fromkeys((problem.dtype, problem.state)))
     plane, steps = (batch, width), (length, batch, width)
@@ -459,7 +468,7 @@ def _run_numpy(problem: Problem, results: dict[str, Array]) -> None:
         candidate=problem.candidate,
         mask_target=problem.mask_target,
         bidirectional=problem.bidirectional,
-        save_every=problem.save_every,
+        save_every=problem.block,
         scale_x=scale,
     )
 

@@ -70,6 +70,8 @@ class Array:
 
 def device_of(obj: Any, name: str) -> tuple[str, int]:
     """Where the array is: ("cpu", 0) or ("cuda", index)."""
+    if isinstance(obj, Array):
+        return obj.device
     framework = _framework(obj)
     if framework == "numpy":
         return CPU
@@ -124,6 +126,8 @@ def borrow(obj: Any, name: str, stream: int | None = None) -> Array:
     `stream=None` stands for the producer's own current stream (torch, CuPy), else for CuPy's; on a CPU it has no
     meaning. The producer's side of the handshake is its current stream: call this before entering `stream`'s scope.
     """
+    if isinstance(obj, Array):
+        return obj
     device = device_of(obj, name)
     framework = _framework(obj)
     if device[0] == "cuda":
@@ -159,13 +163,12 @@ def _read_torch(obj: Any, name: str, device: tuple[str, int], stream: int | None
     torch = sys.modules["torch"]
     if obj.requires_grad and torch.is_grad_enabled():
         raise TypeError(
-            f"{name} requires grad, and a kernel call is not recorded for autograd: use the adapter cusru.torch.sru (until a "
-            f"release brings it, a torch.autograd.Function as in README), or pass {name}.detach()"
+            f"{name} requires grad, and a kernel call is not recorded for autograd: call cusru.torch.sru, which is, or pass "
+            f"{name}.detach()"
         )
-    if obj.layout is not torch.strided:
-        raise TypeError(f"{name} has layout {obj.layout}: pass a strided tensor ({name}.to_dense())")
-    if obj.is_conj() or obj.is_neg():  # a negated view is exported by torch as if it were not
-        raise TypeError(f"{name} is a lazily conjugated or negated view: pass {name}.resolve_conj().resolve_neg()")
+    if _has_tangent(torch, obj):
+        raise TypeError(f"{name} carries a forward-mode tangent, and cusru has no forward-mode derivative: use reverse mode")
+    check_torch(obj, name)
     try:
         pointer, shape, strides = obj.data_ptr(), tuple(obj.shape), obj.stride()
     except Exception as error:
@@ -175,6 +178,22 @@ def _read_torch(obj: Any, name: str, device: tuple[str, int], stream: int | None
             _export(obj.detach(), name, device, stream)
     dtype = str(obj.dtype).removeprefix("torch.")
     return Array(name, pointer, shape, strides, dtype, device, False, "torch", obj, obj)
+
+
+def _has_tangent(torch: Any, obj: Any) -> bool:
+    try:
+        return torch.autograd.forward_ad.unpack_dual(obj).tangent is not None
+    except RuntimeError:  # below autograd, where a tensor without one cannot be asked
+        return False
+
+
+def check_torch(obj: Any, name: str) -> None:
+    """That a tensor of torch is what its strides say."""
+    torch = sys.modules["torch"]
+    if obj.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {obj.layout}: pass a strided tensor ({name}.to_dense())")
+    if obj.is_conj() or obj.is_neg():  # a negated view is exported by torch as if it were not
+        raise TypeError(f"{name} is a lazily conjugated or negated view: pass {name}.resolve_conj().resolve_neg()")
 
 
 def _read_capsule(obj: Any, name: str, device: tuple[str, int], stream: int | None) -> Array:

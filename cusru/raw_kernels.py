@@ -136,7 +136,7 @@ class Plan(NamedTuple):
 def plan(problem: Problem, results: dict[str, Array] | None = None, multiprocessors: int = 1) -> Plan:
     """Without `results` (and their layout) the memory half is the scalar one; sizes do not depend on it."""
     backward = problem.direction == "backward"
-    recompute = backward and problem.save_every != 1
+    recompute = backward and problem.block != 1
     given = problem.arrays
     if "weight_c" not in given:
         weight = "none"
@@ -150,7 +150,7 @@ def plan(problem: Problem, results: dict[str, Array] | None = None, multiprocess
     rows = -(-problem.batch // group)
     sums = 2 * ("bias" in given) + 2 * (weight == "column") if backward else 0
     state_bytes = np.dtype(problem.state).itemsize
-    tiles = -(-min(problem.save_every or 1, problem.length) // TILE)
+    tiles = -(-min(problem.block or 1, problem.length) // TILE)
     checkpoints = max(tiles - 1, 0) * problem.batch * problem.width * state_bytes if recompute else 0
 
     columns, packed, grad_u_packed = 1, False, False
@@ -279,7 +279,7 @@ def arguments(problem: Problem, results: dict[str, Array], chosen: Plan, workspa
     args["partials"] = workspace
     args["checkpoints"] = workspace + _rounded(chosen.partial_bytes)
     args["length"], args["batch"], args["width"] = problem.length, problem.batch, problem.width
-    args["save_every"] = problem.save_every or 1
+    args["save_every"] = problem.block or 1
     args["group"], args["rows"], args["sums"] = chosen.group, chosen.rows, chosen.sums
     args["scale"] = problem.scale_x
     flags = BIDIRECTIONAL * problem.bidirectional + MASK_GATE * (problem.mask_target == "gate")

@@ -1,0 +1,345 @@
+"""The recurrence as a differentiable operator of torch: `sru`, and what torch's transforms need to know about it.
+
+Three layers, each for those above it. The custom operators `torch.ops.cusru.sru_forward` and `sru_backward` let torch own the
+memory: they allocate results and workspace and hand them to cusru's public functions; export, compile and script see these
+alone. The autograd functions around them add what a custom operator lacks: a rule for vmap, and errors instead of silent
+zeros for the derivatives that are not there. `sru` names the arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cusru
+from cusru import api, dlpack
+
+# Of the state this is a 32nd, 1% of the bytes that a float32 training step moves; the backward recomputes the rest.
+SAVE_EVERY = 32
+
+_TENSORS = ("u", "x", "bias", "weight_c", "c0", "mask_c", "mask_pad", "scale_x")
+_OPTIONS = ("activation", "candidate", "mask_target", "bidirectional", "save_every")
+_ARGUMENTS = (
+    "Tensor u, Tensor? x, Tensor? bias, Tensor? weight_c, Tensor? c0, Tensor? mask_c, Tensor? mask_pad, Tensor? scale_x, "
+    "float scale, str activation, str candidate, str mask_target, bool bidirectional, int save_every"
+)
+
+
+@torch.compiler.allow_in_graph  # torch.compile is to trace the operators alone, not the checks and rules around them
+def sru(
+    u: Tensor,
+    x: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    weight_c: Tensor | None = None,
+    c0: Tensor | None = None,
+    mask_c: Tensor | None = None,
+    mask_pad: Tensor | None = None,
+    activation: str = "identity",
+    candidate: str = "identity",
+    scale_x: float | Tensor = 1.0,
+    mask_target: str = "state",
+    bidirectional: bool = False,
+    save_every: int | None = SAVE_EVERY,
+) -> tuple[Tensor, Tensor]:
+    """The SRU recurrence over all steps of all columns, differentiable.
+
+    At each step of a column, with u = (u0, u1, u2[, u3])::
+
+        f = sigmoid(u1 + b_f + v_f * c_prev)
+        r = sigmoid(u2 + b_r + v_r * c_prev)
+        c = f * c_prev + (1 - f) * candidate(u0)
+        h = r * mask_c * activation(c) + (1 - r) * s          s = scale_x * x, or u3, or 0
+
+    (Lei et al. 2018, https://arxiv.org/abs/1709.02755, equations 3 to 6.) Works under autograd, torch.compile, torch.export,
+    torch.func.grad and vmap, activation checkpointing and CUDA graphs, on the current stream, with memory of torch's
+    allocator. Derivatives are those of reverse mode, once.
+
+    Args:
+        u: (L, B, D, k), k = 3 or 4: the projected input, float64, float32, float16 or bfloat16. The state is kept in float64
+            for float64 and in float32 for the others.
+        x: (L, B, D), u's dtype: the skip input, with k = 3; absent: no skip.
+        bias: (2, D) or (2*D,): forget row, reset row. Parameters, `c0` and `mask_c` are in u's dtype or the state's.
+        weight_c: (2, D) or (2*D,): v of SRU v2; or per step (L, B, D, 2); absent: SRU v1.
+        c0: (B, D): initial state; absent: zeros.
+        mask_c: (B, D): dropout mask, the same at every step, already scaled by 1 / (1 - p); no gradient.
+        mask_pad: (L, B), bool or uint8: non-zero where a step is padding: there the state passes and h is 0.
+        activation: "identity", "tanh", "relu" or "selu".
+        candidate: "identity" (SRU) or "tanh" (QRNN).
+        scale_x: a number, or a tensor of one element that the kernel reads; no gradient.
+        mask_target: "state": h as above. "gate": h = s + mask_c * r * (activation(c) - s), as in the sru package from 2.5 on.
+        bidirectional: D is even, and the second half of the columns runs backward in time.
+        save_every: one state in so many is kept for the backward, which recomputes the others bit for bit. None: none is
+            kept, and there is no backward.
+
+    Tensors may have any strides; none is copied. h lies in memory as u does: batch-first u, as a transposed view, makes
+    batch-first h.
+
+    Returns:
+        h: (L, B, D), u's dtype; and c_last: (B, D), the state's dtype, the state after each column's last step.
+
+    Raises:
+        ValueError: a shape, a device or an option; names the argument.
+        TypeError: a dtype, an object that is no tensor, or a gradient asked for `mask_c` or `scale_x`.
+        NotImplementedError: forward-mode differentiation, or a derivative of the gradients.
+        ImportError, RuntimeError: CUDA tensors without CuPy or without a working CUDA.
+    """
+    given = dict(u=u, x=x, bias=bias, weight_c=weight_c, c0=c0, mask_c=mask_c, mask_pad=mask_pad)
+    scale = 1.0
+    if api.is_number("scale_x", scale_x) or isinstance(scale_x, torch.SymFloat | torch.SymInt):
+        scale, scale_x = float(scale_x), None
+    elif not isinstance(scale_x, Tensor):
+        raise TypeError(f"scale_x must be a number or a tensor of one element, not {_type(scale_x)}")
+    for name, value in given.items():
+        if not isinstance(value, Tensor) and (value is not None or name == "u"):
+            raise TypeError(f"{name} must be a torch.Tensor, not {_type(value)}")
+    for name, value in (("mask_c", mask_c), ("scale_x", scale_x)):
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise TypeError(f"{name} requires grad, and cusru has no gradient for it: pass {name}.detach()")
+    api.check_options(activation, candidate, mask_target)
+    every = api.check_save_every(save_every)
+    if every is None and torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in given.values()):
+        raise ValueError("save_every=None keeps no states, and the backward needs them: give 1 or more, or use torch.no_grad()")
+    h, _, c_last = _Forward.apply(
+        *given.values(), scale_x, scale, activation, candidate, mask_target, bool(bidirectional), every or 0
+    )
+    return h, c_last
+
+
+def _type(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+# ---- the custom operators: torch owns the memory -------------------------------------------------------------------
+
+
+def _keywords(tensors: tuple[Any, ...], scale: float, options: tuple[Any, ...]) -> dict[str, Any]:
+    """The arguments of cusru's functions but for u and x; the operators' save_every = 0 stands for None."""
+    keywords = dict(zip(_TENSORS[2:], tensors[2:], strict=True)) | dict(zip(_OPTIONS, options, strict=True))
+    if keywords["scale_x"] is None:
+        keywords["scale_x"] = scale
+    keywords["save_every"] = keywords["save_every"] or None
+    return keywords
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An operator's arguments -> (u, x) and the keywords."""
+    n = len(_TENSORS)
+    return arguments[:2], _keywords(arguments[:n], arguments[n], arguments[n + 1 :])
+
+
+def _new_outputs(u: Tensor, save_every: int) -> tuple[Tensor, Tensor, Tensor]:
+    length, batch, width, _ = u.shape
+    state = torch.float64 if u.dtype == torch.float64 else torch.float32
+    blocks = -(-length // save_every) if save_every else 0
+    # c has a row more than it needs: a tracer of unknown lengths then sees by itself that this size is not 1
+    h = torch.empty_like(u.select(-1, 0))  # its axes in the order of u's: a batch-first u makes a batch-first h
+    return h, u.new_empty((blocks + 1, batch, width), dtype=state), u.new_empty((batch, width), dtype=state)
+
+
+def _new_gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """An empty tensor stands for None, which an operator cannot return."""
+    return tuple(tensors[0].new_empty(0) if a is None else torch.empty_like(a) for a in tensors)  # type: ignore[union-attr]
+
+
+def _workspace(direction: str, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+    size = cusru.workspace_size(direction, *inputs, **keywords)  # checks the arguments, before anything is allocated
+    return torch.empty(size, dtype=torch.uint8, device=inputs[0].device)
+
+
+@torch.library.custom_op("cusru::sru_forward", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, keywords = _split(arguments)
+    workspace = _workspace("forward", inputs, keywords)
+    h, c, c_last = _new_outputs(inputs[0], arguments[-1])
+    out = (h, c[:-1] if arguments[-1] else None, c_last)
+    cusru.sru_forward(*inputs, **keywords, out=out, workspace=workspace)
+    return h, c, c_last
+
+
+@torch.library.custom_op(
+    "cusru::sru_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_h, Tensor? grad_c_last, Tensor c, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs, keywords = _split(arguments)
+    workspace = _workspace("backward", inputs, keywords)
+    wanted = arguments[:5]
+    gradients = _new_gradients(*wanted)
+    out = [None if a is None else g for a, g in zip(wanted, gradients, strict=True)]
+    cusru.sru_backward(grad_h, grad_c_last, c[:-1], *inputs, **keywords, out=out, workspace=workspace)
+    return gradients
+
+
+@_forward.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, keywords = _split(arguments)
+    _check_without_memory("forward", dict(zip("ux", inputs, strict=True)) | keywords)
+    return _new_outputs(arguments[0], arguments[-1])
+
+
+@_backward.register_fake
+def _(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs, keywords = _split(arguments)
+    _check_without_memory(
+        "backward", dict(zip("ux", inputs, strict=True)) | keywords | dict(grad_h=grad_h, grad_c_last=grad_c_last, c=c[:-1])
+    )
+    return _new_gradients(*arguments[:5])
+
+
+def _check_without_memory(direction: str, arguments: dict[str, Any]) -> None:
+    """The checks of cusru's functions for tensors of a tracer, which have all that is looked at but memory."""
+    described = {n: _describe(n, a) if isinstance(a, Tensor) else a for n, a in arguments.items()}
+    api.check(direction, **described, stream=0)
+
+
+def _describe(name: str, a: Tensor) -> dlpack.Array:
+    device = ("meta", 0) if a.device.type == "meta" else dlpack.device_of(a, name)
+    dlpack.check_torch(a, name)
+    dtype = str(a.dtype).removeprefix("torch.")
+    return dlpack.Array(name, 0, tuple(a.shape), a.stride(), dtype, device, False, "torch", None, a)
+
+
+# ---- autograd ------------------------------------------------------------------------------------------------------
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    n = len(_TENSORS)
+    ctx.save_for_backward(output[1], *inputs[:n])
+    ctx.options = inputs[n:]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, backward: Any, grad_h: Tensor | None, grad_c_last: Tensor | None) -> tuple[Any, ...]:
+    c, *tensors = ctx.saved_tensors
+    none = (None,) * (len(_TENSORS) - 5 + len(ctx.options))
+    if grad_h is None and grad_c_last is None:
+        return (None,) * 5 + none
+    u = tensors[0]
+    if grad_h is None:
+        grad_h = u.new_zeros(()).expand(u.shape[:3])
+    gradients = backward(grad_h, grad_c_last, c, *tensors, *ctx.options)
+    return tuple(None if a is None else g for a, g in zip(tensors[:5], gradients, strict=True)) + none
+
+
+_NO_JVP = "cusru has no forward-mode derivative of the SRU recurrence: use reverse mode (backward, torch.func.grad or vjp)"
+_NO_DOUBLE_BACKWARD = (
+    "cusru has no derivative of the SRU recurrence's gradients (double backward, create_graph=True, torch.func.hessian)"
+)
+
+
+class _Forward(torch.autograd.Function):
+    """cusru::sru_forward with a rule for vmap, which a custom operator's own autograd has not."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return torch.ops.cusru.sru_forward(*arguments)
+
+    setup_context = staticmethod(_keep)
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor | None, _: None, grad_c_last: Tensor | None) -> tuple[Any, ...]:
+        return _gradients(ctx, _Backward.apply, grad_h, grad_c_last)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        names = (*_TENSORS, "scale", *_OPTIONS)
+        return _vmap(_Forward, names, ("h", "c", "c_last"), info.batch_size, in_dims, arguments)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_NO_JVP)
+
+
+class _Backward(torch.autograd.Function):
+    """cusru::sru_backward, likewise; its own derivative is an error."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return torch.ops.cusru.sru_backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(_NO_DOUBLE_BACKWARD)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        names = ("grad_h", "grad_c_last", "c", *_TENSORS, "scale", *_OPTIONS)
+        return _vmap(_Backward, names, ("u", "x", "bias", "weight_c", "c0"), info.batch_size, in_dims, arguments)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_NO_JVP)
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError(_NO_DOUBLE_BACKWARD)
+
+
+# For those who call the operators themselves: TorchScript, and graphs that were exported.
+_forward.register_autograd(
+    lambda ctx, grad_h, _, grad_c_last: _gradients(ctx, torch.ops.cusru.sru_backward, grad_h, grad_c_last),
+    setup_context=lambda ctx, inputs, output: _keep(ctx, inputs, output),
+)
+_backward.register_autograd(_no_double_backward)
+
+
+# ---- vmap ----------------------------------------------------------------------------------------------------------
+
+
+def _vmap(
+    function: Any, names: tuple[str, ...], results: tuple[str, ...], size: int, in_dims: tuple[int | None, ...], arguments: Any
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """`size` problems as one of `size` times the columns, for a column has its own parameters and its own gradients of them.
+    Padding and scale_x are shared by all columns: where they differ, the problems run one after the other."""
+    values, dims = dict(zip(names, arguments, strict=True)), dict(zip(names, in_dims, strict=True))
+    if dims["mask_pad"] is not None or dims["scale_x"] is not None:
+        each = [
+            function.apply(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
+            for i in range(size)
+        ]
+        return tuple(torch.stack(same) for same in zip(*each, strict=True)), (0,) * len(results)
+
+    rank = {n: a.ndim - (dims[n] is not None) for n, a in values.items() if isinstance(a, Tensor)}
+    directions = 2 if values["bidirectional"] else 1
+    for name in rank.keys() - {"mask_pad", "scale_x"}:
+        a = values[name]
+        a = a.unsqueeze(0).expand(size, *a.shape) if dims[name] is None else a.movedim(dims[name], 0)
+        if rank[name] == 1:  # a flat parameter
+            a = a.unflatten(1, (2, a.shape[1] // 2))
+        values[name] = _fold(a, _axis(rank[name]), directions)
+    outputs, out_dims = [], []
+    for name, a in zip(results, function.apply(*values.values()), strict=True):
+        absent = name in values and values[name] is None  # and so is its gradient
+        if not absent:
+            a = _unfold(a, _axis(rank.get(name)), size, directions)
+            if rank.get(name) == 1:
+                a = a.flatten(1)
+        outputs.append(a)
+        out_dims.append(None if absent else 0)
+    return tuple(outputs), tuple(out_dims)
+
+
+def _axis(rank: int | None) -> int:
+    """Of the columns: u and a weight_c per step have one more axis behind."""
+    return -2 if rank == 4 else -1
+
+
+def _fold(a: Tensor, axis: int, directions: int) -> Tensor:
+    """(size, ..., D, ...) -> (..., size * D, ...), where D is (directions, width) and becomes (directions, size, width)."""
+    a = a.unflatten(axis, (directions, a.shape[axis] // directions)).movedim(0, axis - 1)
+    return a.flatten(axis - 2 + a.ndim, axis + a.ndim)
+
+
+def _unfold(a: Tensor, axis: int, size: int, directions: int) -> Tensor:
+    """The reverse of _fold."""
+    a = a.unflatten(axis, (directions, size, a.shape[axis] // (directions * size))).movedim(axis - 1, 0)
+    return a.flatten(axis - 1 + a.ndim, axis + a.ndim)
