@@ -27,7 +27,6 @@ _ARGUMENTS = (
 )
 
 
-@torch.compiler.allow_in_graph  # torch.compile is to trace the operators alone, not the checks and rules around them
 def sru(
     u: Tensor,
     x: Tensor | None = None,
@@ -86,6 +85,16 @@ def sru(
         NotImplementedError: forward-mode differentiation, or a derivative of the gradients.
         ImportError, RuntimeError: CUDA tensors without CuPy or without a working CUDA.
     """
+    return _sru(  # type: ignore[no-any-return]
+        u, x, bias, weight_c, c0, mask_c, mask_pad, activation, candidate, scale_x, mask_target, bidirectional, save_every
+    )
+
+
+@torch.compiler.allow_in_graph  # torch.compile is to trace the operators alone, not the checks and rules around them
+def _sru(
+    u: Any, x: Any, bias: Any, weight_c: Any, c0: Any, mask_c: Any, mask_pad: Any, activation: Any, candidate: Any,
+    scale_x: Any, mask_target: Any, bidirectional: Any, save_every: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     given = dict(u=u, x=x, bias=bias, weight_c=weight_c, c0=c0, mask_c=mask_c, mask_pad=mask_pad)
     scale = 1.0
     if api.is_number("scale_x", scale_x) or isinstance(scale_x, torch.SymFloat | torch.SymInt):
@@ -154,6 +163,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, keywords = _split(arguments)
     workspace = _workspace("forward", inputs, keywords)
     h, c, c_last = _new_outputs(inputs[0], arguments[-1])
+    c[-1].zero_()
     out = (h, c[:-1] if arguments[-1] else None, c_last)
     cusru.sru_forward(*inputs, **keywords, out=out, workspace=workspace)
     return h, c, c_last
