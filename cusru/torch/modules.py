@@ -206,12 +206,9 @@ class SRUCell(nn.Module):
 
     def _check(self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> None:
         """What torch's own errors would not name."""
+        _check_tensors(input, c0, mask_pad)
         for name, a in (("input", input), ("c0", c0), ("mask_pad", mask_pad)):
-            if a is None and name != "input":
-                continue
-            if not isinstance(a, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, not {type(a).__module__}.{type(a).__qualname__}")
-            if a.device != self.bias.device:
+            if a is not None and a.device != self.bias.device:
                 raise ValueError(f"{name} is on {a.device}, and the parameters on {self.bias.device}")
         if c0 is not None and not c0.is_floating_point():
             raise TypeError(f"c0 has dtype {c0.dtype}; expected a floating-point one")
@@ -458,8 +455,10 @@ class SRU(nn.Module):
             c: (num_layers, B, D), or with `nn_rnn_compatible_return` (num_layers * directions, B, hidden_size): the state
                 after the last step.
         """
-        if not torch.jit.is_scripting() and isinstance(input, PackedSequence):
-            return self._forward_packed(input, c0, mask_pad)
+        if not torch.jit.is_scripting():
+            if isinstance(input, PackedSequence):
+                return self._forward_packed(input, c0, mask_pad)
+            _check_tensors(input, c0, mask_pad)
         if input.dim() != 3:
             raise ValueError(f"input has shape {list(input.shape)}; expected 3 dimensions, (L, B, input_size)")
         if not self.batch_first:
@@ -548,6 +547,12 @@ def _check_size(name: str, value: Any) -> None:
 def _check_probability(name: str, value: Any) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"{name} must be a probability, at least 0 and below 1; got {value!r}")
+
+
+def _check_tensors(input: Any, c0: Any, mask_pad: Any) -> None:
+    for name, a in (("input", input), ("c0", c0), ("mask_pad", mask_pad)):
+        if not isinstance(a, Tensor) and (a is not None or name == "input"):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(a).__module__}.{type(a).__qualname__}")
 
 
 def _is_batch_first(a: Tensor) -> bool:
