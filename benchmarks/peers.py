@@ -4,7 +4,7 @@ Each function lays its arrays out and returns a `Peer`: two calls, forward and b
 `Unavailable` says why there is none: not installed, no such variant, no such dtype, does not build.
 
     lstm            torch's LSTM layer (cuDNN's on a GPU) from and to D features: a whole layer, its GEMMs included
-    sru_layer       ours as a whole layer: torch's GEMM, then cusru; to be held against the LSTM (TF32 allowed in both)
+    sru_layer       ours as a whole layer: torch's GEMM, then cusru.torch.sru; to be held against the LSTM (TF32 allowed in both)
     scan_triton, scan_warp      accelerated-scan: h_t = a_t h_{t-1} + b_t, time innermost; the second zeroes its output first
     hgrn_recurrent, hgrn_chunk  flash-linear-attention's HGRN: the same recurrence, its gates in logarithms, features innermost
     sru_operator    the `sru` package's own operator on the case's own values (on a CPU: compiled forward, autograd through its
@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import cusru
 from benchmarks.workload import PASSES, Workload
 
 
@@ -142,37 +141,18 @@ def lstm(work: Workload) -> Peer:
     return _peer(torch, lambda: layer(x)[0], grad, leaves, moved + h.nbytes, 2 * moved + 2 * h.nbytes)
 
 
-def _recurrence(torch: Any, save_every: int) -> Any:
-    """The two public calls in torch's autograd."""
-
-    class Recurrence(torch.autograd.Function):  # type: ignore[name-defined,misc]
-        @staticmethod
-        def forward(ctx: Any, u: Any, x: Any, bias: Any, weight_c: Any) -> Any:
-            h, c, _ = cusru.sru_forward(u, x, bias=bias, weight_c=weight_c, save_every=save_every)
-            ctx.save_for_backward(c, u, x, bias, weight_c)
-            return h
-
-        @staticmethod
-        def backward(ctx: Any, grad_h: Any) -> Any:
-            c, u, x, bias, weight_c = ctx.saved_tensors
-            g = cusru.sru_backward(grad_h, None, c, u, x, bias=bias, weight_c=weight_c, save_every=save_every)
-            return g.u, g.x, g.bias, g.weight_c
-
-    return Recurrence
-
-
 def sru_layer(work: Workload) -> Peer:
     torch, case = _torch(work), work.case
     if case.bidirectional:
         raise Unavailable("shown in one direction")
-    recurrence = _recurrence(torch, case.save_every or 1)
+    recurrence = _import("cusru.torch").sru
     x = _leaf(torch, work, case.L, case.B, case.D)
     weight = _leaf(torch, work, 3 * case.D, case.D, scale=case.D**-0.5)
     bias, weight_c = _leaf(torch, work, 2, case.D), _leaf(torch, work, 2, case.D, scale=0.5)
 
     def call() -> Any:
         u = torch.nn.functional.linear(x, weight).view(case.L, case.B, case.D, 3)
-        return recurrence.apply(u, x, bias, weight_c)
+        return recurrence(u, x, bias=bias, weight_c=weight_c, save_every=case.save_every or 1)[0]
 
     h = call()
     leaves = [x, weight, bias, weight_c]

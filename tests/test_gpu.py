@@ -1,7 +1,9 @@
-"""On a CUDA device: the table's full-size cases against the oracle, and a problem of more than 2^31 elements.
+"""On a CUDA device: the table's full-size cases against the oracle, more than 2^31 elements, torch's streams and graphs.
 
 What else holds on a GPU is in test_properties.py and test_laws.py, whose tests run there too.
 """
+
+import copy
 
 import numpy as np
 import oracle
@@ -76,3 +78,89 @@ def test_more_than_two_to_the_31_elements():
     oracle.check({"h": output.h[:, -1:, -64:].get()}, oracle.forward(u.get()), "float16")
     oracle.check({"u": got.get()}, expected, "float16")
     assert not output.h[:, :-1].any()
+
+
+# ---- torch -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch():
+    torch = pytest.importorskip("torch", reason='needs torch: pip install "cusru[torch]"')
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no CUDA device")
+    return torch
+
+
+def pair(torch, **options):
+    """The same layers on the CPU and on the device."""
+    from cusru.torch import SRU
+
+    torch.manual_seed(0)
+    layers = SRU(24, 16, 2, bidirectional=True, rescale=True, **options)
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return layers, copy.deepcopy(layers).cuda()
+
+
+def loss_of(result):
+    return result[0].sin().sum() + result[1].square().sum()
+
+
+def test_layers_of_torch_give_what_they_give_on_a_cpu(torch):
+    here, there = pair(torch, batch_first=True)
+    x = torch.randn(5, 60, 24)
+    mask = torch.rand(5, 60) < 0.2
+    results = here(x, mask_pad=mask), there(x.cuda(), mask_pad=mask.cuda())
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-4, atol=1e-4)
+    for result in results:
+        loss_of(result).backward()
+    for a, b in zip(here.parameters(), there.parameters(), strict=True):
+        torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-3, atol=1e-3)
+    with torch.autocast("cuda", torch.float16):
+        h, c = there(x.cuda())
+    assert (h.dtype, c.dtype) == (torch.float32, torch.float32)
+    assert there.rnn_lst[0](x[:, 0].cuda())[0].shape == (5, 32)
+
+
+def test_forward_and_backward_stay_on_the_streams_that_are_current(torch):
+    """What is enqueued before them takes a while; on another stream they would read the zeros that lay there."""
+    _, layers = pair(torch)
+    given = torch.randn(60, 5, 24, device="cuda")
+    x = torch.zeros_like(given)
+    wanted = torch.autograd.grad(loss_of(layers(given)), list(layers.parameters()))
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        x.copy_(given)
+        loss = loss_of(layers(x))
+    stream.synchronize()
+    found = torch.autograd.grad(loss, list(layers.parameters()))  # from another stream than the forward's
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_captured_in_a_cuda_graph_they_follow_new_inputs(torch):
+    _, layers = pair(torch)
+    x = torch.randn(60, 5, 24, device="cuda", requires_grad=True)
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(layers), (x,))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x = torch.randn(60, 5, 24, device="cuda", requires_grad=True)
+        found, wanted = (torch.autograd.grad(loss_of(run(x)), x)[0] for run in (graphed, layers))
+        assert torch.equal(found, wanted)
+
+
+def test_a_device_that_is_not_the_current_one(torch):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    here, there = pair(torch)
+    x = torch.randn(60, 6, 24)
+    expected = here(x)
+    result = there.to("cuda:1")(x.to("cuda:1"))
+    loss_of(result).backward()
+    torch.testing.assert_close(result[0].cpu(), expected[0], rtol=1e-4, atol=1e-4)
+    parallel = torch.nn.DataParallel(there.to("cuda:0"), dim=1)
+    torch.testing.assert_close(parallel(x.cuda())[0].cpu(), expected[0], rtol=1e-4, atol=1e-4)

@@ -340,6 +340,16 @@ def test_scripted_saved_and_loaded(options):
             )
 
 
+def test_traced_and_saved():
+    layers, x = model(bidirectional=True).eval(), normal(L, B, I)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(layers, (x,)), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    longer = normal(50, 2, I)
+    assert torch.equal(loaded(longer)[0], layers(longer)[0])
+
+
 def test_gradients_of_each_sample_and_ensembles_by_vmap():
     layers = model(num_layers=2)
     parameters = {n: p.detach() for n, p in layers.named_parameters()}

@@ -569,7 +569,7 @@ def _as_padding(mask_pad: Tensor, input: Tensor) -> Tensor:
             mask_pad = mask_pad.unsqueeze(0)
     if list(mask_pad.shape) != expected:
         raise ValueError(f"mask_pad has shape {list(mask_pad.shape)}; expected {expected}, (L, B)")
-    return mask_pad != 0
+    return mask_pad if mask_pad.dtype == torch.bool else mask_pad != 0
 
 
 def _to_parameter(a: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -111,9 +111,8 @@ def _sru(
     every = api.check_save_every(save_every)
     if every is None and torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in given.values()):
         raise ValueError("save_every=None keeps no states, and the backward needs them: give 1 or more, or use torch.no_grad()")
-    h, _, c_last = _Forward.apply(
-        *given.values(), scale_x, scale, activation, candidate, mask_target, bool(bidirectional), every or 0
-    )
+    run = torch.ops.cusru.sru_forward if torch.jit.is_tracing() else _Forward.apply  # a trace is saved with operators only
+    h, _, c_last = run(*given.values(), scale_x, scale, activation, candidate, mask_target, bool(bidirectional), every or 0)
     return h, c_last
 
 
