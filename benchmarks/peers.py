@@ -40,7 +40,7 @@ class Peer(NamedTuple):
     backward_bytes: int
 
 
-def _import(name: str, extra: str = "") -> Any:
+def import_or_say_why(name: str, extra: str = "") -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:  # a package that compiles when it is imported can raise anything
@@ -50,7 +50,7 @@ def _import(name: str, extra: str = "") -> Any:
 
 
 def _torch(work: Workload) -> Any:
-    torch = _import("torch", 'pip install ".[torch]"')
+    torch = import_or_say_why("torch", 'pip install ".[torch]"')
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True  # by default only cuDNN's GEMMs may
     if work.machine.name == "gpu" and not torch.cuda.is_available():
         raise Unavailable("this torch has no CUDA device", altogether=True)
@@ -79,7 +79,7 @@ def sru_operator(work: Workload) -> Peer:
     torch = _torch(work)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ops = _import("sru.ops", 'pip install ".[peers]"')
+        ops = import_or_say_why("sru.ops", 'pip install ".[peers]"')
     failed = [str(w.message).splitlines()[0] for w in caught if "unsuccessful" in str(w.message)]
     if on_gpu and failed:
         raise Unavailable(f"its CUDA kernels do not build: {failed[0][:200]}", altogether=True)
@@ -145,7 +145,7 @@ def sru_layer(work: Workload) -> Peer:
     torch, case = _torch(work), work.case
     if case.bidirectional:
         raise Unavailable("shown in one direction")
-    recurrence = _import("cusru.torch").sru
+    recurrence = import_or_say_why("cusru.torch").sru
     x = _leaf(torch, work, case.L, case.B, case.D)
     weight = _leaf(torch, work, 3 * case.D, case.D, scale=case.D**-0.5)
     bias, weight_c = _leaf(torch, work, 2, case.D), _leaf(torch, work, 2, case.D, scale=0.5)
@@ -172,7 +172,7 @@ def scan_warp(work: Workload) -> Peer:
 
 def _scan(work: Workload, name: str) -> Peer:
     torch, case = _torch(work), work.case
-    module = _import(name, "pip install accelerated-scan")
+    module = import_or_say_why(name, "pip install accelerated-scan")
     token = _leaf(torch, work, case.B, case.D, case.L)
     gate = token.detach().sigmoid().requires_grad_()
     return _peer(torch, lambda: module.scan(gate, token), torch.ones_like(token), [gate, token], *_bytes_of_a_scan(token))
@@ -190,7 +190,7 @@ def _hgrn(work: Workload, name: str) -> Peer:
     torch, case = _torch(work), work.case
     if work.machine.name != "gpu":
         raise Unavailable("flash-linear-attention's kernels need a GPU", altogether=True)
-    function = getattr(_import("fla.ops.hgrn", "pip install flash-linear-attention"), name)
+    function = getattr(import_or_say_why("fla.ops.hgrn", "pip install flash-linear-attention"), name)
     if work.dtype == "float64":
         raise Unavailable("HGRN's kernels compute in float32")
     x = _leaf(torch, work, case.B, case.L, case.D)
@@ -211,4 +211,4 @@ PEERS: dict[str, Callable[[Workload], Peer]] = {
 if __name__ == "__main__":  # so that what compiles is there when its turn comes
     for name in ("sru.ops", "accelerated_scan.warp"):
         with contextlib.suppress(Unavailable):
-            _import(name)
+            import_or_say_why(name)

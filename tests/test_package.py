@@ -1,7 +1,11 @@
-"""What the package carries, what importing it costs, and that what the README shows runs."""
+"""What the package carries, what importing it costs, and that what the documents show runs."""
 
+import functools
 import importlib
 import importlib.metadata
+import importlib.util
+import inspect
+import json
 import os
 import re
 import subprocess
@@ -16,8 +20,9 @@ import cusru
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.M | re.S)
-HEAVY = ("cupy", "torch", "jax", "tensorflow", "ml_dtypes", "scipy", "cusru.reference", "cusru.simulator")
+DOCUMENTS = ("README.md", "docs/torch.md", "docs/migrating-from-sru.md")
+BLOCKS = {name: re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), flags=re.M | re.S) for name in DOCUMENTS}
+HEAVY = ("cupy", "torch", "jax", "tensorflow", "ml_dtypes", "scipy", "cusru.reference", "cusru.simulator", "cusru.torch")
 
 
 def python(code, **options):
@@ -57,22 +62,75 @@ def test_import_takes_under_a_fifth_of_a_second():
     assert best < 0.2
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: re.search(r"^import (\w+)", block, re.M)[1])
-def test_readme_examples_run(block):
-    for framework in re.findall(r"^import (\w+)", block, flags=re.M):
+def test_import_of_cusru_torch_pulls_in_torch_alone():
+    need("torch")
+    loaded = python("import sys, cusru.torch; print(*sys.modules)").stdout.split()
+    assert not {"cupy", "jax", "tensorflow", "cusru.simulator"} & set(loaded)
+
+
+def lacking(framework):
+    """Why a block that imports it cannot run here, or None."""
+    if importlib.util.find_spec(framework) is None:
         extra = {"cupy": "cuda13"}.get(framework, framework)
-        pytest.importorskip(framework, reason=f'{framework} is missing: pip install ".[{extra}]"')
-    if "import cupy" in block:
+        return f'{framework} is missing: pip install ".[{extra}]"'
+    if framework == "cupy":
         try:
             importlib.import_module("cupy").zeros(1).get()
         except Exception as error:
-            pytest.skip(f"no CUDA device: {type(error).__name__}")
-    assert python(block, timeout=300).stdout
+            return f"no CUDA device: {type(error).__name__}"
+    return None
+
+
+def need(framework):
+    if reason := lacking(framework):
+        pytest.skip(reason)
+
+
+def frameworks(block):
+    """Those that a block needs."""
+    imported = re.findall(r"^(?:import|from) (?:cusru\.)?(cupy|torch|jax|tensorflow)\b", block, flags=re.M)
+    return list(dict.fromkeys(imported))
+
+
+RUN_BLOCKS = """
+import contextlib, io, json, sys, traceback
+results = {}
+for number, block in json.loads(sys.stdin.read()).items():
+    output, error = io.StringIO(), None
+    with contextlib.redirect_stdout(output):
+        try:
+            exec(compile(block, f"block {number}", "exec"), {"__name__": "__main__"})
+        except BaseException:
+            error = traceback.format_exc()
+    results[number] = (output.getvalue(), error)
+print(json.dumps(results))
+"""
+
+
+@functools.cache
+def outcomes(document):
+    """What the blocks of a document print, and their tracebacks: each by itself, in order, in one process, which imports once."""
+    runnable = {i: block for i, block in enumerate(BLOCKS[document]) if not any(map(lacking, frameworks(block)))}
+    return json.loads(python(RUN_BLOCKS, input=json.dumps(runnable), timeout=300).stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("document", "number"),
+    [pytest.param(name, i, id=f"{name}-{i}") for name, blocks in BLOCKS.items() for i in range(len(blocks))],
+)
+def test_what_the_documents_show_runs(document, number):
+    for framework in frameworks(BLOCKS[document][number]):
+        need(framework)
+    output, error = outcomes(document)[str(number)]
+    assert not error, error
+    assert output
+    assert "False" not in output, output  # of a comparison that is shown
 
 
 def test_readme_shows_the_three_frameworks_and_the_commands():
-    firsts = [re.search(r"^import (\w+)", block, re.MULTILINE)[1] for block in BLOCKS]
-    assert firsts == ["cupy", "torch", "jax", "torch"]
+    firsts = [re.search(r"^import (\w+)", block, re.MULTILINE)[1] for block in BLOCKS["README.md"]]
+    assert firsts == ["torch", "cupy", "torch", "jax", "torch"]
+    assert "from cusru.torch import SRU  # was: from sru import SRU\n" in BLOCKS["README.md"][0]
     commands = re.findall(r"^    (pip .*)$", README, flags=re.M)
     assert commands == [
         "pip install . && python -m cusru",
@@ -83,10 +141,20 @@ def test_readme_shows_the_three_frameworks_and_the_commands():
 
 
 def test_links_in_the_documents_lead_somewhere():
-    for document in ("README.md", "CONTRIBUTING.md", "docs/performance.md"):
+    for document in (*DOCUMENTS, "CONTRIBUTING.md", "docs/performance.md"):
         path = ROOT / document
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
-            assert target.startswith("https://") or (path.parent / target).exists(), f"{document}: {target}"
+        for target, _, heading in (link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", path.read_text())):
+            if target.startswith("https://"):
+                continue
+            to = path.parent / target if target else path
+            assert to.exists(), f"{document}: {target}"
+            assert not heading or heading in anchors(to), f"{document}: {target}#{heading}"
+
+
+def anchors(path):
+    """Of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_package_reaches_its_sources_and_its_types():
@@ -102,6 +170,34 @@ def test_every_public_name_is_documented():
     assert cusru.__doc__
     for name in cusru.__all__:
         assert getattr(cusru, name).__doc__
+
+
+def section(title):
+    """Of docs/torch.md."""
+    return re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^##|\Z)", (ROOT / "docs/torch.md").read_text(), flags=re.M | re.S)[1]
+
+
+def test_every_public_name_of_cusru_torch_is_documented():
+    need("torch")
+    torch = importlib.import_module("cusru.torch")
+    document = (ROOT / "docs/torch.md").read_text()
+    for name in torch.__all__:
+        assert getattr(torch, name).__doc__
+        assert f"`{name}`" in document or f"`cusru.torch.{name}`" in document
+    signature = inspect.signature(torch.sru)
+    assert re.findall(r"^\| `(\w+)` \|", section("`cusru.torch.sru`"), flags=re.M) == list(signature.parameters)
+    for name, parameter in signature.parameters.items():
+        shown = name if parameter.default is parameter.empty else f"{name}={parameter.default!r}".replace("'", '"')
+        assert shown in section("`cusru.torch.sru`"), shown
+
+
+@pytest.mark.parametrize(("module", "column"), [("SRU", 1), ("SRUCell", 2)])
+def test_every_argument_of_a_module_is_documented_with_its_default(module, column):
+    need("torch")
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \|", section("Arguments"), flags=re.M)
+    shown = {row[0]: row[column].strip("`") for row in rows if row[column] != "-"}
+    parameters = inspect.signature(getattr(importlib.import_module("cusru.torch"), module)).parameters
+    assert shown == {n: "required" if p.default is p.empty else repr(p.default) for n, p in parameters.items()}
 
 
 def test_version_is_the_installed_one_and_in_the_changelog():

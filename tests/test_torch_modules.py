@@ -96,6 +96,14 @@ def test_batch_first_is_the_same_transposed_and_copies_nothing(options):
     torch.testing.assert_close(y.grad.transpose(0, 1), x.grad, rtol=1e-11, atol=1e-11)
 
 
+def test_without_batch_first_h_and_c_are_contiguous_whatever_the_input():
+    """As sru has it, so that h.view works."""
+    x = normal(B, L, I).transpose(0, 1)
+    for layers in (model(), model(SRUCell), model(SRU, I, H, 1, bidirectional=True, nn_rnn_compatible_return=True)):
+        assert all(a.is_contiguous() for a in layers(x))
+        torch.testing.assert_close(layers(x), layers(x.contiguous()), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int64, torch.float16, torch.float64])
 def test_padding_is_what_is_not_zero_in_a_mask_of_any_dtype(dtype):
     layers, x = model(num_layers=2, bidirectional=True), normal(L, B, I)
@@ -224,6 +232,37 @@ def test_v1_is_linear_until_a_weight_c_that_is_not_zero_is_loaded():
     state = stack.state_dict() | {"rnn_lst.1.weight_c": normal(2 * H)}
     stack.load_state_dict(state)
     assert [cell.weight_c_is_zero for cell in stack.rnn_lst] == [True, False]
+    assert [cell.weight_c_is_zero for cell in stack.float().rnn_lst] == [True, False]
+
+
+CHANGES = {
+    "in place": lambda cell, value: cell.weight_c.copy_(value),
+    "another parameter": lambda cell, value: setattr(cell, "weight_c", nn.Parameter(value, requires_grad=False)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_v1_sees_a_weight_c_that_is_written_or_replaced(change):
+    cell, full, x = model(SRUCell, v1=True), model(SRUCell), normal(L, B, I)
+    torch._dynamo.reset()
+    compiled = torch.compile(cell, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), cell(x), rtol=1e-12, atol=1e-12)
+    value = normal(2 * H)
+    full.load_state_dict(cell.state_dict() | dict(weight_c=value))
+    assert torch.equal(functional_call(cell, dict(weight_c=value), (x,))[0], full(x)[0])
+    with torch.no_grad():
+        change(cell, value)
+    assert torch.equal(cell(x)[0], full(x)[0])
+    torch.testing.assert_close(compiled(x), full(x), rtol=1e-12, atol=1e-12)
+
+
+def test_v1_may_be_made_loaded_and_run_in_inference_mode():
+    x = normal(L, B, I)
+    state = model(SRUCell, v1=True).state_dict()
+    with torch.inference_mode():
+        made = model(SRUCell, v1=True)
+        made.load_state_dict(state)
+        assert torch.equal(made(x)[0], model(SRUCell, v1=True)(x)[0])
 
 
 def test_v1_with_a_weight_c_that_learns_uses_it():
@@ -643,7 +682,7 @@ def test_models_of_older_versions_are_brought_up_to_date():
     layers, x = model(num_layers=2), normal(L, B, I)
     expected = layers(x)[0]
     for module in layers.modules():
-        for name in ("weight_c_is_zero", "batch_first", "amp_recurrence_fp16", "nn_rnn_compatible_return", "normalize_after"):
+        for name in ("keep_memory_order", "batch_first", "amp_recurrence_fp16", "nn_rnn_compatible_return", "normalize_after"):
             module.__dict__.pop(name, None)
     old = pickle.loads(pickle.dumps(layers))
     assert torch.equal(old(x)[0], expected)

@@ -45,20 +45,22 @@ class SRUCell(nn.Module):
 
     __constants__ = [  # noqa: RUF012
         "activation", "activation_type", "amp_recurrence_fp16", "bidirectional", "dropout", "has_skip_term", "hidden_size",
-        "highway_bias", "input_size", "normalize_after", "num_matrices", "output_size", "projection_size", "rescale",
-        "rnn_dropout", "save_every", "v1", "weight_c_init",
+        "highway_bias", "input_size", "keep_memory_order", "normalize_after", "num_matrices", "output_size",
+        "projection_size", "rescale", "rnn_dropout", "save_every", "v1", "weight_c_init",
     ]  # fmt: skip
+
+    __jit_unused_properties__ = ["weight_c_is_zero"]  # noqa: RUF012
 
     scale_x: Tensor
     weight_proj: Tensor | None
 
     # What a pickle of the sru package has not
-    weight_c_is_zero = False
     amp_recurrence_fp16 = False
     normalize_after = False
     weight_c_init: float | None = None
 
     save_every = SAVE_EVERY
+    keep_memory_order = False  # SRU(batch_first=True) sets it: h lies in memory as the input does, else as (L, B, D)
 
     def __init__(
         self,
@@ -147,10 +149,10 @@ class SRUCell(nn.Module):
         else:
             warnings.warn(f"custom_m ({type(self.custom_m).__name__}) has no reset_parameters(): it stays as it is", stacklevel=2)
 
-        self.weight_c_is_zero = self.v1
         if self.v1:
             self.weight_c.zero_()
             self.weight_c.requires_grad = False
+            self._remember_whether_weight_c_is_zero(True)
             return
         if self.weight_c_init is None:
             self.weight_c.uniform_(-(3.0**0.5), 3.0**0.5)
@@ -165,7 +167,7 @@ class SRUCell(nn.Module):
         """Run the layer.
 
         Args:
-            input: (L, B, input_size), in any memory order; or one step, (B, input_size).
+            input: (L, B, input_size); or one step, (B, input_size).
             c0: (B, D): initial state; absent: zeros.
             mask_pad: (L, B), of any dtype: non-zero where a step is padding. There the state passes and h is 0.
 
@@ -187,6 +189,8 @@ class SRUCell(nn.Module):
         if mask_pad is not None:
             mask_pad = _as_padding(mask_pad, input)
 
+        if not self.keep_memory_order:
+            input = input.contiguous()
         residual = input
         if self.layer_norm is not None and not self.normalize_after:
             input = self._normalized(input)
@@ -248,8 +252,8 @@ class SRUCell(nn.Module):
         weight_c: Tensor | None = V
         if V.dim() > 1:
             weight_c = V.reshape(length, batch, width, 2)
-        elif not torch.jit.is_scripting() and self.weight_c_is_zero and V is self.weight_c and not V.requires_grad:
-            weight_c = None  # SRU v1, which needs no product with the state
+        elif not torch.jit.is_scripting():
+            weight_c = None if V is self.weight_c and self.weight_c_is_zero else V
         bias = _to_parameter(self.bias, dtype)
         weight_c = _to_parameter(weight_c, dtype)
         c0_ = _to_parameter(c0, dtype)
@@ -294,7 +298,7 @@ class SRUCell(nn.Module):
         return U, V
 
     def compute_U(self, input: Tensor) -> Tensor:
-        """(L, B, input_size) -> (L * B, D * k); where the input lies batch first in memory, so does U, as (L, B, D * k)."""
+        """(L, B, input_size) -> (L * B, D * k); of an input that lies batch first in memory, (L, B, D * k) that does so too."""
         batch_first = _is_batch_first(input)
         x = input.transpose(0, 1) if batch_first else input
         x = x.reshape(-1, self.input_size)
@@ -310,18 +314,32 @@ class SRUCell(nn.Module):
         """A mask of 0s, with probability p, and 1 / (1 - p)s."""
         return self.bias.new_empty(size).bernoulli_(1 - p).div_(1 - p)
 
+    # v1 needs no product of weight_c with the state, unless one that is not zero is loaded. That is decided here, so that no
+    # call has to read the device: the parameter itself remembers, with its version, so that another parameter, or a write to
+    # this one, counts as not zero. (A write to weight_c.data goes unseen, since torch does not count it.)
+
+    @property
+    def weight_c_is_zero(self) -> bool:
+        if torch.compiler.is_compiling():
+            return False  # a graph is to hold whatever is written later
+        known: int | None = getattr(self.weight_c, "_zero_at_version", None)
+        return known is not None and not self.weight_c.requires_grad and known == self.weight_c._version
+
+    def _remember_whether_weight_c_is_zero(self, zero: bool) -> None:
+        known = zero and not self.weight_c.is_inference()  # whose versions torch does not count
+        self.weight_c._zero_at_version = self.weight_c._version if known else None
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._look_at_weight_c()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "weight_c_is_zero" not in state:  # a pickle of the sru package
-            self._look_at_weight_c()
+        self._look_at_weight_c()
 
     def _look_at_weight_c(self) -> None:
-        """v1 has no use for weight_c unless a loaded one is not zero. Decided here, so that no call has to read the device."""
-        self.weight_c_is_zero = self.v1 and not self.weight_c.is_meta and not self.weight_c.count_nonzero().item()
+        if self.v1:
+            self._remember_whether_weight_c_is_zero(not self.weight_c.is_meta and not self.weight_c.count_nonzero().item())
 
     def extra_repr(self) -> str:
         s = f"{self.input_size}, {self.hidden_size}"
@@ -386,7 +404,7 @@ class SRU(nn.Module):
         _check_size("input_size", input_size)
         _check_size("hidden_size", hidden_size)
         _check_size("num_layers", num_layers)
-        if isinstance(custom_m, list | tuple | nn.ModuleList) and len(custom_m) != num_layers:
+        if isinstance(custom_m, list | tuple | nn.ModuleList) and len(custom_m) < num_layers:
             raise ValueError(f"custom_m has {len(custom_m)} modules; expected one for each of the {num_layers} layers")
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -433,6 +451,8 @@ class SRU(nn.Module):
             )
             for i in range(num_layers)
         )
+        for rnn in self.rnn_lst:
+            rnn.keep_memory_order = batch_first
 
     def reset_parameters(self) -> None:
         for rnn in self.rnn_lst:
@@ -497,7 +517,7 @@ class SRU(nn.Module):
         c = torch.stack(last)
         if self.nn_rnn_compatible_return:
             c = c.view(self.num_layers, batch, self.num_directions, self.hidden_size).transpose(1, 2)
-            c = c.reshape(self.num_layers * self.num_directions, batch, self.hidden_size)
+            c = c.reshape(self.num_layers * self.num_directions, batch, self.hidden_size).contiguous()
         return h, c
 
     def _states_of_layers(self, c0: Tensor, batch: int) -> Tensor:
@@ -513,7 +533,7 @@ class SRU(nn.Module):
         raise ValueError(f"c0 has shape {list(c0.shape)}; expected {expected}")
 
     def make_backward_compatible(self) -> None:
-        """Bring a model that was pickled whole by an older sru (from 2.1) to the attributes of 2.6."""
+        """Bring a model that an older sru made to the attributes of 2.6."""
         old = hasattr(self, "n_in")  # up to 2.1.7
         if old:
             if len(self.ln_lst):

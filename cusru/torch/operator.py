@@ -67,7 +67,7 @@ def sru(
         mask_pad: (L, B), bool or uint8: non-zero where a step is padding: there the state passes and h is 0.
         activation: "identity", "tanh", "relu" or "selu".
         candidate: "identity" (SRU) or "tanh" (QRNN).
-        scale_x: a number, or a tensor of one element that the kernel reads; no gradient.
+        scale_x: a number, or a tensor of one element, of u's dtype or the state's, that the kernel reads; no gradient.
         mask_target: "state": h as above. "gate": h = s + mask_c * r * (activation(c) - s), as in the sru package from 2.5 on.
         bidirectional: D is even, and the second half of the columns runs backward in time.
         save_every: one state in so many is kept for the backward, which recomputes the others bit for bit. None: none is
