@@ -42,8 +42,8 @@ MaybeArray = Array | None
 SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
 SMALL_F = float(1 / (1 + np.exp(4.0)))  # forget gates below this form f * c directly
-TILE_COLUMNS = 2048  # a step's ufunc calls then cost little next to their work, and its rows stay in L1
-BLOCK_BYTES = 128 * 1024  # of one contiguous array; a backward has about ten alive at a time
+TILE_COLUMNS = 8192  # a step's ufunc calls then cost little next to their work, and its rows stay in L1
+BLOCK_BYTES = 256 * 1024  # of one contiguous array; a backward has about ten alive at a time
 RUNNING_SUM = 8  # so many terms, and no more, are added one after another
 
 
@@ -208,9 +208,10 @@ def forward(
                     if tile.mask is not None:
                         r *= tile.mask
                     r *= activate(activation, now[1:])
-                    if s is not None:
-                        r += np.multiply(w, s, out=q)
-                    tile.store(r, h, t0, t1, pad)
+                    if s is None:
+                        tile.store(r, h, t0, t1, pad)
+                    else:
+                        tile.put(np.add, r, np.multiply(w, s, out=q), h, t0, t1, pad)
                 if c is not None and save_every is not None:
                     tile.store(now[saved.rows(t0, t1)], c, *saved.indices(t0, t1))
                 states[0] = now[-1]
@@ -302,10 +303,10 @@ def backward(
                     tile.store(gu2, grad_u[..., 2], t0, t1)
                 gs_out = (None if grad_u is None else grad_u[..., 3]) if u.shape[3] == 4 else grad_x
                 if gs_out is not None:
-                    gs = np.multiply(gh, tile.skip_factor(r, q), out=r)
+                    w = tile.skip_factor(r, q)
                     if u.shape[3] == 3 and scale_x != 1:
-                        gs *= tile.scale_x
-                    tile.store(gs, gs_out, t0, t1, pad)
+                        w = np.multiply(w, tile.scale_x, out=r)
+                    tile.put(np.multiply, gh, w, gs_out, t0, t1, pad)
                 if grad_weight_c is not None and per_step:
                     tile.store(terms[2], grad_weight_c[..., 0], t0, t1)
                     tile.store(terms[3], grad_weight_c[..., 1], t0, t1)
@@ -376,6 +377,14 @@ class _Tile(NamedTuple):
         if pad:
             np.copyto(block, 0, where=pad.columns)
         narrow(block.reshape(len(block), *self.shape), self.view(out, t0, t1))
+
+    def put(self, ufunc: np.ufunc, a: Array, b: Array, out: Array, t0: int, t1: int, pad: Pad | None) -> None:
+        """Stores ufunc(a, b), without a pass of its own where NumPy itself can write it."""
+        if pad or out.dtype == np.uint16:
+            self.store(ufunc(a, b), out, t0, t1, pad)
+        else:
+            a, b = (operand.reshape(len(operand), *self.shape) for operand in (a, b))
+            ufunc(a, b, out=self.view(out, t0, t1), casting="same_kind")
 
     def argument(self, t0: int, t1: int, j: int, out: Array) -> None:
         """u_j + b_j, to which v_j * c is to be added."""
@@ -511,6 +520,8 @@ class History:
     def states(self, t0: int, t1: int) -> Array:
         """Before step t0 to after step t1 - 1: (t1 - t0 + 1, n)."""
         tile, saved = self.tile, self.saved
+        if saved.every == 1 and t0 > 0:
+            return tile.load(self.c, t0 - 1, t1)
         if t0 < self.low:
             every = saved.every or 1
             i = (t0 - saved.first) // every  # the last one saved at or before t0, -1 for c0
@@ -521,10 +532,10 @@ class History:
             else:
                 for t in range(self.low, t1, tile.block):
                     end = min(t + tile.block, t1)
-                    part = self.span[t - self.low : end - self.low + 1]
+                    part, a = self.span[t - self.low : end - self.low + 1], self.room[: end - t]
                     v_f, _ = tile.weights(t, end)
-                    tile.argument(t, end, 1, out=self.room[: end - t])
-                    run_states(part, tile.candidates(t, end), self.room[: end - t], v_f, tile.pad(t, end))
+                    tile.argument(t, end, 1, out=a)
+                    run_states(part, tile.candidates(t, end), a, v_f, tile.pad(t, end))
         return self.span[t0 - self.low : t1 - self.low + 1]
 
 
@@ -537,17 +548,16 @@ class _Totals:
         self.sums, self.errors = np.zeros((2, 4, u.shape[2]), state_dtype(u))
 
     def add(self, tile: _Tile, block: Array) -> None:
-        """Overwrites the block."""
         if self.wanted.start == self.wanted.stop:
             return
         width = tile.shape[1]
         terms = block[self.wanted].reshape(-1, block[0].size // width, width)
         while (count := terms.shape[1]) > RUNNING_SUM:
-            half = count // 2
-            terms[:, :half] += terms[:, half : 2 * half]
-            if count % 2:
-                terms[:, 0] += terms[:, -1]
-            terms = terms[:, :half]
+            part = count // RUNNING_SUM
+            whole = terms[:, : RUNNING_SUM * part].reshape(len(terms), RUNNING_SUM, part, width)
+            rest = terms[:, RUNNING_SUM * part :]
+            terms = np.add.reduce(whole, axis=1)
+            terms[:, 0] += np.add.reduce(rest, axis=1)
         old, term = self.sums[self.wanted, tile.d], np.add.reduce(terms, axis=1)
         new = old + term
         shadow = new - old
