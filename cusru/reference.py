@@ -22,10 +22,10 @@ Long memory (f near 1) is lost if f is rounded before it multiplies: the error d
 g = 1 - f, computed by itself, c = c + (g*z - g*c) and carry = gc + gc*(A*v_f - g); only where f is small, f*c and gc*f are
 formed directly.
 
-Columns are cut into tiles and time into blocks that stay in cache; a block is copied into contiguous arrays of the state's
-dtype, all that is not recurrent is computed for the whole block, and a short loop does the rest. The cuts depend on shape and
-dtype only, so neither memory layout nor save_every can change a bit of a result. bfloat16, which NumPy lacks, arrives as its
-bits in uint16.
+Columns are cut into tiles and time into blocks that stay in cache; all that is not recurrent is computed for a whole block, in
+contiguous arrays of the state's dtype that the next block uses again, and a short loop does the rest. Operands of that dtype
+are read where they lie, others copied. The cuts depend on shape and dtype only, so neither memory layout nor save_every can
+change a bit of a result. bfloat16, which NumPy lacks, arrives as its bits in uint16.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ MaybeArray = Array | None
 SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
 SMALL_F = float(1 / (1 + np.exp(4.0)))  # forget gates below this form f * c directly
-TILE_COLUMNS = 8192  # a step's ufunc calls then cost little next to their work, and its rows stay in L1
-BLOCK_BYTES = 256 * 1024  # of one contiguous array; a backward has about ten alive at a time
+TILE_COLUMNS = 8192  # a step's ufunc calls then cost little next to their work, and its rows stay in L2
+BLOCK_BYTES = 256 * 1024  # of one contiguous array; a backward has eight of its own
 RUNNING_SUM = 8  # so many terms, and no more, are added one after another
 
 
@@ -62,7 +62,8 @@ def gates(a: Array, shut: Array) -> None:
 
 def activate(name: str, c: Array) -> Array:
     if name == "tanh":
-        return np.tanh(c)
+        a = c.copy(order="C")  # strided, NumPy may run another loop, which rounds otherwise
+        return np.tanh(a, out=a)
     if name == "relu":
         return np.maximum(c, 0)  # keeps NaN
     if name == "selu":
@@ -116,7 +117,8 @@ def run_states(states: Array, z: Array, a: Array, v: MaybeArray, pad: Pad | None
     one, bound = np.ones((), a.dtype), np.full((), SMALL_F / (1 - SMALL_F), a.dtype)  # as arrays, which a ufunc need not convert
     e, small, fixed = np.empty_like(move), np.empty(move.shape, bool), np.empty_like(move)
     # c = c + (z - c) / (1 + e), or (e*c + z) / (1 + e) where f = e / (1 + e) is small
-    for zt, at, vt, c, new, stop in zip(z, a, np.broadcast_to(v, a.shape), states[:-1], states[1:], stops, strict=True):
+    rows = v if v.ndim == 2 else [v] * len(a)
+    for zt, at, vt, c, new, stop in zip(z, a, rows, states[:-1], states[1:], stops, strict=True):
         multiply(vt, c, out=e)
         add(e, at, out=e)
         exp(e, out=e)
@@ -254,24 +256,25 @@ def backward(
         totals = _Totals(u, *sums)
         for tile in _tiles(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target, bidirectional):
             history = History(tile, c, save_every, length)
-            carry, room = np.zeros(tile.columns, tile.dtype), tile.room(9)
+            carry, room = np.zeros(tile.columns, tile.dtype), tile.room(8)
             if grad_c_last is not None:
                 carry[:] = widen(grad_c_last[tile.b, tile.d], tile.dtype).reshape(-1)
             for t0 in reversed(range(0, length, tile.block)):
                 t1 = min(t0 + tile.block, length)
                 states, pad = history.states(t0, t1), tile.pad(t0, t1)
                 c_prev, gh, (v_f, v_r) = states[:-1], tile.load(grad_h, t0, t1), tile.weights(t0, t1)
-                f, r, g, q, gc, *_ = room[:, : t1 - t0]
-                gu1, gu2, p, carried = terms = room[5:, : t1 - t0]
+                f, r, g, q, *_ = room[:, : t1 - t0]
+                gu1, gu2, p, carried = terms = room[4:, : t1 - t0]
                 for j, v, open_, scratch in ((1, v_f, f, p), (2, v_r, r, carried)):
                     tile.argument(t0, t1, j, out=open_)
                     if v is not None:
                         open_ += np.multiply(v, c_prev, out=scratch)
-                gates(room[0:2, : t1 - t0], room[2:4, : t1 - t0])
+                gates(room[:2, : t1 - t0], room[2:4, : t1 - t0])
                 # What does not depend on the carry: the reset gate's side, ...
                 a, da, s = activate(activation, states[1:]), slope(activation, states[1:]), tile.skip(t0, t1)
                 difference = _reset_difference(a, s, tile.mask, tile.gate_mask, out=p)
-                np.multiply(gh, r, out=gc)
+                w = tile.skip_factor(r, q)
+                gc = np.multiply(gh, r, out=r)
                 np.multiply(gc, q, out=gu2)  # a saturated gate's 0 first: gh * difference may overflow
                 gu2 *= difference
                 if tile.mask is not None:
@@ -303,9 +306,8 @@ def backward(
                     tile.store(gu2, grad_u[..., 2], t0, t1)
                 gs_out = (None if grad_u is None else grad_u[..., 3]) if u.shape[3] == 4 else grad_x
                 if gs_out is not None:
-                    w = tile.skip_factor(r, q)
                     if u.shape[3] == 3 and scale_x != 1:
-                        w = np.multiply(w, tile.scale_x, out=r)
+                        w = np.multiply(w, tile.scale_x, out=q)
                     tile.put(np.multiply, gh, w, gs_out, t0, t1, pad)
                 if grad_weight_c is not None and per_step:
                     tile.store(terms[2], grad_weight_c[..., 0], t0, t1)
@@ -318,16 +320,13 @@ def backward(
 
 def _reset_difference(a: Array, s: MaybeArray, m: MaybeArray, gate_mask: bool, out: Array) -> Array:
     """gr / gh: m*a - s, or m * (a - s) where the mask is on the gate."""
-    if m is None or s is None:
-        second = m if s is None else s
-        if second is None:
-            return a
-        return np.multiply(a, m, out=out) if s is None else np.subtract(a, s, out=out)
-    if gate_mask:
-        np.subtract(a, s, out=out)
-        return np.multiply(out, m, out=out)
-    np.multiply(a, m, out=out)
-    return np.subtract(out, s, out=out)
+    if m is not None and not gate_mask:
+        a = np.multiply(a, m, out=out)
+    if s is not None:
+        a = np.subtract(a, s, out=out)
+    if m is not None and gate_mask:
+        a = np.multiply(a, m, out=out)
+    return a
 
 
 # ------------------------------------------------------------------------------------------- tiles, blocks, saved states
@@ -439,15 +438,9 @@ def _tiles(
     mask_target: str,
     bidirectional: bool,
 ) -> Iterator[_Tile]:
-    _, batch, dim, _ = u.shape
+    length, batch, dim, _ = u.shape
     dtype = state_dtype(u)
     width = dim // 2 if bidirectional else dim
-
-    def columns(a: Array, part: tuple[slice, slice]) -> Array:
-        return widen(np.broadcast_to(a, (batch, dim))[part], dtype).reshape(-1)
-
-    def pair(a: MaybeArray, part: tuple[slice, slice]) -> MaybeArray:
-        return None if a is None else np.stack([columns(a[0], part), columns(a[1], part)])
 
     for start in range(0, dim, width or 1):
         for d0 in range(start, start + width, TILE_COLUMNS):
@@ -458,22 +451,31 @@ def _tiles(
                 shape = (b.stop - b.start, d.stop - d.start)
                 n = shape[0] * shape[1]
                 static = weight_c if weight_c is not None and weight_c.ndim == 2 else None
+
+                def plane(a: Array, part: tuple[slice, slice] = (b, d)) -> Array:
+                    return widen(a[part], dtype).reshape(-1)
+
+                def rows_of(a: Array, d: slice = d, shape: tuple[int, int] = shape) -> Array:
+                    full = np.empty((2, *shape), dtype)
+                    full[...] = widen(a[:, d], dtype)[:, None]
+                    return full.reshape(2, -1)
+
                 yield _Tile(
                     reverse=start > 0,
                     b=b,
                     d=d,
                     shape=shape,
                     columns=n,
-                    block=max(1, BLOCK_BYTES // (dtype.itemsize * n)),
+                    block=max(1, min(length, BLOCK_BYTES // (dtype.itemsize * n))),
                     dtype=dtype,
                     u=u,
                     x=x,
                     weight_c=weight_c,
                     mask_pad=mask_pad,
-                    bias=pair(bias, (b, d)),
-                    v=pair(static, (b, d)),
-                    c0=np.zeros(n, dtype) if c0 is None else columns(c0, (b, d)),
-                    mask=None if mask_c is None else columns(mask_c, (b, d)),
+                    bias=None if bias is None else rows_of(bias),
+                    v=None if static is None else rows_of(static),
+                    c0=np.zeros(n, dtype) if c0 is None else plane(c0),
+                    mask=None if mask_c is None else plane(mask_c),
                     gate_mask=mask_target == "gate",
                     candidate=candidate,
                     scale_x=dtype.type(scale_x),
