@@ -22,10 +22,10 @@ Long memory (f near 1) is lost if f is rounded before it multiplies: the error d
 g = 1 - f, computed by itself, c = c + (g*z - g*c) and carry = gc + gc*(A*v_f - g); only where f is small, f*c and gc*f are
 formed directly.
 
-Columns are cut into tiles and time into blocks that stay in cache; a block is copied into contiguous arrays of the state's
-dtype, all that is not recurrent is computed for the whole block, and a short loop does the rest. The cuts depend on shape and
-dtype only, so neither memory layout nor save_every can change a bit of a result. bfloat16, which NumPy lacks, arrives as its
-bits in uint16.
+Columns are cut into tiles and time into blocks that stay in cache; all that is not recurrent is computed for a whole block, in
+contiguous arrays of the state's dtype that the next block uses again, and a short loop does the rest. Operands of that dtype
+are read where they lie, others copied. The cuts depend on shape and dtype only, so neither memory layout nor save_every can
+change a bit of a result. bfloat16, which NumPy lacks, arrives as its bits in uint16.
 """
 
 from __future__ import annotations
@@ -41,39 +41,29 @@ MaybeArray = Array | None
 
 SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
-SMALL_F = -4.0  # sigmoid arguments below this form f * c directly
-TILE_COLUMNS = 2048  # a step's ufunc calls then cost little next to their work, and its rows stay in L1
-BLOCK_BYTES = 128 * 1024  # of one contiguous array; a backward has about ten alive at a time
+SMALL_F = float(1 / (1 + np.exp(4.0)))  # forget gates below this form f * c directly
+TILE_COLUMNS = 8192  # a step's ufunc calls then cost little next to their work, and its rows stay in L2
+BLOCK_BYTES = 256 * 1024  # of one contiguous array; a backward has eight of its own
+RUNNING_SUM = 8  # so many terms, and no more, are added one after another
 
 
 # --------------------------------------------------------------------------------------------------------- the equations
 
 
-def gate(a: Array) -> tuple[Array, Array]:
-    """sigmoid(a) and 1 - sigmoid(a), each to full relative accuracy; exp may overflow to inf, whose reciprocal is the right 0."""
-    return _reciprocal_exp1(np.negative(a)), _reciprocal_exp1(a.copy())
-
-
-def _reciprocal_exp1(a: Array) -> Array:
-    """1 / (1 + exp(a)), in place."""
+def gates(a: Array, shut: Array) -> None:
+    """a becomes sigmoid(a) and shut 1 - sigmoid(a), each to full relative accuracy."""
     np.exp(a, out=a)
-    a += 1
-    return np.reciprocal(a, out=a)
-
-
-def take_small(p: Array, a: Array) -> MaybeArray:
-    """p is -(1 - f), f = sigmoid(a), to which 1 is to be added: where f is small p becomes f itself, and 0 is to be added.
-    Returns the 1s and 0s, None where all are 1. An element's arithmetic does not depend on what the others are: 1 * c is c."""
-    if np.fmin.reduce(a, axis=None) >= SMALL_F:  # fmin: a NaN is nothing to the other columns
-        return None
-    keep = np.greater_equal(a, SMALL_F)
-    np.copyto(p, _reciprocal_exp1(np.negative(a)), where=~keep)
-    return keep.astype(a.dtype)
+    np.add(a, 1, out=shut)
+    np.divide(1, shut, out=shut)
+    np.multiply(a, shut, out=a)
+    if np.fmin.reduce(shut, axis=None, initial=1) == 0:  # where exp overflowed, a is inf * 0; fmin passes NaN over
+        np.copyto(a, 1, where=shut == 0)
 
 
 def activate(name: str, c: Array) -> Array:
     if name == "tanh":
-        return np.tanh(c)
+        a = c.copy(order="C")  # strided, NumPy may run another loop, which rounds otherwise
+        return np.tanh(a, out=a)
     if name == "relu":
         return np.maximum(c, 0)  # keeps NaN
     if name == "selu":
@@ -108,58 +98,68 @@ def slope(name: str, c: Array) -> MaybeArray:
 
 
 def run_states(states: Array, z: Array, a: Array, v: MaybeArray, pad: Pad | None) -> None:
-    """states[0] is known, (steps + 1, n); fills the rest. a: the forget gate's argument, less v * c. Overwrites z and a."""
-    scratch = np.empty_like(states[0])
+    """states[0] is known, (steps + 1, n); fills the rest. a: the forget gate's argument, less v * c. Overwrites a."""
+    add, multiply, subtract, divide, exp, less = np.add, np.multiply, np.subtract, np.divide, np.exp, np.less
     stops = pad.steps if pad else [None] * len(z)
-    if v is None:  # c = keep*c + (p*c + g*z) with p = -g, or p = f and keep = 0 where f is small
-        p = np.exp(a)
-        p += 1
-        np.divide(z, p, out=z)
-        np.divide(-1, p, out=p)
-        keep = take_small(p, a)
-        for t, (gz, pt, c, new) in enumerate(zip(z, p, states[:-1], states[1:], strict=True)):
-            np.multiply(pt, c, out=scratch)
-            np.add(scratch, gz, out=scratch)
-            if keep is None:
-                np.add(c, scratch, out=new)
-            else:
-                np.multiply(c, keep[t], out=new)
-                np.add(new, scratch, out=new)
+    move = np.empty_like(states[0])
+    if v is None:  # c = keep*c + (p*c + g*z)
+        g, p = np.empty_like(a), np.empty_like(a)
+        gates(a, g)
+        keep = split(a, g, p)
+        g *= z
+        for t, (gz, pt, c, new) in enumerate(zip(g, p, states[:-1], states[1:], strict=True)):
+            multiply(pt, c, out=move)
+            add(move, gz, out=move)
+            add(c if keep is None else multiply(c, keep[t], out=new), move, out=new)
             if (stop := stops[t]) is not None:
                 np.copyto(new, c, where=stop)
         return
-    e, small, fixed = np.empty_like(scratch), np.empty(scratch.shape, bool), np.empty_like(scratch)
+    one, bound = np.ones((), a.dtype), np.full((), SMALL_F / (1 - SMALL_F), a.dtype)  # as arrays, which a ufunc need not convert
+    e, small, fixed = np.empty_like(move), np.empty(move.shape, bool), np.empty_like(move)
     # c = c + (z - c) / (1 + e), or (e*c + z) / (1 + e) where f = e / (1 + e) is small
-    for t, (zt, at, c, new) in enumerate(zip(z, a, states[:-1], states[1:], strict=True)):
-        np.multiply(v if v.ndim == 1 else v[t], c, out=e)
-        np.add(e, at, out=e)
-        np.less(e, SMALL_F, out=small)
-        np.exp(e, out=e)
-        np.add(e, 1, out=at)
-        np.subtract(zt, c, out=scratch)
-        np.divide(scratch, at, out=scratch)
-        np.add(c, scratch, out=new)
+    rows = v if v.ndim == 2 else [v] * len(a)
+    for zt, at, vt, c, new, stop in zip(z, a, rows, states[:-1], states[1:], stops, strict=True):
+        multiply(vt, c, out=e)
+        add(e, at, out=e)
+        exp(e, out=e)
+        less(e, bound, out=small)
+        add(e, one, out=at)
+        subtract(zt, c, out=move)
+        divide(move, at, out=move)
+        add(c, move, out=new)
         if np.count_nonzero(small):
-            np.multiply(e, c, out=fixed)
-            np.add(fixed, zt, out=fixed)
-            np.divide(fixed, at, out=fixed)
+            multiply(e, c, out=fixed)
+            add(fixed, zt, out=fixed)
+            divide(fixed, at, out=fixed)
             np.copyto(new, fixed, where=small)
-        if (stop := stops[t]) is not None:
+        if stop is not None:
             np.copyto(new, c, where=stop)
+
+
+def split(f: Array, g: Array, p: Array) -> MaybeArray:
+    """f as keep + p: 1 and p = -g or, where f is small, 0 and f. Returns keep, None where all are 1. An element's arithmetic
+    does not depend on what the others are: 1 * c is c."""
+    np.negative(g, out=p)
+    if np.fmin.reduce(f, axis=None) >= SMALL_F:  # fmin: a NaN is nothing to the other columns
+        return None
+    small = f < SMALL_F
+    np.copyto(p, f, where=small)
+    return np.logical_not(small).astype(f.dtype)
 
 
 def run_carry(carry: Array, gc: Array, p: Array, keep: MaybeArray, q: MaybeArray, pad: Pad | None) -> Array:
     """From the last step to the first: gc comes as gh * r*m * activation'(c), and the carry is added to it; then
-    carry = keep*gc + p*gc + q."""
+    carry = keep*gc + (p*gc + q)."""
+    add, multiply = np.add, np.multiply
     new, kept = np.empty_like(carry), np.empty_like(carry)
     stops = pad.steps if pad else [None] * len(gc)
     for t in range(len(gc) - 1, -1, -1):
         row = gc[t]
-        np.add(row, carry, out=row)
-        np.multiply(p[t], row, out=new)
-        np.add(new, row if keep is None else np.multiply(keep[t], row, out=kept), out=new)
+        add(row, carry, out=row)
+        multiply(p[t], row, out=new)
         if q is not None:
-            np.add(new, q[t], out=new)
+            add(new, q[t], out=new)
+        add(new, row if keep is None else multiply(keep[t], row, out=kept), out=new)
         if (stop := stops[t]) is not None:
             np.copyto(new, carry, where=stop)
         carry, new = new, carry
@@ -193,20 +193,27 @@ def forward(
     with np.errstate(all="ignore"):
         for tile in _tiles(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target, bidirectional):
             saved = Saved(length, save_every, tile.reverse)
-            states = np.empty((tile.block + 1, tile.columns), tile.dtype)
+            states, room = np.empty((tile.block + 1, tile.columns), tile.dtype), tile.room(2)
             states[0] = tile.c0
             for t0 in range(0, length, tile.block):
                 t1 = min(t0 + tile.block, length)
-                now, pad = states[: t1 - t0 + 1], tile.pad(t0, t1)
+                now, pad, (r, q) = states[: t1 - t0 + 1], tile.pad(t0, t1), room[:, : t1 - t0]
                 v_f, v_r = tile.weights(t0, t1)
-                run_states(now, tile.candidates(t0, t1), tile.argument(t0, t1, 1), v_f, pad)
+                tile.argument(t0, t1, 1, out=r)
+                run_states(now, tile.candidates(t0, t1), r, v_f, pad)
                 if h is not None:
-                    a = activate(activation, now[1:])
-                    _, rm, _, w = tile.reset(t0, t1, v_r, now[:-1])
-                    out, s = np.multiply(rm, a, out=rm), tile.skip(t0, t1)
-                    if s is not None:
-                        out += np.multiply(w, s, out=s)
-                    tile.store(out, h, t0, t1, pad)
+                    tile.argument(t0, t1, 2, out=r)
+                    if v_r is not None:
+                        r += np.multiply(v_r, now[:-1], out=q)
+                    gates(r, q)
+                    w, s = tile.skip_factor(r, q), tile.skip(t0, t1)
+                    if tile.mask is not None:
+                        r *= tile.mask
+                    r *= activate(activation, now[1:])
+                    if s is None:
+                        tile.store(r, h, t0, t1, pad)
+                    else:
+                        tile.put(np.add, r, np.multiply(w, s, out=q), h, t0, t1, pad)
                 if c is not None and save_every is not None:
                     tile.store(now[saved.rows(t0, t1)], c, *saved.indices(t0, t1))
                 states[0] = now[-1]
@@ -241,93 +248,85 @@ def backward(
     """Writes the gradients in place; those that are None are not wanted. All checks are the caller's."""
     length = u.shape[0]
     per_step = weight_c is not None and weight_c.ndim == 4
-    sums: tuple[MaybeArray, MaybeArray] = (grad_bias, None if per_step else grad_weight_c)
+    sums = (grad_bias, None if per_step else grad_weight_c)
     with np.errstate(all="ignore"):
         for total in sums:
             if total is not None:
                 total[...] = 0  # +0 has the same bits in every dtype, bfloat16 included
-        totals = _Totals(u, sums)
+        totals = _Totals(u, *sums)
         for tile in _tiles(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target, bidirectional):
             history = History(tile, c, save_every, length)
-            carry = np.zeros(tile.columns, tile.dtype)
+            carry, room = np.zeros(tile.columns, tile.dtype), tile.room(8)
             if grad_c_last is not None:
                 carry[:] = widen(grad_c_last[tile.b, tile.d], tile.dtype).reshape(-1)
             for t0 in reversed(range(0, length, tile.block)):
                 t1 = min(t0 + tile.block, length)
                 states, pad = history.states(t0, t1), tile.pad(t0, t1)
                 c_prev, gh, (v_f, v_r) = states[:-1], tile.load(grad_h, t0, t1), tile.weights(t0, t1)
+                f, r, g, q, *_ = room[:, : t1 - t0]
+                gu1, gu2, p, carried = terms = room[4:, : t1 - t0]
+                for j, v, open_, scratch in ((1, v_f, f, p), (2, v_r, r, carried)):
+                    tile.argument(t0, t1, j, out=open_)
+                    if v is not None:
+                        open_ += np.multiply(v, c_prev, out=scratch)
+                gates(room[:2, : t1 - t0], room[2:4, : t1 - t0])
                 # What does not depend on the carry: the reset gate's side, ...
-                r, rm, q, w = tile.reset(t0, t1, v_r, c_prev)
                 a, da, s = activate(activation, states[1:]), slope(activation, states[1:]), tile.skip(t0, t1)
-                gc = np.multiply(gh, rm, out=rm)
+                difference = _reset_difference(a, s, tile.mask, tile.gate_mask, out=p)
+                w = tile.skip_factor(r, q)
+                gc = np.multiply(gh, r, out=r)
+                np.multiply(gc, q, out=gu2)  # a saturated gate's 0 first: gh * difference may overflow
+                gu2 *= difference
+                if tile.mask is not None:
+                    gc *= tile.mask
                 if da is not None:
                     gc *= da
-                gu2 = _reset_difference(a, s, tile.mask, tile.gate_mask)
-                reset_slope = np.multiply(r, q, out=r)
-                reset_slope *= gh  # a saturated gate's 0 first: gh * gu2 may overflow
-                gu2 *= reset_slope
                 # ... and the forget gate's.
-                arg = tile.argument(t0, t1, 1)
-                if v_f is not None:
-                    arg += v_f * c_prev
-                f, g = gate(arg)
                 u0 = tile.load(tile.u[..., 0], t0, t1)
-                adjoint = np.subtract(c_prev, activate(candidate, u0))  # A
+                adjoint = np.subtract(c_prev, activate(candidate, u0), out=gu1)  # A
                 adjoint *= f
                 adjoint *= g
-                p = np.negative(g)
-                keep = take_small(p, arg)
+                keep = split(f, g, p)
                 if v_f is not None:
-                    p += adjoint * v_f
-                carry = run_carry(carry, gc, p, keep, None if v_r is None else gu2 * v_r, pad)
+                    p += np.multiply(adjoint, v_f, out=carried)
+                carry = run_carry(carry, gc, p, keep, None if v_r is None else np.multiply(gu2, v_r, out=carried), pad)
                 # What does: gradients of the block.
-                gu1 = np.multiply(gc, adjoint, out=adjoint)
-                gu0 = np.multiply(gc, g, out=g)
+                gu1 *= gc
+                gc *= g
                 du0 = slope(candidate, u0)
                 if du0 is not None:
-                    gu0 *= du0
+                    gc *= du0
+                if grad_weight_c is not None:
+                    np.multiply(terms[:2], c_prev, out=terms[2:])
                 if pad:
-                    for array in (gu0, gu1, gu2):
-                        np.copyto(array, 0, where=pad.columns)
+                    np.copyto(terms, 0, where=pad.columns)
                 if grad_u is not None:
-                    for j, array in enumerate((gu0, gu1, gu2)):
-                        tile.store(array, grad_u[..., j], t0, t1)
+                    tile.store(gc, grad_u[..., 0], t0, t1, pad)
+                    tile.store(gu1, grad_u[..., 1], t0, t1)
+                    tile.store(gu2, grad_u[..., 2], t0, t1)
                 gs_out = (None if grad_u is None else grad_u[..., 3]) if u.shape[3] == 4 else grad_x
                 if gs_out is not None:
-                    gs = np.multiply(gh, w, out=gh)
                     if u.shape[3] == 3 and scale_x != 1:
-                        gs *= tile.scale_x
-                    tile.store(gs, gs_out, t0, t1, pad)
-                if grad_weight_c is not None:
-                    for j, array in enumerate((gu1, gu2)):
-                        product = array * c_prev
-                        if per_step:
-                            tile.store(product, grad_weight_c[..., j], t0, t1, pad)
-                        else:
-                            if pad:
-                                np.copyto(product, 0, where=pad.columns)
-                            totals.add(1, j, tile, product)
-                if grad_bias is not None:
-                    totals.add(0, 0, tile, gu1)
-                    totals.add(0, 1, tile, gu2)
+                        w = np.multiply(w, tile.scale_x, out=q)
+                    tile.put(np.multiply, gh, w, gs_out, t0, t1, pad)
+                if grad_weight_c is not None and per_step:
+                    tile.store(terms[2], grad_weight_c[..., 0], t0, t1)
+                    tile.store(terms[3], grad_weight_c[..., 1], t0, t1)
+                totals.add(tile, terms)
             if grad_c0 is not None:
                 narrow(carry.reshape(tile.shape), grad_c0[tile.b, tile.d])
         totals.finish()
 
 
-def _reset_difference(a: Array, s: MaybeArray, m: MaybeArray, gate_mask: bool) -> Array:
-    """gr / gh: m*a - s, or m * (a - s) where the mask is on the gate. A new array."""
-    if s is None:
-        return a.copy() if m is None else a * m
-    if m is None:
-        return np.subtract(a, s)
-    if gate_mask:
-        d = np.subtract(a, s)
-        d *= m
-        return d
-    d = np.multiply(a, m)
-    d -= s
-    return d
+def _reset_difference(a: Array, s: MaybeArray, m: MaybeArray, gate_mask: bool, out: Array) -> Array:
+    """gr / gh: m*a - s, or m * (a - s) where the mask is on the gate."""
+    if m is not None and not gate_mask:
+        a = np.multiply(a, m, out=out)
+    if s is not None:
+        a = np.subtract(a, s, out=out)
+    if m is not None and gate_mask:
+        a = np.multiply(a, m, out=out)
+    return a
 
 
 # ------------------------------------------------------------------------------------------- tiles, blocks, saved states
@@ -365,19 +364,34 @@ class _Tile(NamedTuple):
         return (a[::-1] if self.reverse else a)[t0:t1, self.b, self.d]
 
     def load(self, a: Array, t0: int, t1: int) -> Array:
+        """(steps, n) in the state's dtype, to be read only: the caller's own memory where its layout allows."""
         part = self.view(a, t0, t1)
-        return widen(part, self.dtype).reshape(len(part), self.columns)
+        return (part if part.dtype == self.dtype else widen(part, self.dtype)).reshape(len(part), self.columns)
+
+    def room(self, count: int) -> Array:
+        """Arrays of a block for what is computed: used again by each, they stay in cache."""
+        return np.empty((count, self.block, self.columns), self.dtype)
 
     def store(self, block: Array, out: Array, t0: int, t1: int, pad: Pad | None = None) -> None:
         if pad:
             np.copyto(block, 0, where=pad.columns)
         narrow(block.reshape(len(block), *self.shape), self.view(out, t0, t1))
 
-    def argument(self, t0: int, t1: int, j: int) -> Array:
-        a = self.load(self.u[..., j], t0, t1)
-        if self.bias is not None:
-            a += self.bias[j - 1]
-        return a
+    def put(self, ufunc: np.ufunc, a: Array, b: Array, out: Array, t0: int, t1: int, pad: Pad | None) -> None:
+        """Stores ufunc(a, b), without a pass of its own where NumPy itself can write it."""
+        if pad or out.dtype == np.uint16:
+            self.store(ufunc(a, b), out, t0, t1, pad)
+        else:
+            a, b = (operand.reshape(len(operand), *self.shape) for operand in (a, b))
+            ufunc(a, b, out=self.view(out, t0, t1), casting="same_kind")
+
+    def argument(self, t0: int, t1: int, j: int, out: Array) -> None:
+        """u_j + b_j, to which v_j * c is to be added."""
+        u = self.load(self.u[..., j], t0, t1)
+        if self.bias is None:
+            np.copyto(out, u)
+        else:
+            np.add(u, self.bias[j - 1], out=out)
 
     def candidates(self, t0: int, t1: int) -> Array:
         return activate(self.candidate, self.load(self.u[..., 0], t0, t1))
@@ -395,19 +409,11 @@ class _Tile(NamedTuple):
         if self.x is None:
             return None
         s = self.load(self.x, t0, t1)
-        if self.scale_x != 1:
-            s *= self.scale_x
-        return s
+        return s if self.scale_x == 1 else s * self.scale_x
 
-    def reset(self, t0: int, t1: int, v: MaybeArray, c_prev: Array) -> tuple[Array, Array, Array, Array]:
-        """r, r*m, 1 - r, and the skip's factor w: (1 - r) + (1 - m)*r is 1 - m*r without the cancellation at m = 1."""
-        arg = self.argument(t0, t1, 2)
-        if v is not None:
-            arg += v * c_prev
-        r, q = gate(arg)
-        if self.mask is None:
-            return r, r.copy(), q, q
-        return r, r * self.mask, q, q + r * (1 - self.mask) if self.gate_mask else q
+    def skip_factor(self, r: Array, q: Array) -> Array:
+        """w = 1 - r, or 1 - m*r as (1 - r) + (1 - m)*r, which does not cancel at m = 1."""
+        return q if self.mask is None or not self.gate_mask else q + r * (1 - self.mask)
 
     def pad(self, t0: int, t1: int) -> Pad | None:
         if self.mask_pad is None:
@@ -432,15 +438,9 @@ def _tiles(
     mask_target: str,
     bidirectional: bool,
 ) -> Iterator[_Tile]:
-    _, batch, dim, _ = u.shape
+    length, batch, dim, _ = u.shape
     dtype = state_dtype(u)
     width = dim // 2 if bidirectional else dim
-
-    def columns(a: Array, part: tuple[slice, slice]) -> Array:
-        return widen(np.broadcast_to(a, (batch, dim))[part], dtype).reshape(-1)
-
-    def pair(a: MaybeArray, part: tuple[slice, slice]) -> MaybeArray:
-        return None if a is None else np.stack([columns(a[0], part), columns(a[1], part)])
 
     for start in range(0, dim, width or 1):
         for d0 in range(start, start + width, TILE_COLUMNS):
@@ -451,22 +451,31 @@ def _tiles(
                 shape = (b.stop - b.start, d.stop - d.start)
                 n = shape[0] * shape[1]
                 static = weight_c if weight_c is not None and weight_c.ndim == 2 else None
+
+                def plane(a: Array, part: tuple[slice, slice] = (b, d)) -> Array:
+                    return widen(a[part], dtype).reshape(-1)
+
+                def rows_of(a: Array, d: slice = d, shape: tuple[int, int] = shape) -> Array:
+                    full = np.empty((2, *shape), dtype)
+                    full[...] = widen(a[:, d], dtype)[:, None]
+                    return full.reshape(2, -1)
+
                 yield _Tile(
                     reverse=start > 0,
                     b=b,
                     d=d,
                     shape=shape,
                     columns=n,
-                    block=max(1, BLOCK_BYTES // (dtype.itemsize * n)),
+                    block=max(1, min(length, BLOCK_BYTES // (dtype.itemsize * n))),
                     dtype=dtype,
                     u=u,
                     x=x,
                     weight_c=weight_c,
                     mask_pad=mask_pad,
-                    bias=pair(bias, (b, d)),
-                    v=pair(static, (b, d)),
-                    c0=np.zeros(n, dtype) if c0 is None else columns(c0, (b, d)),
-                    mask=None if mask_c is None else columns(mask_c, (b, d)),
+                    bias=None if bias is None else rows_of(bias),
+                    v=None if static is None else rows_of(static),
+                    c0=np.zeros(n, dtype) if c0 is None else plane(c0),
+                    mask=None if mask_c is None else plane(mask_c),
                     gate_mask=mask_target == "gate",
                     candidate=candidate,
                     scale_x=dtype.type(scale_x),
@@ -508,10 +517,13 @@ class History:
         self.tile, self.c, self.saved = tile, c, Saved(length, every, tile.reverse)
         self.low = length + 1  # self.span[i] is the state after low + i steps
         self.span = np.empty((min(length, tile.block if every == 1 else every + tile.block) + 1, tile.columns), tile.dtype)
+        (self.room,) = tile.room(1)
 
     def states(self, t0: int, t1: int) -> Array:
         """Before step t0 to after step t1 - 1: (t1 - t0 + 1, n)."""
         tile, saved = self.tile, self.saved
+        if saved.every == 1 and t0 > 0:
+            return tile.load(self.c, t0 - 1, t1)
         if t0 < self.low:
             every = saved.every or 1
             i = (t0 - saved.first) // every  # the last one saved at or before t0, -1 for c0
@@ -522,41 +534,43 @@ class History:
             else:
                 for t in range(self.low, t1, tile.block):
                     end = min(t + tile.block, t1)
-                    part = self.span[t - self.low : end - self.low + 1]
+                    part, a = self.span[t - self.low : end - self.low + 1], self.room[: end - t]
                     v_f, _ = tile.weights(t, end)
-                    run_states(part, tile.candidates(t, end), tile.argument(t, end, 1), v_f, tile.pad(t, end))
+                    tile.argument(t, end, 1, out=a)
+                    run_states(part, tile.candidates(t, end), a, v_f, tile.pad(t, end))
         return self.span[t0 - self.low : t1 - self.low + 1]
 
 
 class _Totals:
-    """Sums over L and B: pairwise within a block, compensated from block to block."""
+    """Sums over L and B of gu1, gu2, gu1 * c, gu2 * c: pairwise within a block, compensated from block to block."""
 
-    def __init__(self, u: Array, outs: tuple[MaybeArray, MaybeArray]) -> None:
-        dtype, dim = state_dtype(u), u.shape[2]
-        self.outs = outs
-        self.sums = np.zeros((2, 2, dim), dtype)
-        self.errors = np.zeros((2, 2, dim), dtype)
+    def __init__(self, u: Array, grad_bias: MaybeArray, grad_weight_c: MaybeArray) -> None:
+        self.outs = ((slice(0, 2), grad_bias), (slice(2, 4), grad_weight_c))
+        self.wanted = slice(0 if grad_bias is not None else 2, 4 if grad_weight_c is not None else 2)
+        self.sums, self.errors = np.zeros((2, 4, u.shape[2]), state_dtype(u))
 
-    def add(self, which: int, row: int, tile: _Tile, block: Array) -> None:
-        """Overwrites the block."""
-        terms = block.reshape(-1, tile.shape[1])
-        count = len(terms)
-        while count > 1:
-            half = count // 2
-            terms[:half] += terms[half : 2 * half]
-            if count % 2:
-                terms[0] += terms[count - 1]
-            count = half
-        old, term = self.sums[which, row, tile.d], terms[0]
+    def add(self, tile: _Tile, block: Array) -> None:
+        if self.wanted.start == self.wanted.stop:
+            return
+        width = tile.shape[1]
+        terms = block[self.wanted].reshape(-1, block[0].size // width, width)
+        while (count := terms.shape[1]) > RUNNING_SUM:
+            part = count // RUNNING_SUM
+            whole = terms[:, : RUNNING_SUM * part].reshape(len(terms), RUNNING_SUM, part, width)
+            rest = terms[:, RUNNING_SUM * part :]
+            terms = np.add.reduce(whole, axis=1)
+            terms[:, 0] += np.add.reduce(rest, axis=1)
+        old, term = self.sums[self.wanted, tile.d], np.add.reduce(terms, axis=1)
         new = old + term
         shadow = new - old
-        self.errors[which, row, tile.d] += (old - (new - shadow)) + (term - shadow)
-        self.sums[which, row, tile.d] = new
+        self.errors[self.wanted, tile.d] += (old - (new - shadow)) + (term - shadow)
+        self.sums[self.wanted, tile.d] = new
 
     def finish(self) -> None:
-        for total, error, out in zip(self.sums, self.errors, self.outs, strict=True):
+        totals = np.where(np.isfinite(self.sums), self.sums + self.errors, self.sums)
+        for rows, out in self.outs:
             if out is not None:
-                narrow(np.where(np.isfinite(total), total + error, total), out)
+                narrow(totals[rows], out)
 
 
 # ---------------------------------------------------------------------------------------------------------------- dtypes

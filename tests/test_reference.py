@@ -188,10 +188,14 @@ def test_agrees_with_the_oracle(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(0, 2, 4), (3, 0, 4), (3, 2, 0), (1, 1, 2), (700, 1, 2), (40, 3, 1500), (5, 9, 300), (2, 1, 5000)]
+    "shape", [(0, 2, 4), (3, 0, 4), (3, 2, 0), (1, 1, 2), (700, 1, 2), (40, 3, 1500), (5, 9, 300), (2, 1, 5000), (3, 1, 20000)]
 )
 @pytest.mark.parametrize("weight", ["none", "static"])
-def test_shapes_that_tiles_and_blocks_cut_unevenly(shape, weight, dtype):
+@pytest.mark.parametrize("cuts", [None, (1024, 2048)], ids=["its cuts", "small cuts"])
+def test_shapes_that_tiles_and_blocks_cut_unevenly(cuts, shape, weight, dtype, monkeypatch):
+    if cuts:  # those that it has are too large for most of these shapes
+        monkeypatch.setattr(reference, "TILE_COLUMNS", cuts[0])
+        monkeypatch.setattr(reference, "BLOCK_BYTES", cuts[1])
     rng = np.random.default_rng(1)
     case = make_case(rng, *shape, weight=weight, gain=0.3, dtype=dtype, bidirectional=True, activation="tanh", save_every=4)
     out, grads = both(case, rng, dtype)
