@@ -52,12 +52,12 @@ def measure(shape: Shape, rounds: int) -> Ratio:
     sru = peers.import_or_say_why("cusru.torch").sru
     generator = torch.Generator().manual_seed(0)
 
-    def leaf(*size: int) -> Any:
-        return torch.randn(*size, generator=generator).requires_grad_()
+    def leaf(*size: int, scale: float = 1.0) -> Any:
+        return (scale * torch.randn(*size, generator=generator)).requires_grad_()
 
     length, batch, width = shape[:3]
     U, x = leaf(length, batch, width * shape.k), leaf(length, batch, width)
-    weight_c, bias, c0 = leaf(2 * width), leaf(2 * width), leaf(batch, width)
+    weight_c, bias, c0 = leaf(2 * width, scale=0.5**0.5), leaf(2 * width, scale=0.1), leaf(batch, width)
     mask_c = torch.full((batch, width), 1.25) if shape.dropout else None
     mask_pad = torch.arange(length)[:, None] >= length - torch.arange(batch) if shape.padding else None
     grads = torch.randn(length, batch, width, generator=generator), torch.randn(batch, width, generator=generator)

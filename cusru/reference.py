@@ -50,14 +50,13 @@ RUNNING_SUM = 8  # so many terms, and no more, are added one after another
 # --------------------------------------------------------------------------------------------------------- the equations
 
 
-def gates(a: Array, shut: Array) -> None:
-    """a becomes sigmoid(a) and shut 1 - sigmoid(a), each to full relative accuracy."""
-    np.exp(a, out=a)
-    np.add(a, 1, out=shut)
+def gates(e: Array, shut: Array) -> None:
+    """Of e = exp(a): e becomes sigmoid(a) and shut 1 - sigmoid(a), each to full relative accuracy."""
+    np.add(e, 1, out=shut)
     np.divide(1, shut, out=shut)
-    np.multiply(a, shut, out=a)
-    if np.fmin.reduce(shut, axis=None, initial=1) == 0:  # where exp overflowed, a is inf * 0; fmin passes NaN over
-        np.copyto(a, 1, where=shut == 0)
+    np.multiply(e, shut, out=e)
+    if np.fmin.reduce(shut, axis=None, initial=1) == 0:  # where exp overflowed, e is inf * 0; fmin passes NaN over
+        np.copyto(e, 1, where=shut == 0)
 
 
 def activate(name: str, c: Array) -> Array:
@@ -98,14 +97,15 @@ def slope(name: str, c: Array) -> MaybeArray:
 
 
 def run_states(states: Array, z: Array, a: Array, v: MaybeArray, pad: Pad | None) -> None:
-    """states[0] is known, (steps + 1, n); fills the rest. a: the forget gate's argument, less v * c. Overwrites a."""
+    """states[0] is known, (steps + 1, n); fills the rest. a: the forget gate's argument, less v * c, of which it
+    leaves the exponential of the whole."""
     add, multiply, subtract, divide, exp, less = np.add, np.multiply, np.subtract, np.divide, np.exp, np.less
     stops = pad.steps if pad else [None] * len(z)
     move = np.empty_like(states[0])
     if v is None:  # c = keep*c + (p*c + g*z)
-        g, p = np.empty_like(a), np.empty_like(a)
-        gates(a, g)
-        keep = split(a, g, p)
+        f, g, p = np.exp(a, out=a).copy(), np.empty_like(a), np.empty_like(a)
+        gates(f, g)
+        keep = split(f, g, p)
         g *= z
         for t, (gz, pt, c, new) in enumerate(zip(g, p, states[:-1], states[1:], strict=True)):
             multiply(pt, c, out=move)
@@ -115,23 +115,21 @@ def run_states(states: Array, z: Array, a: Array, v: MaybeArray, pad: Pad | None
                 np.copyto(new, c, where=stop)
         return
     one, bound = np.ones((), a.dtype), np.full((), SMALL_F / (1 - SMALL_F), a.dtype)  # as arrays, which a ufunc need not convert
-    e, small, fixed = np.empty_like(move), np.empty(move.shape, bool), np.empty_like(move)
+    below, small = np.empty_like(move), np.empty(move.shape, bool)
     # c = c + (z - c) / (1 + e), or (e*c + z) / (1 + e) where f = e / (1 + e) is small
     rows = v if v.ndim == 2 else [v] * len(a)
-    for zt, at, vt, c, new, stop in zip(z, a, rows, states[:-1], states[1:], stops, strict=True):
-        multiply(vt, c, out=e)
-        add(e, at, out=e)
+    for zt, e, vt, c, new, stop in zip(z, a, rows, states[:-1], states[1:], stops, strict=True):
+        multiply(vt, c, out=move)
+        add(move, e, out=e)
         exp(e, out=e)
         less(e, bound, out=small)
-        add(e, one, out=at)
+        add(e, one, out=below)
         subtract(zt, c, out=move)
-        divide(move, at, out=move)
+        divide(move, below, out=move)
         add(c, move, out=new)
-        if np.count_nonzero(small):
-            multiply(e, c, out=fixed)
-            add(fixed, zt, out=fixed)
-            divide(fixed, at, out=fixed)
-            np.copyto(new, fixed, where=small)
+        (few,) = small.nonzero()
+        if len(few):
+            new[few] = (e[few] * c[few] + zt[few]) / below[few]
         if stop is not None:
             np.copyto(new, c, where=stop)
 
@@ -205,7 +203,7 @@ def forward(
                     tile.argument(t0, t1, 2, out=r)
                     if v_r is not None:
                         r += np.multiply(v_r, now[:-1], out=q)
-                    gates(r, q)
+                    gates(np.exp(r, out=r), q)
                     w, s = tile.skip_factor(r, q), tile.skip(t0, t1)
                     if tile.mask is not None:
                         r *= tile.mask
@@ -265,10 +263,15 @@ def backward(
                 c_prev, gh, (v_f, v_r) = states[:-1], tile.load(grad_h, t0, t1), tile.weights(t0, t1)
                 f, r, g, q, *_ = room[:, : t1 - t0]
                 gu1, gu2, p, carried = terms = room[4:, : t1 - t0]
-                for j, v, open_, scratch in ((1, v_f, f, p), (2, v_r, r, carried)):
-                    tile.argument(t0, t1, j, out=open_)
-                    if v is not None:
-                        open_ += np.multiply(v, c_prev, out=scratch)
+                if not history.forget_exponentials(t0, t1, out=f):
+                    tile.argument(t0, t1, 1, out=f)
+                    if v_f is not None:
+                        f += np.multiply(v_f, c_prev, out=p)
+                    np.exp(f, out=f)
+                tile.argument(t0, t1, 2, out=r)
+                if v_r is not None:
+                    r += np.multiply(v_r, c_prev, out=p)
+                np.exp(r, out=r)
                 gates(room[:2, : t1 - t0], room[2:4, : t1 - t0])
                 # What does not depend on the carry: the reset gate's side, ...
                 a, da, s = activate(activation, states[1:]), slope(activation, states[1:]), tile.skip(t0, t1)
@@ -517,7 +520,7 @@ class History:
         self.tile, self.c, self.saved = tile, c, Saved(length, every, tile.reverse)
         self.low = length + 1  # self.span[i] is the state after low + i steps
         self.span = np.empty((min(length, tile.block if every == 1 else every + tile.block) + 1, tile.columns), tile.dtype)
-        (self.room,) = tile.room(1)
+        self.exponentials = np.empty_like(self.span[: 0 if every == 1 else None])
 
     def states(self, t0: int, t1: int) -> Array:
         """Before step t0 to after step t1 - 1: (t1 - t0 + 1, n)."""
@@ -534,11 +537,18 @@ class History:
             else:
                 for t in range(self.low, t1, tile.block):
                     end = min(t + tile.block, t1)
-                    part, a = self.span[t - self.low : end - self.low + 1], self.room[: end - t]
+                    part, a = self.span[t - self.low : end - self.low + 1], self.exponentials[t - self.low : end - self.low]
                     v_f, _ = tile.weights(t, end)
                     tile.argument(t, end, 1, out=a)
                     run_states(part, tile.candidates(t, end), a, v_f, tile.pad(t, end))
         return self.span[t0 - self.low : t1 - self.low + 1]
+
+    def forget_exponentials(self, t0: int, t1: int, out: Array) -> bool:
+        """exp of the forget gate's argument in the steps of the last `states`, where these were run again."""
+        if self.saved.every == 1:
+            return False
+        np.copyto(out, self.exponentials[t0 - self.low : t1 - self.low])
+        return True
 
 
 class _Totals:
