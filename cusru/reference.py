@@ -263,16 +263,18 @@ def backward(
                 c_prev, gh, (v_f, v_r) = states[:-1], tile.load(grad_h, t0, t1), tile.weights(t0, t1)
                 f, r, g, q, *_ = room[:, : t1 - t0]
                 gu1, gu2, p, carried = terms = room[4:, : t1 - t0]
-                if not history.forget_exponentials(t0, t1, out=f):
+                if (known := history.forget_exponentials(t0, t1)) is not None:
+                    f = known
+                else:
                     tile.argument(t0, t1, 1, out=f)
                     if v_f is not None:
                         f += np.multiply(v_f, c_prev, out=p)
                     np.exp(f, out=f)
+                gates(f, g)
                 tile.argument(t0, t1, 2, out=r)
                 if v_r is not None:
                     r += np.multiply(v_r, c_prev, out=p)
-                np.exp(r, out=r)
-                gates(room[:2, : t1 - t0], room[2:4, : t1 - t0])
+                gates(np.exp(r, out=r), q)
                 # What does not depend on the carry: the reset gate's side, ...
                 a, da, s = activate(activation, states[1:]), slope(activation, states[1:]), tile.skip(t0, t1)
                 difference = _reset_difference(a, s, tile.mask, tile.gate_mask, out=p)
@@ -391,10 +393,9 @@ class _Tile(NamedTuple):
     def argument(self, t0: int, t1: int, j: int, out: Array) -> None:
         """u_j + b_j, to which v_j * c is to be added."""
         u = self.load(self.u[..., j], t0, t1)
-        if self.bias is None:
-            np.copyto(out, u)
-        else:
-            np.add(u, self.bias[j - 1], out=out)
+        np.copyto(out, u)  # u is strided, so that a copy and a sum in place are faster than one sum
+        if self.bias is not None:
+            out += self.bias[j - 1]
 
     def candidates(self, t0: int, t1: int) -> Array:
         return activate(self.candidate, self.load(self.u[..., 0], t0, t1))
@@ -543,12 +544,9 @@ class History:
                     run_states(part, tile.candidates(t, end), a, v_f, tile.pad(t, end))
         return self.span[t0 - self.low : t1 - self.low + 1]
 
-    def forget_exponentials(self, t0: int, t1: int, out: Array) -> bool:
-        """exp of the forget gate's argument in the steps of the last `states`, where these were run again."""
-        if self.saved.every == 1:
-            return False
-        np.copyto(out, self.exponentials[t0 - self.low : t1 - self.low])
-        return True
+    def forget_exponentials(self, t0: int, t1: int) -> MaybeArray:
+        """exp of the forget gate's argument in the steps of the last `states`, where these were run again; to be overwritten."""
+        return None if self.saved.every == 1 else self.exponentials[t0 - self.low : t1 - self.low]
 
 
 class _Totals:

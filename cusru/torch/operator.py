@@ -152,9 +152,11 @@ def _new_gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(tensors[0].new_empty(0) if a is None else torch.empty_like(a) for a in tensors)  # type: ignore[union-attr]
 
 
-def _workspace(direction: str, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
-    size = cusru.workspace_size(direction, *inputs, **keywords)  # checks the arguments, before anything is allocated
-    return torch.empty(size, dtype=torch.uint8, device=inputs[0].device)
+def _workspace(direction: str, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
+    u = inputs[0]
+    if u.device.type == "cpu" and u.dim() == 4:  # NumPy takes none; a u of another rank is refused here
+        return None
+    return u.new_empty(cusru.workspace_size(direction, *inputs, **keywords), dtype=torch.uint8)
 
 
 @torch.library.custom_op("cusru::sru_forward", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
