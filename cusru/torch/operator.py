@@ -154,8 +154,9 @@ def _new_gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 def _workspace(direction: str, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
     u = inputs[0]
-    if u.device.type == "cpu" and u.dim() == 4:  # NumPy takes none; a u of another rank is refused here
+    if u.device.type == "cpu" and u.dim() == 4 and u.layout is torch.strided:  # NumPy takes none
         return None
+    # Checks the arguments too, before anything is allocated; on a CPU of results that could be, cusru's call itself does.
     return u.new_empty(cusru.workspace_size(direction, *inputs, **keywords), dtype=torch.uint8)
 
 
