@@ -238,7 +238,8 @@ class Problem:
 
     @property
     def block(self) -> int | None:
-        """Steps of the longest saved block: save_every, but beyond L all are alike, and L fits the kernels."""
+        """save_every, or L where that is less: it changes nothing, and fits the kernels' integers. (By itself, since the L of a
+        tracer must not be compared.)"""
         return self.save_every and min(self.save_every, max(self.length, 1))
 
     @property

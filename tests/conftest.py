@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,6 +118,8 @@ def missing(backend: str) -> str | None:
         return None if count else "no CUDA device"
     return None
 
+
+scripted = pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch does not support torch.jit on this Python")
 
 BACKENDS = ("numpy", "simulator", "gpu")
 

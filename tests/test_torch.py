@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import strategies
-from conftest import missing
+from conftest import missing, scripted
 from test_errors import BAD, Elsewhere, raises
 from test_errors import inputs as arguments
 
@@ -359,7 +359,7 @@ def test_vmap_and_the_gradients_of_each_are_those_of_a_loop(batched, step, bidir
     each = {
         n: torch.stack([a + i * 0.1 if a.is_floating_point() else a.roll(i, 0) for i in range(size)]) for n, a in given.items()
     }
-    stacked = {n: a.movedim(0, batched[n]) if (a := each[n]) is not None and n in batched else given[n] for n in given}
+    stacked = {n: each[n].movedim(0, batched[n]) if n in batched else given[n] for n in given}
     dims = {n: batched.get(n) for n in given}
 
     def run(given):
@@ -466,9 +466,10 @@ def test_backward_on_other_threads():
         assert all(torch.equal(g[n], expected[n]) for n in expected)
 
 
+@scripted
 def test_scripts_may_call_the_operator_and_differentiate_it():
     @torch.jit.script
-    def scripted(u: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def script(u: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         h, _, _ = torch.ops.cusru.sru_forward(
             u, None, bias, None, None, None, None, None, 1.0, "tanh", "identity", "state", False, 8
         )
@@ -476,8 +477,8 @@ def test_scripts_may_call_the_operator_and_differentiate_it():
 
     u, bias = normal(L, B, D, 3), normal(2, D).requires_grad_()
     expected = sru(u, bias=bias, activation="tanh")[0]
-    assert torch.equal(scripted(u, bias), expected)
-    assert torch.equal(*(torch.autograd.grad(h.square().sum(), bias)[0] for h in (scripted(u, bias), expected)))
+    assert torch.equal(script(u, bias), expected)
+    assert torch.equal(*(torch.autograd.grad(h.square().sum(), bias)[0] for h in (script(u, bias), expected)))
 
 
 # ---- what is not there ---------------------------------------------------------------------------------------------
@@ -516,6 +517,19 @@ def test_a_gradient_that_does_not_exist_is_refused(name):
     raises(TypeError, [name, "no gradient", "detach"], sru, u=u, **{name: value})
     with torch.no_grad():
         sru(u, **{name: value})
+    several = torch.stack([u, u])
+
+    def hidden(value):
+        return vmap(lambda u, value: sru(u, **{name: value})[0].sum())(several, value).sum()
+
+    def operator(value):
+        return torch.ops.cusru.sru_forward(*operands({"u": u.requires_grad_(), name: value}))[0].sum()
+
+    for loss, given in ((hidden, torch.stack([value, value])), (operator, value)):
+        with pytest.raises(TypeError, match=f"{name} requires grad, and cusru has no gradient"):
+            torch.autograd.grad(loss(given), value)
+    with pytest.raises(TypeError, match=f"{name} requires grad, and cusru has no gradient"):
+        grad(hidden)(torch.stack([value, value]).detach())
 
 
 def test_without_saved_states_there_is_no_backward_to_ask_for():

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import scripted
 
 torch = pytest.importorskip("torch", reason='torch is missing: pip install ".[torch]"')
 
@@ -457,26 +458,6 @@ def test_v1_uses_a_weight_c_that_is_loaded(sru: ModuleType) -> None:
     results = [observed(m, x, None, lambda m, x, c0: m(x, c0)) for m in (ours, theirs)]
     assert_observed_agree(*results)
     assert results[0]["results"]["gradient of rnn_lst.0.weight_c"].any()
-
-
-@pytest.mark.parametrize("way", ["in place", "parameter", "functional_call"])
-def test_v1_uses_a_weight_c_that_is_written_or_replaced(sru: ModuleType, way: str) -> None:
-    torch.manual_seed(0)
-    x, value = torch.randn(6, 3, 4, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    ours, theirs = (package.SRUCell(4, 4, v1=True).double() for package in (cusru.torch, sru))
-    ours.load_state_dict(theirs.state_dict())
-
-    def call(cell: nn.Module) -> Tensor:
-        if way == "functional_call":
-            return torch.func.functional_call(cell, {"weight_c": value}, (x,))[0]
-        if way == "in place":
-            with torch.no_grad():
-                cell.weight_c.copy_(value)
-        else:
-            cell.weight_c = nn.Parameter(value.clone(), requires_grad=False)
-        return cell(x)[0]
-
-    assert_close("h", call(ours), call(theirs))
 
 
 # ---- what sru does --------------------------------------------------------------------------------------------------------
@@ -1060,7 +1041,7 @@ def test_a_stack_of_subclassed_cells_does_the_same(sru: ModuleType, subclass: An
 # ---- TorchScript ----------------------------------------------------------------------------------------------------------
 
 
-def scripted(module: nn.Module) -> Any:
+def script_of(module: nn.Module) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.jit.script(module)
@@ -1068,7 +1049,7 @@ def scripted(module: nn.Module) -> Any:
 
 def both_scripted(sru: ModuleType, kind: str, *sizes: int, **arguments: Any) -> list[tuple[nn.Module, Any]]:
     modules = [module.float().eval() for module in pair(sru, kind, *sizes, **arguments)]
-    return [(module, scripted(module)) for module in modules]
+    return [(module, script_of(module)) for module in modules]
 
 
 def assert_scripts_agree(models: list[tuple[nn.Module, Any]], where: Any, *given: Any) -> None:
@@ -1083,6 +1064,7 @@ def assert_scripts_agree(models: list[tuple[nn.Module, Any]], where: Any, *given
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("rescale", [False, True])
+@scripted
 @pytest.mark.parametrize("projection", [0, 4])
 @pytest.mark.parametrize("norm", [False, True])
 def test_a_scripted_stack_gives_the_same(
@@ -1093,6 +1075,7 @@ def test_a_scripted_stack_gives_the_same(
     assert_scripts_agree(models, arguments, normal(7, 4, 8).float().detach())
 
 
+@scripted
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -1110,6 +1093,7 @@ def test_a_scripted_stack_takes_a_state_and_a_mask(sru: ModuleType, arguments: d
         assert_scripts_agree(models, arguments, normal(5, 3, 5).float().detach(), c0, mask)
 
 
+@scripted
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_a_scripted_cell_gives_the_same_and_can_be_saved(sru: ModuleType, bidirectional: bool) -> None:
     for size, arguments in ((8, {"n_proj": 3}), (5, {"use_tanh": True, "rescale": False})):

@@ -8,6 +8,7 @@ and m the dropout mask, drops out on the gate: h = s + m * r * (activation(c) - 
 # No `from __future__ import annotations` here: torch.jit.script reads these annotations.
 import copy
 import math
+import numbers
 import operator
 import warnings
 from typing import Any
@@ -34,7 +35,7 @@ class SRUCell(nn.Module):
         has_skip_term: whether h has a skip (highway) term, of the input or, where sizes differ, of a projection of it.
         layer_norm: normalise the input, or with `normalize_after` h.
         rescale: multiply the skip term so that activations keep their variance.
-        v1: gates that do not see the state (weight_c stays 0).
+        v1: gates that do not see the state: weight_c is 0 and does not learn. One that is loaded is used.
         custom_m: a module that computes U, or (U, V), in the place of the weight: input -> U (L, B, D * k) and
             V (L, B, 2 * D), to which weight_c is added.
         amp_recurrence_fp16: under autocast, run the recurrence in autocast's dtype rather than in float32; the state is
@@ -48,8 +49,6 @@ class SRUCell(nn.Module):
         "highway_bias", "input_size", "keep_memory_order", "normalize_after", "num_matrices", "output_size",
         "projection_size", "rescale", "rnn_dropout", "save_every", "v1", "weight_c_init",
     ]  # fmt: skip
-
-    __jit_unused_properties__ = ["weight_c_is_zero"]  # noqa: RUF012
 
     scale_x: Tensor
     weight_proj: Tensor | None
@@ -152,7 +151,6 @@ class SRUCell(nn.Module):
         if self.v1:
             self.weight_c.zero_()
             self.weight_c.requires_grad = False
-            self._remember_whether_weight_c_is_zero(True)
             return
         if self.weight_c_init is None:
             self.weight_c.uniform_(-(3.0**0.5), 3.0**0.5)
@@ -216,7 +214,8 @@ class SRUCell(nn.Module):
                 raise ValueError(f"{name} is on {a.device}, and the parameters on {self.bias.device}")
         if c0 is not None and not c0.is_floating_point():
             raise TypeError(f"c0 has dtype {c0.dtype}; expected a floating-point one")
-        if self.custom_m is None and input.dtype != self.weight.dtype and not torch.is_autocast_enabled(input.device.type):
+        autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
+        if self.custom_m is None and input.dtype != self.weight.dtype and not autocast:
             raise TypeError(f"input has dtype {input.dtype}, and the parameters {self.weight.dtype}")
 
     def _normalized(self, a: Tensor) -> Tensor:
@@ -249,13 +248,8 @@ class SRUCell(nn.Module):
         x: Tensor | None = None
         if self.has_skip_term and k == 3:
             x = residual.reshape(length, batch, width).to(dtype)
-        weight_c: Tensor | None = V
-        if V.dim() > 1:
-            weight_c = V.reshape(length, batch, width, 2)
-        elif not torch.jit.is_scripting():
-            weight_c = None if V is self.weight_c and self.weight_c_is_zero else V
         bias = _to_parameter(self.bias, dtype)
-        weight_c = _to_parameter(weight_c, dtype)
+        weight_c = _to_parameter(V.reshape(length, batch, width, 2) if V.dim() > 1 else V, dtype)
         c0_ = _to_parameter(c0, dtype)
         mask_c = _to_parameter(mask_c, dtype)
         scale_val = _to_parameter(scale_val, dtype)
@@ -281,19 +275,18 @@ class SRUCell(nn.Module):
             return self.compute_U(input), self.weight_c
         ret = self.custom_m(input)
         if isinstance(ret, tuple) or isinstance(ret, list):  # noqa: SIM101  (torch.jit.script)
-            if len(ret) > 2:
+            if len(ret) != 2:
                 raise ValueError(f"custom_m must return U or (U, V); it returned {len(ret)} tensors")
-            U, V = ret[0], ret[1] + self.weight_c
+            U, V = ret[0], ret[1]
+            if V.size(-1) != self.output_size * 2:
+                raise ValueError(f"custom_m returned V of shape {list(V.shape)}; expected a last size of {self.output_size * 2}")
+            V = V + self.weight_c
         else:
             U, V = ret, self.weight_c
         if U.size(-1) != self.output_size * self.num_matrices:
             raise ValueError(
                 f"custom_m returned U of shape {list(U.shape)}; expected a last size of output_size * num_matrices = "
                 f"{self.output_size * self.num_matrices}"
-            )
-        if V.size(-1) != self.output_size * 2:
-            raise ValueError(
-                f"custom_m returned V of shape {list(V.shape)}; expected a last size of 2 * output_size = {self.output_size * 2}"
             )
         return U, V
 
@@ -313,33 +306,6 @@ class SRUCell(nn.Module):
     def get_dropout_mask_(self, size: tuple[int, int], p: float) -> Tensor:
         """A mask of 0s, with probability p, and 1 / (1 - p)s."""
         return self.bias.new_empty(size).bernoulli_(1 - p).div_(1 - p)
-
-    # v1 needs no product of weight_c with the state, unless one that is not zero is loaded. That is decided here, so that no
-    # call has to read the device: the parameter itself remembers, with its version, so that another parameter, or a write to
-    # this one, counts as not zero. (A write to weight_c.data goes unseen, since torch does not count it.)
-
-    @property
-    def weight_c_is_zero(self) -> bool:
-        if torch.compiler.is_compiling():
-            return False  # a graph is to hold whatever is written later
-        known: int | None = getattr(self.weight_c, "_zero_at_version", None)
-        return known is not None and not self.weight_c.requires_grad and known == self.weight_c._version
-
-    def _remember_whether_weight_c_is_zero(self, zero: bool) -> None:
-        known = zero and not self.weight_c.is_inference()  # whose versions torch does not count
-        self.weight_c._zero_at_version = self.weight_c._version if known else None
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._look_at_weight_c()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._look_at_weight_c()
-
-    def _look_at_weight_c(self) -> None:
-        if self.v1:
-            self._remember_whether_weight_c_is_zero(not self.weight_c.is_meta and not self.weight_c.count_nonzero().item())
 
     def extra_repr(self) -> str:
         s = f"{self.input_size}, {self.hidden_size}"
@@ -401,8 +367,6 @@ class SRU(nn.Module):
         batch_first: bool = False,
     ) -> None:
         super().__init__()
-        _check_size("input_size", input_size)
-        _check_size("hidden_size", hidden_size)
         _check_size("num_layers", num_layers)
         if isinstance(custom_m, list | tuple | nn.ModuleList) and len(custom_m) < num_layers:
             raise ValueError(f"custom_m has {len(custom_m)} modules; expected one for each of the {num_layers} layers")
@@ -507,6 +471,8 @@ class SRU(nn.Module):
             states = [zeros for _ in range(self.num_layers)]
         else:
             states = self._states_of_layers(c0, batch).unbind(0)
+        if mask_pad is not None:
+            mask_pad = _as_padding(mask_pad, input)
         h = input
         if self.input_to_hidden is not None:
             h = self.input_to_hidden(h.transpose(0, 1)).transpose(0, 1) if _is_batch_first(h) else self.input_to_hidden(h)
@@ -533,26 +499,7 @@ class SRU(nn.Module):
         raise ValueError(f"c0 has shape {list(c0.shape)}; expected {expected}")
 
     def make_backward_compatible(self) -> None:
-        """Bring a model that an older sru made to the attributes of 2.6."""
-        old = hasattr(self, "n_in")  # up to 2.1.7
-        if old:
-            if len(self.ln_lst):
-                raise ValueError("this model of sru <= 2.1.7 has layer normalization, which later versions compute otherwise")
-            if self.use_weight_norm:
-                raise ValueError("this model of sru <= 2.1.7 has weight normalization, which later versions have not")
-            self.input_size, self.hidden_size, self.output_size = self.n_in, self.n_out, self.out_size
-            self.num_layers, self.projection_size, self.use_layer_norm = self.depth, self.n_proj, False
-        for cell in self.rnn_lst:
-            if old:
-                if cell.activation_type > 1:
-                    raise ValueError("this model of sru <= 2.1.7 has an activation that later versions have not (relu or selu)")
-                cell.input_size, cell.hidden_size = cell.n_in, cell.n_out
-                cell.output_size = cell.n_out * 2 if cell.bidirectional else cell.n_out
-                cell.num_matrices, cell.projection_size, cell.layer_norm = cell.k, cell.n_proj, None
-        if not hasattr(self, "input_to_hidden"):  # up to 2.1.9
-            self.input_to_hidden = None
-            for cell in self.rnn_lst:
-                cell.custom_m = None
+        """Does nothing, for callers of sru's method: the models that needed it name modules that sru 2.6.0 has not either."""
 
 
 def _check_size(name: str, value: Any) -> None:
@@ -565,7 +512,7 @@ def _check_size(name: str, value: Any) -> None:
 
 
 def _check_probability(name: str, value: Any) -> None:
-    if not 0 <= value < 1:
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
         raise ValueError(f"{name} must be a probability, at least 0 and below 1; got {value!r}")
 
 

@@ -16,8 +16,7 @@ from torch import Tensor
 import cusru
 from cusru import api, dlpack
 
-# Of the state this is a 32nd, 1% of the bytes that a float32 training step moves; the backward recomputes the rest.
-SAVE_EVERY = 32
+SAVE_EVERY = 32  # by default: states are then 0.4% of the bytes that a float32 training step moves
 
 _TENSORS = ("u", "x", "bias", "weight_c", "c0", "mask_c", "mask_pad", "scale_x")
 _OPTIONS = ("activation", "candidate", "mask_target", "bidirectional", "save_every")
@@ -102,11 +101,13 @@ def _sru(
     elif not isinstance(scale_x, Tensor):
         raise TypeError(f"scale_x must be a number or a tensor of one element, not {_type(scale_x)}")
     for name, value in given.items():
-        if not isinstance(value, Tensor) and (value is not None or name == "u"):
+        if isinstance(value, Tensor):
+            dlpack.check_torch(value, name)  # torch's own wrappers would stumble over a sparse one
+        elif value is not None or name == "u":
             raise TypeError(f"{name} must be a torch.Tensor, not {_type(value)}")
     for name, value in (("mask_c", mask_c), ("scale_x", scale_x)):
         if value is not None and value.requires_grad and torch.is_grad_enabled():
-            raise TypeError(f"{name} requires grad, and cusru has no gradient for it: pass {name}.detach()")
+            raise TypeError(_NO_GRADIENT.format(name))
     api.check_options(activation, candidate, mask_target)
     every = api.check_save_every(save_every)
     if every is None and torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in given.values()):
@@ -114,6 +115,9 @@ def _sru(
     run = torch.ops.cusru.sru_forward if torch.jit.is_tracing() else _Forward.apply  # a trace is saved with operators only
     h, _, c_last = run(*given.values(), scale_x, scale, activation, candidate, mask_target, bool(bidirectional), every or 0)
     return h, c_last
+
+
+_NO_GRADIENT = "{0} requires grad, and cusru has no gradient for it: pass {0}.detach()"
 
 
 def _type(value: Any) -> str:
@@ -142,7 +146,7 @@ def _new_outputs(u: Tensor, save_every: int) -> tuple[Tensor, Tensor, Tensor]:
     length, batch, width, _ = u.shape
     state = torch.float64 if u.dtype == torch.float64 else torch.float32
     blocks = -(-length // save_every) if save_every else 0
-    # c has a row more than it needs: a tracer of unknown lengths then sees by itself that this size is not 1
+    # c has one row more than is used, for torch.export specialises a size that is 1 in its example
     h = torch.empty_like(u.select(-1, 0))  # its axes in the order of u's: a batch-first u makes a batch-first h
     return h, u.new_empty((blocks + 1, batch, width), dtype=state), u.new_empty((batch, width), dtype=state)
 
@@ -165,7 +169,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, keywords = _split(arguments)
     workspace = _workspace("forward", inputs, keywords)
     h, c, c_last = _new_outputs(inputs[0], arguments[-1])
-    c[-1].zero_()
+    c[-1].zero_()  # an operator's results must be the same each time
     out = (h, c[:-1] if arguments[-1] else None, c_last)
     cusru.sru_forward(*inputs, **keywords, out=out, workspace=workspace)
     return h, c, c_last
@@ -227,6 +231,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, backward: Any, grad_h: Tensor | None, grad_c_last: Tensor | None) -> tuple[Any, ...]:
+    for name, needed in zip(_TENSORS, ctx.needs_input_grad, strict=False):
+        if needed and name in ("mask_c", "scale_x"):  # unseen by `_sru` where vmap hides it
+            raise TypeError(_NO_GRADIENT.format(name))
     c, *tensors = ctx.saved_tensors
     none = (None,) * (len(_TENSORS) - 5 + len(ctx.options))
     if grad_h is None and grad_c_last is None:
