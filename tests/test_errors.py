@@ -109,9 +109,9 @@ BAD = {  # changed arguments, the error, and what its message says
 }  # fmt: skip
 
 
-def raises(error: type[Exception], words: list[str], call: Any, **changes: Any) -> None:
+def raises(error: type[Exception], words: list[str], call: Any, args: tuple[Any, ...] = (), **changes: Any) -> None:
     with pytest.raises(error) as caught:
-        call(**changes)
+        call(*args, **changes)
     for word in words:
         assert re.search(word, str(caught.value)), f"{word!r} is not in: {caught.value}"
 

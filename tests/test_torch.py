@@ -293,8 +293,8 @@ class Recurrence(torch.nn.Module):
         super().__init__()
         self.bias = torch.nn.Parameter(normal(2, D))
 
-    def forward(self, u: torch.Tensor) -> Any:
-        return sru(u, bias=self.bias)
+    def forward(self, u: torch.Tensor, weight_c: torch.Tensor | None = None) -> Any:
+        return sru(u, bias=self.bias, weight_c=weight_c)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -313,6 +313,14 @@ def test_export_for_any_length_and_batch(strict):
         assert torch.equal(
             torch.autograd.grad(loaded(u)[0].sum(), loaded.bias)[0], torch.autograd.grad(model(u)[0].sum(), model.bias)[0]
         )
+
+
+def test_export_with_weights_per_step_compares_no_length_with_a_width():
+    sizes = {0: torch.export.Dim("L"), 1: torch.export.Dim("B")}
+    given = normal(L, B, D, 3), normal(L, B, D, 2)
+    exported = torch.export.export(Recurrence(), given, dynamic_shapes=(sizes, sizes)).module()
+    for length in (2, 2 * D, 50):
+        assert exported(normal(length, B, D, 3), normal(length, B, D, 2))[0].shape == (length, B, D)
 
 
 def test_meta_tensors_have_the_shapes_and_dtypes_of_the_results():
@@ -577,6 +585,14 @@ def test_bad_input_fails_when_it_is_compiled():
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"x has shape .*expected"):
         torch.compile(sru, fullgraph=True, backend="aot_eager")(normal(L, B, D, 3), normal(L, B, D + 1))
+
+
+def test_bad_input_under_vmap_is_told_the_sizes_of_one_problem():
+    u = normal(2, L, B, D, 3)
+    raises(ValueError, ["bias", r"\(7,\)", r"\(2, 4\) or \(8,\)"], vmap(lambda u, b: sru(u, bias=b)), args=(u, normal(2, 7)))
+    raises(ValueError, ["c0", r"\(3, 5\)", r"\(3, 4\)"], vmap(lambda u, c: sru(u, c0=c)), args=(u, normal(2, B, 5)))
+    raises(ValueError, ["bidirectional", "even"], vmap(lambda u: sru(u, bidirectional=True)), args=(normal(2, L, B, 5, 3),))
+    assert vmap(sru)(u[:0])[0].shape == (0, L, B, D)
 
 
 def test_other_arrays_are_refused_by_name():

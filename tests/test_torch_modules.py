@@ -105,6 +105,17 @@ def test_without_batch_first_h_and_c_are_contiguous_whatever_the_input():
         torch.testing.assert_close(layers(x), layers(x.contiguous()), rtol=0, atol=0)
 
 
+def test_batch_first_slices_stay_batch_first_and_lengths_need_not_be_known():
+    layers = model(SRU, I, H, 2, batch_first=True, layer_norm=True)
+    x = normal(B, 2 * L, I + 2)[:, 3 : 3 + L, :I]
+    assert layers(x)[0].is_contiguous()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(lambda x, keep: layers(x[:, keep])[0], fullgraph=True, backend="aot_eager")
+        keep = torch.arange(L) % 3 > 0
+        torch.testing.assert_close(compiled(x, keep), layers(x[:, keep])[0], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int64, torch.float16, torch.float64])
 def test_padding_is_what_is_not_zero_in_a_mask_of_any_dtype(dtype):
     layers, x = model(num_layers=2, bidirectional=True), normal(L, B, I)
@@ -530,11 +541,15 @@ def test_a_weight_per_step_of_a_subclass_reaches_v1_too():
 
 # ---- bad use ------------------------------------------------------------------------------------------------------------
 
-X = normal(L, B, I)
+X, LENGTHS = normal(L, B, I), torch.tensor([9, 5, 5, 1])
 BAD_CALLS = {
     "input of rank 2": (dict(input=X[0]), ValueError, ["input", r"\[4, 6\]", "3 dimensions"]),
     "input of another size": (dict(input=normal(L, B, I + 1)), ValueError, ["input", r"\[9, 4, 7\]", "input_size = 6"]),
     "input no tensor": (dict(input=X.numpy()), TypeError, ["input", "torch.Tensor", "numpy.ndarray"]),
+    "input of integers": (dict(input=X.long()), TypeError, ["input", "int64"]),
+    "input sparse": (dict(input=X.to_sparse()), TypeError, ["input", "sparse"]),
+    "input packed without features": (dict(input=pack_padded_sequence(X[..., 0], LENGTHS)), ValueError, ["input", r"\[20\]"]),
+    "c0 a list, input packed": (dict(input=pack_padded_sequence(X, LENGTHS), c0=[1.0]), TypeError, ["c0", "list"]),
     "input of another dtype": (dict(input=X.float()), TypeError, ["input", "float32", "float64"]),
     "input elsewhere": (dict(input=X.to("meta")), ValueError, ["input", "meta", "cpu"]),
     "c0 of the other shape": (dict(c0=normal(4, B, H)), ValueError, ["c0", r"\[4, 4, 5\]", r"\[2, 4, 10\]"]),
@@ -547,7 +562,7 @@ BAD_CALLS = {
     "mask_pad a list": (dict(mask_pad=[0]), TypeError, ["mask_pad", "torch.Tensor", "list"]),
     "mask_pad elsewhere": (dict(mask_pad=torch.zeros(L, B, device="meta")), ValueError, ["mask_pad", "meta"]),
     "mask_pad and lengths": (
-        dict(input=pack_padded_sequence(X, torch.tensor([9, 5, 5, 1])), mask_pad=torch.zeros(L, B)),
+        dict(input=pack_padded_sequence(X, LENGTHS), mask_pad=torch.zeros(L, B)),
         ValueError,
         ["mask_pad", "PackedSequence"],
     ),
@@ -565,6 +580,7 @@ BAD_MODELS = {
     "a half": (dict(input_size=3, hidden_size=2.5), ["hidden_size", "2.5"]),
     "no layers": (dict(input_size=3, hidden_size=4, num_layers=0), ["num_layers", "0"]),
     "dropout of 1": (dict(input_size=3, hidden_size=4, dropout=1.0), ["dropout", "1.0"]),
+    "dropout no number": (dict(input_size=3, hidden_size=4, dropout="a"), ["dropout", "'a'"]),
     "negative dropout": (dict(input_size=3, hidden_size=4, rnn_dropout=-0.1), ["rnn_dropout", "-0.1"]),
     "modules for other layers": (dict(input_size=3, hidden_size=4, custom_m=[nn.Linear(3, 12)]), ["custom_m", "1", "2"]),
 }
@@ -593,6 +609,8 @@ def test_a_custom_module_that_returns_something_else_is_named():
         (normal(L, B, 4), ["custom_m", "U", r"\[9, 4, 4\]", "20"]),
         ((good, normal(L, B, H + H - 1)), ["custom_m", "V", r"\[9, 4, 9\]", "10"]),
         ((good,), ["custom_m", "1 tensors"]),
+        (good.transpose(0, 1), ["custom_m", "U", r"\[4, 9, 20\]", r"\[9, 4, 6\]"]),
+        ((good, V.transpose(0, 1)), ["custom_m", "V", r"\[4, 9, 10\]"]),
         ((good, V, V), ["custom_m", "3 tensors"]),
     ):
         raises(ValueError, words, model(SRUCell, custom_m=Custom(result)), input=normal(L, B, I))

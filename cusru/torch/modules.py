@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from cusru.torch.operator import SAVE_EVERY, sru
+from cusru.dlpack import check_torch
+from cusru.torch.operator import SAVE_EVERY, sru, type_name
 
 
 class SRUCell(nn.Module):
@@ -85,6 +86,10 @@ class SRUCell(nn.Module):
         _check_size("hidden_size", hidden_size)
         _check_probability("dropout", dropout)
         _check_probability("rnn_dropout", rnn_dropout)
+        _check_number("n_proj", n_proj)
+        _check_number("highway_bias", highway_bias)
+        if weight_c_init is not None:
+            _check_number("weight_c_init", weight_c_init)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.output_size = hidden_size * 2 if bidirectional else hidden_size
@@ -181,7 +186,7 @@ class SRUCell(nn.Module):
             raise ValueError(f"input has shape {list(input.shape)}; expected a last size of input_size = {self.input_size}")
         batch = input.size(-2)
         if c0 is None:
-            c0 = torch.zeros(batch, self.output_size, dtype=input.dtype, device=input.device)
+            c0 = torch.zeros(batch, self.output_size, dtype=self.bias.dtype, device=input.device)
         elif list(c0.shape) != [batch, self.output_size]:
             raise ValueError(f"c0 has shape {list(c0.shape)}; expected {[batch, self.output_size]}, (B, output_size)")
         if mask_pad is not None:
@@ -212,16 +217,17 @@ class SRUCell(nn.Module):
         for name, a in (("input", input), ("c0", c0), ("mask_pad", mask_pad)):
             if a is not None and a.device != self.bias.device:
                 raise ValueError(f"{name} is on {a.device}, and the parameters on {self.bias.device}")
-        if c0 is not None and not c0.is_floating_point():
-            raise TypeError(f"c0 has dtype {c0.dtype}; expected a floating-point one")
+        for name, a in (("input", input if self.custom_m is None else None), ("c0", c0)):
+            if a is not None and not a.is_floating_point():
+                raise TypeError(f"{name} has dtype {a.dtype}; expected a floating-point one")
         autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
         if self.custom_m is None and input.dtype != self.weight.dtype and not autocast:
             raise TypeError(f"input has dtype {input.dtype}, and the parameters {self.weight.dtype}")
 
     def _normalized(self, a: Tensor) -> Tensor:
-        """layer_norm on the tensor as it lies in memory: it would copy another."""
+        """layer_norm of the tensor as it lies in memory: it would copy another."""
         assert self.layer_norm is not None
-        if _is_batch_first(a):
+        if self.keep_memory_order and a.dim() == 3:
             return self.layer_norm(a.transpose(0, 1)).transpose(0, 1)
         return self.layer_norm(a)
 
@@ -278,11 +284,15 @@ class SRUCell(nn.Module):
             if len(ret) != 2:
                 raise ValueError(f"custom_m must return U or (U, V); it returned {len(ret)} tensors")
             U, V = ret[0], ret[1]
+            if V.dim() == 3 and input.dim() == 3 and list(V.shape[:2]) != list(input.shape[:2]):
+                raise ValueError(f"custom_m returned V of shape {list(V.shape)} for an input of shape {list(input.shape)}")
             if V.size(-1) != self.output_size * 2:
                 raise ValueError(f"custom_m returned V of shape {list(V.shape)}; expected a last size of {self.output_size * 2}")
             V = V + self.weight_c
         else:
             U, V = ret, self.weight_c
+        if U.dim() == 3 and input.dim() == 3 and list(U.shape[:2]) != list(input.shape[:2]):
+            raise ValueError(f"custom_m returned U of shape {list(U.shape)} for an input of shape {list(input.shape)}")
         if U.size(-1) != self.output_size * self.num_matrices:
             raise ValueError(
                 f"custom_m returned U of shape {list(U.shape)}; expected a last size of output_size * num_matrices = "
@@ -291,8 +301,8 @@ class SRUCell(nn.Module):
         return U, V
 
     def compute_U(self, input: Tensor) -> Tensor:
-        """(L, B, input_size) -> (L * B, D * k); of an input that lies batch first in memory, (L, B, D * k) that does so too."""
-        batch_first = _is_batch_first(input)
+        """(L, B, input_size) -> (L * B, D * k); in a stack that is batch first, (L, B, D * k) that lies so in memory."""
+        batch_first = self.keep_memory_order and input.dim() == 3
         x = input.transpose(0, 1) if batch_first else input
         x = x.reshape(-1, self.input_size)
         weight_proj = self.weight_proj
@@ -368,6 +378,7 @@ class SRU(nn.Module):
     ) -> None:
         super().__init__()
         _check_size("num_layers", num_layers)
+        _check_number("projection_size", projection_size)
         if isinstance(custom_m, list | tuple | nn.ModuleList) and len(custom_m) < num_layers:
             raise ValueError(f"custom_m has {len(custom_m)} modules; expected one for each of the {num_layers} layers")
         self.input_size = input_size
@@ -457,6 +468,9 @@ class SRU(nn.Module):
     def _forward_packed(self, input: PackedSequence, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Any, Tensor]:
         if mask_pad is not None:
             raise ValueError("mask_pad cannot be given with a PackedSequence, whose lengths say what is padding")
+        _check_tensors(input.data, c0, mask_pad)
+        if input.data.dim() != 2:
+            raise ValueError(f"input packs data of shape {list(input.data.shape)}; expected 2 dimensions, (steps, input_size)")
         padded, lengths = pad_packed_sequence(input)
         steps = torch.arange(padded.size(0), device=padded.device)
         h, c = self._forward(padded, c0, steps.unsqueeze(1) >= lengths.to(padded.device))
@@ -467,7 +481,7 @@ class SRU(nn.Module):
         if input.size(2) != self.input_size:
             raise ValueError(f"input has shape {list(input.shape)}; expected a last size of input_size = {self.input_size}")
         if c0 is None:
-            zeros = torch.zeros(batch, self.output_size, dtype=input.dtype, device=input.device)
+            zeros = torch.zeros(batch, self.output_size, dtype=self.rnn_lst[0].bias.dtype, device=input.device)
             states = [zeros for _ in range(self.num_layers)]
         else:
             states = self._states_of_layers(c0, batch).unbind(0)
@@ -475,10 +489,10 @@ class SRU(nn.Module):
             mask_pad = _as_padding(mask_pad, input)
         h = input
         if self.input_to_hidden is not None:
-            h = self.input_to_hidden(h.transpose(0, 1)).transpose(0, 1) if _is_batch_first(h) else self.input_to_hidden(h)
+            h = self.input_to_hidden(h.transpose(0, 1)).transpose(0, 1) if self.batch_first else self.input_to_hidden(h)
         last: list[Tensor] = []
         for i, rnn in enumerate(self.rnn_lst):
-            h, c = rnn(h, states[i], mask_pad)
+            h, c = rnn(h, states[i], mask_pad=mask_pad)
             last.append(c)
         c = torch.stack(last)
         if self.nn_rnn_compatible_return:
@@ -511,6 +525,11 @@ def _check_size(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
 
 
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, not {type_name(value)}")
+
+
 def _check_probability(name: str, value: Any) -> None:
     if not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
         raise ValueError(f"{name} must be a probability, at least 0 and below 1; got {value!r}")
@@ -519,12 +538,9 @@ def _check_probability(name: str, value: Any) -> None:
 def _check_tensors(input: Any, c0: Any, mask_pad: Any) -> None:
     for name, a in (("input", input), ("c0", c0), ("mask_pad", mask_pad)):
         if not isinstance(a, Tensor) and (a is not None or name == "input"):
-            raise TypeError(f"{name} must be a torch.Tensor, not {type(a).__module__}.{type(a).__qualname__}")
-
-
-def _is_batch_first(a: Tensor) -> bool:
-    """Whether a (L, B, n) tensor lies in memory as (B, L, n)."""
-    return a.dim() == 3 and not a.is_contiguous() and a.transpose(0, 1).is_contiguous()
+            raise TypeError(f"{name} must be a torch.Tensor, not {type_name(a)}")
+        if a is not None and not torch.compiler.is_compiling():
+            check_torch(a, name)
 
 
 def _as_padding(mask_pad: Tensor, input: Tensor) -> Tensor:

@@ -99,12 +99,12 @@ def _sru(
     if api.is_number("scale_x", scale_x) or isinstance(scale_x, torch.SymFloat | torch.SymInt):
         scale, scale_x = float(scale_x), None
     elif not isinstance(scale_x, Tensor):
-        raise TypeError(f"scale_x must be a number or a tensor of one element, not {_type(scale_x)}")
+        raise TypeError(f"scale_x must be a number or a tensor of one element, not {type_name(scale_x)}")
     for name, value in given.items():
         if isinstance(value, Tensor):
             dlpack.check_torch(value, name)  # torch's own wrappers would stumble over a sparse one
         elif value is not None or name == "u":
-            raise TypeError(f"{name} must be a torch.Tensor, not {_type(value)}")
+            raise TypeError(f"{name} must be a torch.Tensor, not {type_name(value)}")
     for name, value in (("mask_c", mask_c), ("scale_x", scale_x)):
         if value is not None and value.requires_grad and torch.is_grad_enabled():
             raise TypeError(_NO_GRADIENT.format(name))
@@ -120,7 +120,8 @@ def _sru(
 _NO_GRADIENT = "{0} requires grad, and cusru has no gradient for it: pass {0}.detach()"
 
 
-def _type(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """For messages."""
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
@@ -320,6 +321,10 @@ def _vmap(
     """`size` problems as one of `size` times the columns, for a column has its own parameters and its own gradients of them.
     Padding and scale_x are shared by all columns: where they differ, the problems run one after the other."""
     values, dims = dict(zip(names, arguments, strict=True)), dict(zip(names, in_dims, strict=True))
+    if function is _Forward and size:  # the caller knows the sizes of one problem
+        one = tuple(a if d is None else a.select(d, 0) for a, d in zip(arguments, in_dims, strict=True))
+        inputs, keywords = _split(one)
+        _check_without_memory("forward", dict(zip("ux", inputs, strict=True)) | keywords)
     if dims["mask_pad"] is not None or dims["scale_x"] is not None:
         each = [
             function.apply(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
@@ -329,6 +334,7 @@ def _vmap(
 
     rank = {n: a.ndim - (dims[n] is not None) for n, a in values.items() if isinstance(a, Tensor)}
     directions = 2 if values["bidirectional"] else 1
+    width = [n for i, n in enumerate(values["u"].shape) if i != dims["u"]][2] // directions
     for name in rank.keys() - {"mask_pad", "scale_x"}:
         a = values[name]
         a = a.unsqueeze(0).expand(size, *a.shape) if dims[name] is None else a.movedim(dims[name], 0)
@@ -339,7 +345,7 @@ def _vmap(
     for name, a in zip(results, function.apply(*values.values()), strict=True):
         absent = name in values and values[name] is None  # and so is its gradient
         if not absent:
-            a = _unfold(a, _axis(rank.get(name)), size, directions)
+            a = _unfold(a, _axis(rank.get(name)), size, directions, width)
             if rank.get(name) == 1:
                 a = a.flatten(1)
         outputs.append(a)
@@ -358,7 +364,7 @@ def _fold(a: Tensor, axis: int, directions: int) -> Tensor:
     return a.flatten(axis - 2 + a.ndim, axis + a.ndim)
 
 
-def _unfold(a: Tensor, axis: int, size: int, directions: int) -> Tensor:
+def _unfold(a: Tensor, axis: int, size: int, directions: int, width: int) -> Tensor:
     """The reverse of _fold."""
-    a = a.unflatten(axis, (directions, size, a.shape[axis] // (directions * size))).movedim(axis - 1, 0)
+    a = a.unflatten(axis, (directions, size, width)).movedim(axis - 1, 0)
     return a.flatten(axis - 1 + a.ndim, axis + a.ndim)
