@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.training [--rounds 15]
 
-Each round runs both, forward and backward, on the same values, one after the other; a figure is the median over the rounds of
-the rounds' own ratios, so that a machine whose speed drifts, or that others use, gives nearly the same.
+Each round runs both, forward and backward, on the same values, one after the other, each several times in a row; a time is the
+median of the rounds' means, the ratio that of the rounds' own ratios, so that a machine whose speed drifts, or that others use,
+gives nearly the same.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import warnings
 from typing import Any, NamedTuple
 
 from benchmarks import peers
+
+TURN = 0.1  # seconds of sru's calls in a row, 3 at least
 
 
 class Shape(NamedTuple):
@@ -75,15 +78,17 @@ def measure(shape: Shape, rounds: int) -> Ratio:
             mask_c=mask_c, mask_pad=mask_pad, mask_target="gate", bidirectional=shape.bidirectional,
         )  # fmt: skip
 
-    def seconds(run: Any) -> float:
+    def seconds(run: Any, calls: int = 1) -> float:
         start = time.perf_counter()
-        torch.autograd.grad(run(), leaves, grads)
-        return time.perf_counter() - start
+        for _ in range(calls):
+            torch.autograd.grad(run(), leaves, grads)
+        return (time.perf_counter() - start) / calls
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "Running SRU on CPU with grad_enabled=True. Are you sure?"
-        seconds(theirs), seconds(ours)
-        pairs = [(seconds(theirs), seconds(ours)) for _ in range(rounds)]
+        seconds(ours)
+        calls = max(3, round(TURN / seconds(theirs)))
+        pairs = [(seconds(theirs, calls), seconds(ours, calls)) for _ in range(rounds)]
     return Ratio(*(statistics.median(column) for column in zip(*pairs, strict=True)), statistics.median(a / b for a, b in pairs))
 
 
