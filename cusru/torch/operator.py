@@ -128,27 +128,22 @@ def type_name(value: Any) -> str:
 # ---- the custom operators: torch owns the memory -------------------------------------------------------------------
 
 
-def _keywords(tensors: tuple[Any, ...], scale: float, options: tuple[Any, ...]) -> dict[str, Any]:
-    """The arguments of cusru's functions but for u and x; the operators' save_every = 0 stands for None."""
-    keywords = dict(zip(_TENSORS[2:], tensors[2:], strict=True)) | dict(zip(_OPTIONS, options, strict=True))
-    if keywords["scale_x"] is None:
-        keywords["scale_x"] = scale
-    keywords["save_every"] = keywords["save_every"] or None
-    return keywords
-
-
-def _split(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """An operator's arguments -> (u, x) and the keywords."""
-    n = len(_TENSORS)
-    return arguments[:2], _keywords(arguments[:n], arguments[n], arguments[n + 1 :])
+def _named(arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """An operator's arguments as those of cusru's functions; its save_every = 0 stands for None."""
+    given = dict(zip((*_TENSORS, "scale", *_OPTIONS), arguments, strict=True))
+    scale = given.pop("scale")
+    if given["scale_x"] is None:
+        given["scale_x"] = scale
+    given["save_every"] = given["save_every"] or None
+    return given
 
 
 def _new_outputs(u: Tensor, save_every: int) -> tuple[Tensor, Tensor, Tensor]:
     length, batch, width, _ = u.shape
     state = torch.float64 if u.dtype == torch.float64 else torch.float32
     blocks = -(-length // save_every) if save_every else 0
-    # c has one row more than is used, for torch.export specialises a size that is 1 in its example
     h = torch.empty_like(u.select(-1, 0))  # its axes in the order of u's: a batch-first u makes a batch-first h
+    # c has one row more than is used, for torch.export specialises a size that is 1 in its example
     return h, u.new_empty((blocks + 1, batch, width), dtype=state), u.new_empty((batch, width), dtype=state)
 
 
@@ -157,22 +152,23 @@ def _new_gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(tensors[0].new_empty(0) if a is None else torch.empty_like(a) for a in tensors)  # type: ignore[union-attr]
 
 
-def _workspace(direction: str, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
-    u = inputs[0]
-    if u.device.type == "cpu" and u.dim() == 4 and u.layout is torch.strided:  # NumPy takes none
+def _workspace(direction: str, given: dict[str, Any]) -> Tensor | None:
+    """None on a CPU, where NumPy takes none. To ask for its size is to check the arguments, so this comes before all else; on a
+    CPU cusru's own call checks them, but for what would keep the results from being allocated."""
+    u = given["u"]
+    if u.device.type == "cpu" and u.dim() == 4 and u.layout is torch.strided:
         return None
-    # Checks the arguments too, before anything is allocated; on a CPU of results that could be, cusru's call itself does.
-    return u.new_empty(cusru.workspace_size(direction, *inputs, **keywords), dtype=torch.uint8)
+    return u.new_empty(cusru.workspace_size(direction, **given), dtype=torch.uint8)
 
 
 @torch.library.custom_op("cusru::sru_forward", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    inputs, keywords = _split(arguments)
-    workspace = _workspace("forward", inputs, keywords)
-    h, c, c_last = _new_outputs(inputs[0], arguments[-1])
+    given = _named(arguments)
+    workspace = _workspace("forward", given)
+    h, c, c_last = _new_outputs(given["u"], arguments[-1])
     c[-1].zero_()  # an operator's results must be the same each time
     out = (h, c[:-1] if arguments[-1] else None, c_last)
-    cusru.sru_forward(*inputs, **keywords, out=out, workspace=workspace)
+    cusru.sru_forward(**given, out=out, workspace=workspace)
     return h, c, c_last
 
 
@@ -182,28 +178,24 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     schema=f"(Tensor grad_h, Tensor? grad_c_last, Tensor c, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    inputs, keywords = _split(arguments)
-    workspace = _workspace("backward", inputs, keywords)
+    given = _named(arguments)
+    workspace = _workspace("backward", given)
     wanted = arguments[:5]
     gradients = _new_gradients(*wanted)
     out = [None if a is None else g for a, g in zip(wanted, gradients, strict=True)]
-    cusru.sru_backward(grad_h, grad_c_last, c[:-1], *inputs, **keywords, out=out, workspace=workspace)
+    cusru.sru_backward(grad_h, grad_c_last, c[:-1], **given, out=out, workspace=workspace)
     return gradients
 
 
 @_forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    inputs, keywords = _split(arguments)
-    _check_without_memory("forward", dict(zip("ux", inputs, strict=True)) | keywords)
+    _check_without_memory("forward", _named(arguments))
     return _new_outputs(arguments[0], arguments[-1])
 
 
 @_backward.register_fake
 def _(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    inputs, keywords = _split(arguments)
-    _check_without_memory(
-        "backward", dict(zip("ux", inputs, strict=True)) | keywords | dict(grad_h=grad_h, grad_c_last=grad_c_last, c=c[:-1])
-    )
+    _check_without_memory("backward", _named(arguments) | dict(grad_h=grad_h, grad_c_last=grad_c_last, c=c[:-1]))
     return _new_gradients(*arguments[:5])
 
 
@@ -300,16 +292,12 @@ class _Backward(torch.autograd.Function):
         raise NotImplementedError(_NO_JVP)
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError(_NO_DOUBLE_BACKWARD)
-
-
 # For those who call the operators themselves: TorchScript, and graphs that were exported.
 _forward.register_autograd(
     lambda ctx, grad_h, _, grad_c_last: _gradients(ctx, torch.ops.cusru.sru_backward, grad_h, grad_c_last),
-    setup_context=lambda ctx, inputs, output: _keep(ctx, inputs, output),
+    setup_context=_keep,
 )
-_backward.register_autograd(_no_double_backward)
+_backward.register_autograd(_Backward.backward)
 
 
 # ---- vmap ----------------------------------------------------------------------------------------------------------
@@ -323,8 +311,7 @@ def _vmap(
     values, dims = dict(zip(names, arguments, strict=True)), dict(zip(names, in_dims, strict=True))
     if function is _Forward and size:  # the caller knows the sizes of one problem
         one = tuple(a if d is None else a.select(d, 0) for a, d in zip(arguments, in_dims, strict=True))
-        inputs, keywords = _split(one)
-        _check_without_memory("forward", dict(zip("ux", inputs, strict=True)) | keywords)
+        _check_without_memory("forward", _named(one))
     if dims["mask_pad"] is not None or dims["scale_x"] is not None:
         each = [
             function.apply(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
