@@ -30,7 +30,9 @@ change a bit of a result. bfloat16, which NumPy lacks, arrives as its bits in ui
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +46,7 @@ SELU_ALPHA = 1.6732632423543772848170429916717
 SMALL_F = float(1 / (1 + np.exp(4.0)))  # forget gates below this form f * c directly
 TILE_COLUMNS = 8192  # a step's ufunc calls then cost little next to their work, and its rows stay in L2
 BLOCK_BYTES = 256 * 1024  # of one contiguous array; a backward has eight of its own
+KEPT_BYTES = 16 << 20  # of scratch memory, at most, that a thread keeps between calls
 RUNNING_SUM = 8  # so many terms, and no more, are added one after another
 
 
@@ -96,72 +99,70 @@ def slope(name: str, c: Array) -> MaybeArray:
     return None
 
 
-def run_states(states: Array, z: Array, a: Array, v: MaybeArray, pad: Pad | None) -> None:
-    """states[0] is known, (steps + 1, n); fills the rest. a: the forget gate's argument, less v * c, of which it
-    leaves the exponential of the whole."""
+def run_states(states: Array, z: Array, e: Array, move: Array, v: MaybeArray, pad: Pad | None) -> None:
+    """states[0] is known, (steps + 1, n); fills the rest. e: the forget gate's argument, less v * c; becomes the exponential
+    of the whole. move: becomes (c_prev - z) * (1 - f)."""
     add, multiply, subtract, divide, exp, less = np.add, np.multiply, np.subtract, np.divide, np.exp, np.less
-    stops = pad.steps if pad else [None] * len(z)
-    move = np.empty_like(states[0])
-    if v is None:  # c = keep*c + (p*c + g*z)
-        f, g, p = np.exp(a, out=a).copy(), np.empty_like(a), np.empty_like(a)
-        gates(f, g)
-        keep = split(f, g, p)
-        g *= z
-        for t, (gz, pt, c, new) in enumerate(zip(g, p, states[:-1], states[1:], strict=True)):
-            multiply(pt, c, out=move)
-            add(move, gz, out=move)
-            add(c if keep is None else multiply(c, keep[t], out=new), move, out=new)
-            if (stop := stops[t]) is not None:
-                np.copyto(new, c, where=stop)
-        return
-    one, bound = np.ones((), a.dtype), np.full((), SMALL_F / (1 - SMALL_F), a.dtype)  # as arrays, which a ufunc need not convert
-    below, small = np.empty_like(move), np.empty(move.shape, bool)
-    # c = c + (z - c) / (1 + e), or (e*c + z) / (1 + e) where f = e / (1 + e) is small
-    rows = v if v.ndim == 2 else [v] * len(a)
-    for zt, e, vt, c, new, stop in zip(z, a, rows, states[:-1], states[1:], stops, strict=True):
-        multiply(vt, c, out=move)
-        add(move, e, out=e)
-        exp(e, out=e)
-        less(e, bound, out=small)
-        add(e, one, out=below)
-        subtract(zt, c, out=move)
-        divide(move, below, out=move)
-        add(c, move, out=new)
-        (few,) = small.nonzero()
+    one, bound = np.ones((), e.dtype), np.full((), SMALL_F / (1 - SMALL_F), e.dtype)  # as arrays, which a ufunc need not convert
+    weights: Any = repeat(v)
+    below: Any = repeat(np.empty_like(states[0]))
+    small: Any = repeat(np.empty(states.shape[1], bool))
+    if v is None:
+        exp(e, e)
+        below, small = add(e, one), less(e, bound)
+    elif v.ndim == 2:
+        weights = v
+    stops = pad.steps if pad else repeat(None)
+    c = states[0]
+    # c = c - (c - z) / (1 + e), or z + (c - z) / (1 + e) * e where f = e / (1 + e) is small
+    for new, zt, et, mt, vt, bt, st, stop in zip(states[1:], z, e, move, weights, below, small, stops, strict=False):
+        if vt is not None:
+            multiply(vt, c, mt)
+            add(et, mt, et)
+            exp(et, et)
+            add(et, one, bt)
+            less(et, bound, st)
+        subtract(c, zt, mt)
+        divide(mt, bt, mt)
+        subtract(c, mt, new)
+        (few,) = st.nonzero()
         if len(few):
-            new[few] = (e[few] * c[few] + zt[few]) / below[few]
+            new[few] = zt[few] + mt[few] * et[few]
         if stop is not None:
             np.copyto(new, c, where=stop)
+        c = new
 
 
-def split(f: Array, g: Array, p: Array) -> MaybeArray:
+def split(f: Array, g: Array, p: Array, keep: Array) -> MaybeArray:
     """f as keep + p: 1 and p = -g or, where f is small, 0 and f. Returns keep, None where all are 1. An element's arithmetic
     does not depend on what the others are: 1 * c is c."""
-    np.negative(g, out=p)
-    if np.fmin.reduce(f, axis=None) >= SMALL_F:  # fmin: a NaN is nothing to the other columns
+    np.negative(g, p)
+    (few,) = (f.reshape(-1) < SMALL_F).nonzero()  # flat: much faster than by rows and columns
+    if not len(few):
         return None
-    small = f < SMALL_F
-    np.copyto(p, f, where=small)
-    return np.logical_not(small).astype(f.dtype)
+    p.reshape(-1)[few] = f.reshape(-1)[few]
+    keep.fill(1)
+    keep.reshape(-1)[few] = 0
+    return keep
 
 
-def run_carry(carry: Array, gc: Array, p: Array, keep: MaybeArray, q: MaybeArray, pad: Pad | None) -> Array:
+def run_carry(carry: Array, gc: Array, p: Array, keep: MaybeArray, q: MaybeArray, pad: Pad | None) -> None:
     """From the last step to the first: gc comes as gh * r*m * activation'(c), and the carry is added to it; then
     carry = keep*gc + (p*gc + q)."""
     add, multiply = np.add, np.multiply
     new, kept = np.empty_like(carry), np.empty_like(carry)
-    stops = pad.steps if pad else [None] * len(gc)
     for t in range(len(gc) - 1, -1, -1):
         row = gc[t]
-        add(row, carry, out=row)
-        multiply(p[t], row, out=new)
+        add(row, carry, row)
+        multiply(p[t], row, new)
         if q is not None:
-            add(new, q[t], out=new)
-        add(new, row if keep is None else multiply(keep[t], row, out=kept), out=new)
-        if (stop := stops[t]) is not None:
-            np.copyto(new, carry, where=stop)
-        carry, new = new, carry
-    return carry
+            add(new, q[t], new)
+        if keep is not None:
+            row = multiply(keep[t], row, kept)
+        if pad is not None and (stop := pad.steps[t]) is not None:
+            np.copyto(carry, np.add(new, row, new), where=~stop)
+        else:
+            add(new, row, carry)
 
 
 # -------------------------------------------------------------------------------------------------------- the two passes
@@ -188,32 +189,31 @@ def forward(
 ) -> None:
     """Writes h, c and c_last in place; operands may have any strides. All checks are the caller's."""
     length = u.shape[0]
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), _Scratch() as scratch:
         for tile in _tiles(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target, bidirectional):
-            saved = Saved(length, save_every, tile.reverse)
-            states, room = np.empty((tile.block + 1, tile.columns), tile.dtype), tile.room(2)
+            saved, h_part, c_part = Saved(length, save_every, tile.reverse), tile.part(h), tile.part(c)
+            states, *room = scratch.arrays(tile, tile.block + 1, tile.block, tile.block, tile.block)
             states[0] = tile.c0
             for t0 in range(0, length, tile.block):
                 t1 = min(t0 + tile.block, length)
-                now, pad, (r, q) = states[: t1 - t0 + 1], tile.pad(t0, t1), room[:, : t1 - t0]
+                now, pad, (r, q, move) = states[: t1 - t0 + 1], tile.pad(t0, t1), (a[: t1 - t0] for a in room)
                 v_f, v_r = tile.weights(t0, t1)
-                tile.argument(t0, t1, 1, out=r)
-                run_states(now, tile.candidates(t0, t1), r, v_f, pad)
-                if h is not None:
+                run_states(now, tile.candidates(t0, t1), tile.argument(t0, t1, 1, out=r), move, v_f, pad)
+                if h_part is not None:
                     tile.argument(t0, t1, 2, out=r)
                     if v_r is not None:
-                        r += np.multiply(v_r, now[:-1], out=q)
-                    gates(np.exp(r, out=r), q)
-                    w, s = tile.skip_factor(r, q), tile.skip(t0, t1)
+                        r += np.multiply(v_r, now[:-1], q)
+                    gates(np.exp(r, r), q)
+                    w, s = tile.skip_factor(r, q, out=move), tile.skip(t0, t1)
                     if tile.mask is not None:
                         r *= tile.mask
                     r *= activate(activation, now[1:])
                     if s is None:
-                        tile.store(r, h, t0, t1, pad)
+                        tile.store(r, h_part, t0, t1, pad)
                     else:
-                        tile.put(np.add, r, np.multiply(w, s, out=q), h, t0, t1, pad)
-                if c is not None and save_every is not None:
-                    tile.store(now[saved.rows(t0, t1)], c, *saved.indices(t0, t1))
+                        tile.put(np.add, r, np.multiply(w, s, q), h_part, t0, t1, pad)
+                if c_part is not None and save_every is not None:
+                    tile.store(now[saved.rows(t0, t1)], c_part, *saved.indices(t0, t1))
                 states[0] = now[-1]
             if c_last is not None:
                 narrow(states[0].reshape(tile.shape), c_last[tile.b, tile.d])
@@ -247,76 +247,71 @@ def backward(
     length = u.shape[0]
     per_step = weight_c is not None and weight_c.ndim == 4
     sums = (grad_bias, None if per_step else grad_weight_c)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), _Scratch() as scratch:
         for total in sums:
             if total is not None:
                 total[...] = 0  # +0 has the same bits in every dtype, bfloat16 included
         totals = _Totals(u, *sums)
         for tile in _tiles(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target, bidirectional):
-            history = History(tile, c, save_every, length)
-            carry, room = np.zeros(tile.columns, tile.dtype), tile.room(8)
-            if grad_c_last is not None:
-                carry[:] = widen(grad_c_last[tile.b, tile.d], tile.dtype).reshape(-1)
-            for t0 in reversed(range(0, length, tile.block)):
-                t1 = min(t0 + tile.block, length)
-                states, pad = history.states(t0, t1), tile.pad(t0, t1)
-                c_prev, gh, (v_f, v_r) = states[:-1], tile.load(grad_h, t0, t1), tile.weights(t0, t1)
-                f, r, g, q, *_ = room[:, : t1 - t0]
-                gu1, gu2, p, carried = terms = room[4:, : t1 - t0]
-                if (known := history.forget_exponentials(t0, t1)) is not None:
-                    f = known
-                else:
-                    tile.argument(t0, t1, 1, out=f)
-                    if v_f is not None:
-                        f += np.multiply(v_f, c_prev, out=p)
-                    np.exp(f, out=f)
-                gates(f, g)
+            block, span = tile.block, min(length, tile.block if save_every == 1 else save_every + tile.block)
+            carry, *room, gradients, states, e, move = scratch.arrays(
+                tile, 1, block, block, block, block, 4 * block, span + 1, span, span
+            )
+            carry, gradients = carry[0], gradients.reshape(4, block, -1)
+            history = History(tile, c, save_every, states, e, move)
+            gh_part, gu_part, gs_part = tile.part(grad_h), tile.parts(grad_u), tile.part(grad_x)
+            gv_part = tile.parts(grad_weight_c) if per_step else None
+            if gu_part and len(gu_part) == 4:
+                gs_part = gu_part[3]
+            carry[:] = 0 if grad_c_last is None else widen(grad_c_last[tile.b, tile.d], tile.dtype).reshape(-1)
+            for t0 in reversed(range(0, length, block)):
+                t1 = min(t0 + block, length)
+                c_prev, c_next, f, adjoint = history.read(t0, t1)
+                r, q, g, keep = (a[: t1 - t0] for a in room)
+                gu1, gu2, p, carried = terms = gradients[:, : t1 - t0]
+                gh, pad, (v_f, v_r) = tile.load(gh_part, t0, t1), tile.pad(t0, t1), tile.weights(t0, t1)
+                # What does not depend on the carry: the reset gate's side, ...
                 tile.argument(t0, t1, 2, out=r)
                 if v_r is not None:
-                    r += np.multiply(v_r, c_prev, out=p)
-                gates(np.exp(r, out=r), q)
-                # What does not depend on the carry: the reset gate's side, ...
-                a, da, s = activate(activation, states[1:]), slope(activation, states[1:]), tile.skip(t0, t1)
+                    r += np.multiply(v_r, c_prev, p)
+                gates(np.exp(r, r), q)
+                a, da, s = activate(activation, c_next), slope(activation, c_next), tile.skip(t0, t1)
                 difference = _reset_difference(a, s, tile.mask, tile.gate_mask, out=p)
-                w = tile.skip_factor(r, q)
-                gc = np.multiply(gh, r, out=r)
-                np.multiply(gc, q, out=gu2)  # a saturated gate's 0 first: gh * difference may overflow
+                w = tile.skip_factor(r, q, out=keep)
+                gc = np.multiply(gh, r, r)
+                np.multiply(gc, q, gu2)  # a saturated gate's 0 first: gh * difference may overflow
                 gu2 *= difference
+                if gs_part is not None:
+                    if u.shape[3] == 3 and scale_x != 1:
+                        w = np.multiply(w, tile.scale_x, q)
+                    tile.put(np.multiply, gh, w, gs_part, t0, t1, pad)
                 if tile.mask is not None:
                     gc *= tile.mask
                 if da is not None:
                     gc *= da
                 # ... and the forget gate's.
-                u0 = tile.load(tile.u[..., 0], t0, t1)
-                adjoint = np.subtract(c_prev, activate(candidate, u0), out=gu1)  # A
-                adjoint *= f
-                adjoint *= g
-                keep = split(f, g, p)
+                gates(f, g)
+                adjoint *= f  # A
+                kept = split(f, g, p, keep)
                 if v_f is not None:
-                    p += np.multiply(adjoint, v_f, out=carried)
-                carry = run_carry(carry, gc, p, keep, None if v_r is None else np.multiply(gu2, v_r, out=carried), pad)
+                    p += np.multiply(adjoint, v_f, carried)
+                run_carry(carry, gc, p, kept, None if v_r is None else np.multiply(gu2, v_r, carried), pad)
                 # What does: gradients of the block.
-                gu1 *= gc
-                gc *= g
-                du0 = slope(candidate, u0)
-                if du0 is not None:
-                    gc *= du0
+                np.multiply(adjoint, gc, gu1)
                 if grad_weight_c is not None:
-                    np.multiply(terms[:2], c_prev, out=terms[2:])
+                    np.multiply(terms[:2], c_prev, terms[2:])
                 if pad:
                     np.copyto(terms, 0, where=pad.columns)
-                if grad_u is not None:
-                    tile.store(gc, grad_u[..., 0], t0, t1, pad)
-                    tile.store(gu1, grad_u[..., 1], t0, t1)
-                    tile.store(gu2, grad_u[..., 2], t0, t1)
-                gs_out = (None if grad_u is None else grad_u[..., 3]) if u.shape[3] == 4 else grad_x
-                if gs_out is not None:
-                    if u.shape[3] == 3 and scale_x != 1:
-                        w = np.multiply(w, tile.scale_x, out=q)
-                    tile.put(np.multiply, gh, w, gs_out, t0, t1, pad)
-                if grad_weight_c is not None and per_step:
-                    tile.store(terms[2], grad_weight_c[..., 0], t0, t1)
-                    tile.store(terms[3], grad_weight_c[..., 1], t0, t1)
+                if gu_part is not None:
+                    du0 = None if candidate == "identity" else slope(candidate, tile.load(tile.u[0], t0, t1))
+                    if du0 is not None:
+                        gc *= du0
+                    tile.put(np.multiply, gc, g, gu_part[0], t0, t1, pad)
+                    tile.store(gu1, gu_part[1], t0, t1)
+                    tile.store(gu2, gu_part[2], t0, t1)
+                if gv_part is not None:
+                    tile.store(terms[2], gv_part[0], t0, t1)
+                    tile.store(terms[3], gv_part[1], t0, t1)
                 totals.add(tile, terms)
             if grad_c0 is not None:
                 narrow(carry.reshape(tile.shape), grad_c0[tile.b, tile.d])
@@ -342,87 +337,105 @@ class Pad(NamedTuple):
     steps: list[MaybeArray]  # its rows, None for those without any
 
 
-class _Tile(NamedTuple):
-    """Some columns of one direction, with views of the operands in the order in which time is processed."""
+class _Tile:
+    """Some columns of one direction. A part is a tile's share of an operand, in the order in which time is processed: (L, n)
+    where the layout allows that without a copy, else (L, b, d)."""
 
-    reverse: bool
-    b: slice
-    d: slice
-    shape: tuple[int, int]
-    columns: int
-    block: int  # steps
-    dtype: np.dtype
-    u: Array
-    x: MaybeArray
-    weight_c: MaybeArray
-    mask_pad: MaybeArray
-    bias: MaybeArray  # (2, n)
-    v: MaybeArray  # (2, n), when it is not per step
-    c0: Array  # (n,)
-    mask: MaybeArray  # (n,)
-    gate_mask: bool
-    candidate: str
-    scale_x: np.floating
+    def __init__(
+        self, b: slice, d: slice, reverse: bool, u: Array, x: MaybeArray, bias: MaybeArray, weight_c: MaybeArray,
+        c0: MaybeArray, mask_c: MaybeArray, mask_pad: MaybeArray, candidate: str, scale_x: float, mask_target: str,
+    ) -> None:  # fmt: skip
+        self.b, self.d, self.reverse = b, d, reverse
+        self.shape = b.stop - b.start, d.stop - d.start
+        self.columns = self.shape[0] * self.shape[1]
+        self.dtype = state_dtype(u)
+        self.block = max(1, min(len(u), BLOCK_BYTES // (self.dtype.itemsize * self.columns)))  # steps
+        self.candidate, self.scale_x, self.gate_mask = candidate, self.dtype.type(scale_x), mask_target == "gate"
+        self.u = self.parts(u)
+        self.s = self.u[3] if u.shape[3] == 4 else self.part(x)
+        self.scaled = u.shape[3] == 3 and scale_x != 1
+        self.bias = None if bias is None else self.rows(bias)
+        self.v_parts = self.parts(weight_c) if weight_c is not None and weight_c.ndim == 4 else None
+        self.v = None if weight_c is None or weight_c.ndim == 4 else self.rows(weight_c)
+        self.c0 = 0 if c0 is None else self.plane(c0)
+        self.mask = None if mask_c is None else self.plane(mask_c)
+        self.mask_pad = mask_pad if mask_pad is None else (mask_pad[::-1] if reverse else mask_pad)[:, b]
 
-    def view(self, a: Array, t0: int, t1: int) -> Array:
-        """The tile's part of (L, B, D), flipped when the direction is."""
-        return (a[::-1] if self.reverse else a)[t0:t1, self.b, self.d]
+    def plane(self, a: Array) -> Array:
+        """(B, D) as (n,)."""
+        return widen(a[self.b, self.d], self.dtype).reshape(-1)
 
-    def load(self, a: Array, t0: int, t1: int) -> Array:
+    def rows(self, a: Array) -> Array:
+        """(2, D) as (2, n)."""
+        full = np.empty((2, *self.shape), self.dtype)
+        full[...] = widen(a[:, self.d], self.dtype)[:, None]
+        return full.reshape(2, -1)
+
+    def part(self, a: Any) -> Any:
+        """Of (L, B, D), or None."""
+        if a is None:
+            return None
+        a = (a[::-1] if self.reverse else a)[:, self.b, self.d]
+        flat = self.shape[0] == 1 or a.strides[1] == self.shape[1] * a.strides[2]
+        return a.reshape(len(a), self.columns) if flat else a
+
+    def parts(self, a: MaybeArray) -> Any:
+        """Of (L, B, D, k), or None."""
+        return None if a is None else [self.part(a[..., j]) for j in range(a.shape[3])]
+
+    def load(self, part: Array, t0: int, t1: int) -> Array:
         """(steps, n) in the state's dtype, to be read only: the caller's own memory where its layout allows."""
-        part = self.view(a, t0, t1)
-        return (part if part.dtype == self.dtype else widen(part, self.dtype)).reshape(len(part), self.columns)
+        block = part[t0:t1]
+        return (block if block.dtype == self.dtype else widen(block, self.dtype)).reshape(len(block), self.columns)
 
-    def room(self, count: int) -> Array:
-        """Arrays of a block for what is computed: used again by each, they stay in cache."""
-        return np.empty((count, self.block, self.columns), self.dtype)
-
-    def store(self, block: Array, out: Array, t0: int, t1: int, pad: Pad | None = None) -> None:
+    def store(self, block: Array, part: Array, t0: int, t1: int, pad: Pad | None = None) -> None:
         if pad:
             np.copyto(block, 0, where=pad.columns)
-        narrow(block.reshape(len(block), *self.shape), self.view(out, t0, t1))
+        out = part[t0:t1]
+        narrow(block.reshape(out.shape), out)
 
-    def put(self, ufunc: np.ufunc, a: Array, b: Array, out: Array, t0: int, t1: int, pad: Pad | None) -> None:
+    def put(self, ufunc: np.ufunc, a: Array, b: Array, part: Array, t0: int, t1: int, pad: Pad | None) -> None:
         """Stores ufunc(a, b), without a pass of its own where NumPy itself can write it."""
-        if pad or out.dtype == np.uint16:
-            self.store(ufunc(a, b), out, t0, t1, pad)
+        if pad or part.dtype == np.uint16:
+            self.store(ufunc(a, b), part, t0, t1, pad)
         else:
-            a, b = (operand.reshape(len(operand), *self.shape) for operand in (a, b))
-            ufunc(a, b, out=self.view(out, t0, t1), casting="same_kind")
+            out = part[t0:t1]
+            ufunc(a.reshape(out.shape), b.reshape(out.shape), out, casting="same_kind")
 
-    def argument(self, t0: int, t1: int, j: int, out: Array) -> None:
+    def argument(self, t0: int, t1: int, j: int, out: Array) -> Array:
         """u_j + b_j, to which v_j * c is to be added."""
-        u = self.load(self.u[..., j], t0, t1)
-        np.copyto(out, u)  # u is strided, so that a copy and a sum in place are faster than one sum
+        np.copyto(out, self.load(self.u[j], t0, t1))  # it is strided: a copy and a sum in place are faster than one sum
         if self.bias is not None:
             out += self.bias[j - 1]
+        return out
 
     def candidates(self, t0: int, t1: int) -> Array:
-        return activate(self.candidate, self.load(self.u[..., 0], t0, t1))
+        return activate(self.candidate, self.load(self.u[0], t0, t1))
 
     def weights(self, t0: int, t1: int) -> tuple[MaybeArray, MaybeArray]:
         if self.v is not None:
             return self.v[0], self.v[1]
-        if self.weight_c is None:
-            return None, None
-        return self.load(self.weight_c[..., 0], t0, t1), self.load(self.weight_c[..., 1], t0, t1)
+        if self.v_parts is not None:
+            return self.load(self.v_parts[0], t0, t1), self.load(self.v_parts[1], t0, t1)
+        return None, None
 
     def skip(self, t0: int, t1: int) -> MaybeArray:
-        if self.u.shape[3] == 4:
-            return self.load(self.u[..., 3], t0, t1)
-        if self.x is None:
+        if self.s is None:
             return None
-        s = self.load(self.x, t0, t1)
-        return s if self.scale_x == 1 else s * self.scale_x
+        s = self.load(self.s, t0, t1)
+        return np.multiply(s, self.scale_x) if self.scaled else s
 
-    def skip_factor(self, r: Array, q: Array) -> Array:
+    def skip_factor(self, r: Array, q: Array, out: Array) -> Array:
         """w = 1 - r, or 1 - m*r as (1 - r) + (1 - m)*r, which does not cancel at m = 1."""
-        return q if self.mask is None or not self.gate_mask else q + r * (1 - self.mask)
+        if self.mask is None or not self.gate_mask:
+            return q
+        np.multiply(r, 1 - self.mask, out)
+        return np.add(q, out, out)
 
     def pad(self, t0: int, t1: int) -> Pad | None:
         if self.mask_pad is None:
             return None
-        mask = (self.mask_pad[::-1] if self.reverse else self.mask_pad)[t0:t1, self.b] != 0
+        mask = self.mask_pad[t0:t1] != 0
         if not mask.any():
             return None
         columns = np.repeat(mask, self.shape[1], axis=1)
@@ -430,60 +443,42 @@ class _Tile(NamedTuple):
 
 
 def _tiles(
-    u: Array,
-    x: MaybeArray,
-    bias: MaybeArray,
-    weight_c: MaybeArray,
-    c0: MaybeArray,
-    mask_c: MaybeArray,
-    mask_pad: MaybeArray,
-    candidate: str,
-    scale_x: float,
-    mask_target: str,
-    bidirectional: bool,
-) -> Iterator[_Tile]:
-    length, batch, dim, _ = u.shape
-    dtype = state_dtype(u)
+    u: Array, x: MaybeArray, bias: MaybeArray, weight_c: MaybeArray, c0: MaybeArray, mask_c: MaybeArray, mask_pad: MaybeArray,
+    candidate: str, scale_x: float, mask_target: str, bidirectional: bool,
+) -> Iterator[_Tile]:  # fmt: skip
+    _, batch, dim, _ = u.shape
     width = dim // 2 if bidirectional else dim
-
+    operands = u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target
     for start in range(0, dim, width or 1):
         for d0 in range(start, start + width, TILE_COLUMNS):
             d = slice(d0, min(d0 + TILE_COLUMNS, start + width))
             rows = max(1, TILE_COLUMNS // (d.stop - d.start))
             for b0 in range(0, batch, rows):
-                b = slice(b0, min(b0 + rows, batch))
-                shape = (b.stop - b.start, d.stop - d.start)
-                n = shape[0] * shape[1]
-                static = weight_c if weight_c is not None and weight_c.ndim == 2 else None
+                yield _Tile(slice(b0, min(b0 + rows, batch)), d, start > 0, *operands)
 
-                def plane(a: Array, part: tuple[slice, slice] = (b, d)) -> Array:
-                    return widen(a[part], dtype).reshape(-1)
 
-                def rows_of(a: Array, d: slice = d, shape: tuple[int, int] = shape) -> Array:
-                    full = np.empty((2, *shape), dtype)
-                    full[...] = widen(a[:, d], dtype)[:, None]
-                    return full.reshape(2, -1)
+class _Scratch:
+    """Arrays for what is computed, in memory that the thread keeps for its next call: fresh memory costs a page fault every
+    4 KB, which is more than the work on it."""
 
-                yield _Tile(
-                    reverse=start > 0,
-                    b=b,
-                    d=d,
-                    shape=shape,
-                    columns=n,
-                    block=max(1, min(length, BLOCK_BYTES // (dtype.itemsize * n))),
-                    dtype=dtype,
-                    u=u,
-                    x=x,
-                    weight_c=weight_c,
-                    mask_pad=mask_pad,
-                    bias=None if bias is None else rows_of(bias),
-                    v=None if static is None else rows_of(static),
-                    c0=np.zeros(n, dtype) if c0 is None else plane(c0),
-                    mask=None if mask_c is None else plane(mask_c),
-                    gate_mask=mask_target == "gate",
-                    candidate=candidate,
-                    scale_x=dtype.type(scale_x),
-                )
+    kept = threading.local()
+
+    def __enter__(self) -> _Scratch:
+        self.memory = self.kept.__dict__.pop("memory", np.empty(0, np.uint8))  # taken: a call within this one has its own
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.memory.nbytes <= KEPT_BYTES:
+            self.kept.memory = self.memory
+
+    def arrays(self, tile: _Tile, *rows: int) -> list[Array]:
+        """One of (rows, n) for each number; they replace those of the tile before."""
+        nbytes = sum(rows) * tile.columns * tile.dtype.itemsize
+        if self.memory.nbytes < nbytes:
+            self.memory = np.empty(nbytes, np.uint8)
+        whole = self.memory[:nbytes].view(tile.dtype).reshape(-1, tile.columns)
+        ends = np.cumsum(rows)
+        return [whole[end - count : end] for end, count in zip(ends, rows, strict=True)]
 
 
 class Saved(NamedTuple):
@@ -517,36 +512,44 @@ class Saved(NamedTuple):
 class History:
     """The states of a tile for the backward: read where all are saved, else run again from the last one saved."""
 
-    def __init__(self, tile: _Tile, c: Array, every: int, length: int) -> None:
-        self.tile, self.c, self.saved = tile, c, Saved(length, every, tile.reverse)
-        self.low = length + 1  # self.span[i] is the state after low + i steps
-        self.span = np.empty((min(length, tile.block if every == 1 else every + tile.block) + 1, tile.columns), tile.dtype)
-        self.exponentials = np.empty_like(self.span[: 0 if every == 1 else None])
+    def __init__(self, tile: _Tile, c: Array, every: int, states: Array, e: Array, move: Array) -> None:
+        self.tile, self.c, self.saved = tile, tile.part(c), Saved(len(tile.u[0]), every, tile.reverse)
+        self.low = self.saved.length + 1  # states[i] is the state after low + i steps, e[i] and move[i] go with the next one
+        self.spans = states, e, move
 
-    def states(self, t0: int, t1: int) -> Array:
-        """Before step t0 to after step t1 - 1: (t1 - t0 + 1, n)."""
+    def read(self, t0: int, t1: int) -> tuple[Array, Array, Array, Array]:
+        """For the steps [t0, t1), (steps, n) each: the states before and after, the exponential of the forget gate's argument,
+        and (c_prev - z) * (1 - f). The last two are the caller's to change."""
         tile, saved = self.tile, self.saved
-        if saved.every == 1 and t0 > 0:
-            return tile.load(self.c, t0 - 1, t1)
+        states, e, move = self.spans
+        if saved.every == 1:
+            e, move = e[: t1 - t0], move[: t1 - t0]
+            if t0 > 0:
+                states = tile.load(self.c, t0 - 1, t1)
+            else:
+                states[0] = tile.c0
+                states[1 : t1 + 1] = tile.load(self.c, 0, t1)
+                states = states[: t1 + 1]
+            v_f, _ = tile.weights(t0, t1)
+            tile.argument(t0, t1, 1, out=e)
+            if v_f is not None:
+                e += np.multiply(v_f, states[:-1], move)
+            np.exp(e, e)
+            np.subtract(states[:-1], tile.candidates(t0, t1), move)
+            move /= e + 1
+            return states[:-1], states[1:], e, move
         if t0 < self.low:
             every = saved.every or 1
             i = (t0 - saved.first) // every  # the last one saved at or before t0, -1 for c0
             self.low = saved.end(i) if i >= 0 else 0
-            self.span[0] = tile.c0 if i < 0 else tile.load(self.c, i, i + 1)[0]
-            if every == 1:
-                self.span[1 : t1 - t0 + 1] = tile.load(self.c, t0, t1)
-            else:
-                for t in range(self.low, t1, tile.block):
-                    end = min(t + tile.block, t1)
-                    part, a = self.span[t - self.low : end - self.low + 1], self.exponentials[t - self.low : end - self.low]
-                    v_f, _ = tile.weights(t, end)
-                    tile.argument(t, end, 1, out=a)
-                    run_states(part, tile.candidates(t, end), a, v_f, tile.pad(t, end))
-        return self.span[t0 - self.low : t1 - self.low + 1]
-
-    def forget_exponentials(self, t0: int, t1: int) -> MaybeArray:
-        """exp of the forget gate's argument in the steps of the last `states`, where these were run again; to be overwritten."""
-        return None if self.saved.every == 1 else self.exponentials[t0 - self.low : t1 - self.low]
+            states[0] = tile.c0 if i < 0 else tile.load(self.c, i, i + 1)[0]
+            for t in range(self.low, t1, tile.block):
+                end = min(t + tile.block, t1)
+                now = slice(t - self.low, end - self.low)
+                argument, (v_f, _) = tile.argument(t, end, 1, out=e[now]), tile.weights(t, end)
+                run_states(states[now.start : now.stop + 1], tile.candidates(t, end), argument, move[now], v_f, tile.pad(t, end))
+        now = slice(t0 - self.low, t1 - self.low)
+        return states[now], states[now.start + 1 : now.stop + 1], e[now], move[now]
 
 
 class _Totals:
