@@ -477,8 +477,11 @@ class _Scratch:
         if self.memory.nbytes < nbytes:
             self.memory = np.empty(nbytes, np.uint8)
         whole = self.memory[:nbytes].view(tile.dtype).reshape(-1, tile.columns)
-        ends = np.cumsum(rows)
-        return [whole[end - count : end] for end, count in zip(ends, rows, strict=True)]
+        arrays, start = [], 0
+        for count in rows:
+            arrays.append(whole[start : start + count])
+            start += count
+        return arrays
 
 
 class Saved(NamedTuple):
@@ -514,7 +517,7 @@ class History:
 
     def __init__(self, tile: _Tile, c: Array, every: int, states: Array, e: Array, move: Array) -> None:
         self.tile, self.c, self.saved = tile, tile.part(c), Saved(len(tile.u[0]), every, tile.reverse)
-        self.low = self.saved.length + 1  # states[i] is the state after low + i steps, e[i] and move[i] go with the next one
+        self.low = self.saved.length  # states[i] is the state after low + i steps, e[i] and move[i] go with the next one
         self.spans = states, e, move
 
     def read(self, t0: int, t1: int) -> tuple[Array, Array, Array, Array]:
@@ -541,11 +544,15 @@ class History:
         if t0 < self.low:
             every = saved.every or 1
             i = (t0 - saved.first) // every  # the last one saved at or before t0, -1 for c0
-            self.low = saved.end(i) if i >= 0 else 0
+            low = saved.end(i) if i >= 0 else 0
+            known = min(self.low, t1)
+            moved, rest = slice(known - low, t1 - low), slice(0, t1 - known)  # run already, with the block after this one
+            e[moved], move[moved], states[moved.start + 1 : moved.stop + 1] = e[rest], move[rest], states[1 : rest.stop + 1]
+            self.low = low
             states[0] = tile.c0 if i < 0 else tile.load(self.c, i, i + 1)[0]
-            for t in range(self.low, t1, tile.block):
-                end = min(t + tile.block, t1)
-                now = slice(t - self.low, end - self.low)
+            for t in range(low, known, tile.block):
+                end = min(t + tile.block, known)
+                now = slice(t - low, end - low)
                 argument, (v_f, _) = tile.argument(t, end, 1, out=e[now]), tile.weights(t, end)
                 run_states(states[now.start : now.stop + 1], tile.candidates(t, end), argument, move[now], v_f, tile.pad(t, end))
         now = slice(t0 - self.low, t1 - self.low)

@@ -360,6 +360,16 @@ def test_every_save_every_gives_the_same_bits(weight, dtype):
     same_bits({n: one[n] for n in ("h", "c_last")}, run_forward(case, save_every=None))
 
 
+@pytest.mark.parametrize("every", [2, 32, 64, 1000])
+def test_the_backward_runs_each_step_again_once(every, monkeypatch):
+    rng = np.random.default_rng(6)
+    case = make_case(rng, 150, 3, 700, dtype="float32", bidirectional=True, save_every=every)
+    out, steps, run_states = run_forward(case), [], reference.run_states
+    monkeypatch.setattr(reference, "run_states", lambda states, z, *rest: (steps.append(len(z)), run_states(states, z, *rest)))
+    run_backward(case, out["h"], None, out["c"])
+    assert sum(steps) == 2 * 150
+
+
 def scattered(shape, dtype):
     """An empty array with its axes stored in reverse order, every other element, and time backward."""
     base = np.zeros(tuple(2 * n for n in shape[::-1]), dtype)
