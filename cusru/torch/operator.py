@@ -161,8 +161,17 @@ def _workspace(direction: str, given: dict[str, Any]) -> Tensor | None:
     return u.new_empty(cusru.workspace_size(direction, **given), dtype=torch.uint8)
 
 
-@torch.library.custom_op("cusru::sru_forward", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+# piece by piece: of torch.library.custom_op this leaves out a wrapper, which asks at each call whether a result is an input
+torch.library.define("cusru::sru_forward", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
+torch.library.define(
+    "cusru::sru_backward",
+    f"(Tensor grad_h, Tensor? grad_c_last, Tensor c, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_kernel("cusru::sru_forward", None)
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     given = _named(arguments)
     workspace = _workspace("forward", given)
     h, c, c_last = _new_outputs(given["u"], arguments[-1])
@@ -172,12 +181,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return h, c, c_last
 
 
-@torch.library.custom_op(
-    "cusru::sru_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_h, Tensor? grad_c_last, Tensor c, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+@torch.library.register_kernel("cusru::sru_backward", None)
+def _(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     given = _named(arguments)
     workspace = _workspace("backward", given)
     wanted = arguments[:5]
@@ -187,13 +192,13 @@ def _backward(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments:
     return gradients
 
 
-@_forward.register_fake
+@torch.library.register_fake("cusru::sru_forward")
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check_without_memory("forward", _named(arguments))
     return _new_outputs(arguments[0], arguments[-1])
 
 
-@_backward.register_fake
+@torch.library.register_fake("cusru::sru_backward")
 def _(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     _check_without_memory("backward", _named(arguments) | dict(grad_h=grad_h, grad_c_last=grad_c_last, c=c[:-1]))
     return _new_gradients(*arguments[:5])
@@ -293,11 +298,12 @@ class _Backward(torch.autograd.Function):
 
 
 # For those who call the operators themselves: TorchScript, and graphs that were exported.
-_forward.register_autograd(
+torch.library.register_autograd(
+    "cusru::sru_forward",
     lambda ctx, grad_h, _, grad_c_last: _gradients(ctx, torch.ops.cusru.sru_backward, grad_h, grad_c_last),
     setup_context=_keep,
 )
-_backward.register_autograd(_Backward.backward)
+torch.library.register_autograd("cusru::sru_backward", _Backward.backward)
 
 
 # ---- vmap ----------------------------------------------------------------------------------------------------------
