@@ -8,6 +8,7 @@ zeros for the derivatives that are not there. `sru` names the arguments.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -296,6 +297,9 @@ class _Backward(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(_NO_JVP)
 
+
+for _rules in (_Forward, _Backward):  # else `apply` has it worked out anew at each call
+    _rules.forward.__signature__ = inspect.signature(_rules.forward)  # type: ignore[attr-defined]
 
 # For those who call the operators themselves: TorchScript, and graphs that were exported.
 torch.library.register_autograd(
