@@ -62,7 +62,10 @@ class Array:
         """The same CPU memory as a NumPy array; bfloat16 as its bits in uint16."""
         if self.device != CPU:
             raise TypeError(f"{self.name} is on {device_name(self.device)}, and NumPy reads CPU memory only")
-        return _view(self, _storage(self.dtype).str, self.readonly)
+        storage = _storage(self.dtype)
+        if type(self.owner) is np.ndarray and self.owner.shape == self.shape:  # and not a parameter in rows
+            return self.owner.view(storage)
+        return _view(self, storage, self.readonly)
 
 
 # ---- in ------------------------------------------------------------------------------------------------------------
@@ -78,11 +81,10 @@ def device_of(obj: Any, name: str) -> tuple[str, int]:
     if framework == "cupy" and not sys.modules["cupy"].cuda.runtime.is_hip:
         return "cuda", obj.data.device_id  # its __dlpack_device__ would ask the driver
     if framework == "torch":
-        device = obj.device
-        if device.type == "cpu":
+        if obj.is_cpu:
             return CPU
-        if device.type == "cuda" and sys.modules["torch"].version.hip is None:
-            return "cuda", device.index
+        if obj.is_cuda and sys.modules["torch"].version.hip is None:
+            return "cuda", obj.device.index
     if not hasattr(obj, "__dlpack__") or not hasattr(obj, "__dlpack_device__"):
         raise _no_array(obj, name)
     try:
@@ -120,25 +122,25 @@ def stream_handle(stream: Any, u: Any, device: tuple[str, int]) -> int:
     return int(handle)
 
 
-def borrow(obj: Any, name: str, stream: int | None = None) -> Array:
+def borrow(obj: Any, name: str, stream: int | None = None, device: tuple[str, int] | None = None) -> Array:
     """Read an array where it lies. One on a device is ready for the work that `stream` gets from now on.
 
-    `stream=None` stands for the producer's own current stream (torch, CuPy), else for CuPy's; on a CPU it has no
-    meaning. The producer's side of the handshake is its current stream: call this before entering `stream`'s scope.
+    `device` is what `device_of` said, if it has been asked. `stream=None` stands for the producer's own current stream (torch,
+    CuPy), else for CuPy's; on a CPU it has no meaning. The producer's side of the handshake is its current stream: call this
+    before entering `stream`'s scope.
     """
     if isinstance(obj, Array):
         return obj
-    device = device_of(obj, name)
+    device = device or device_of(obj, name)
     framework = _framework(obj)
     if device[0] == "cuda":
         _cupy(proven=framework == "cupy")
     else:
         stream = None
-    read = {"numpy": _read_numpy, "cupy": _read_cupy, "torch": _read_torch}.get(framework, _read_capsule)
-    array = read(obj, name, device, stream)
+    array = _READERS.get(framework, _read_capsule)(obj, name, device, stream)
     if not array.pointer and array.size:
         raise TypeError(f"{name} holds no memory: {_type(obj)} of shape {array.shape} (a fake or traced tensor?)")
-    if array.size and array.pointer % array.itemsize:
+    if array.pointer % array.itemsize and array.size:
         raise ValueError(f"{name} starts at an address that is not aligned to its dtype {array.dtype}")
     return array
 
@@ -178,6 +180,9 @@ def _read_torch(obj: Any, name: str, device: tuple[str, int], stream: int | None
             _export(obj.detach(), name, device, stream)
     dtype = str(obj.dtype).removeprefix("torch.")
     return Array(name, pointer, shape, strides, dtype, device, False, "torch", obj, obj)
+
+
+_READERS = {"numpy": _read_numpy, "cupy": _read_cupy, "torch": _read_torch}
 
 
 def _has_tangent(torch: Any, obj: Any) -> bool:
@@ -250,7 +255,7 @@ def empty(
     strides = [0] * len(shape)
     for axis, stride in zip(order, _compact(laid_out), strict=True):
         strides[axis] = stride
-    storage = _storage(dtype)
+    storage = np.dtype(_storage(dtype))
     owner: Any
     if device[0] == "cpu":
         nbytes = math.prod(shape) * storage.itemsize
@@ -334,15 +339,15 @@ def overlaps(a: Array, b: Array) -> bool:
 
 def overlapping(written: list[Array], read: Iterable[Array]) -> tuple[Array, Array] | None:
     """The first array to be written that shares a byte with another, read or written, and that other."""
-    others = [(b, _bounds(b)) for b in read if b.size]
+    others = [(b, *_bounds(b)) for b in read if b.size]
     for a in written:
         if not a.size:
             continue
         low, high = _bounds(a)
-        for b, (b_low, b_high) in others:
+        for b, b_low, b_high in others:
             if b_low < high and low < b_high and overlaps(a, b):
                 return a, b
-        others.append((a, (low, high)))
+        others.append((a, low, high))
     return None
 
 
@@ -350,7 +355,7 @@ def overlaps_itself(a: Array) -> bool:
     """Whether two indices of one array reach the same element. Exact, unless that takes too long: then True."""
     if not a.size:
         return False
-    axes = sorted((abs(stride), extent) for stride, extent in zip(a.strides, a.shape, strict=True) if extent > 1)
+    axes = sorted([(abs(stride), extent) for stride, extent in zip(a.strides, a.shape, strict=True) if extent > 1])
     reach, nested = 0, True
     for stride, extent in axes:
         nested = nested and stride > reach  # each step of this axis clears all that the inner ones reach
@@ -367,9 +372,14 @@ def overlaps_itself(a: Array) -> bool:
 
 def _bounds(a: Array) -> tuple[int, int]:
     """The first byte of a, and the one after its last."""
-    steps = [stride * (extent - 1) for stride, extent in zip(a.strides, a.shape, strict=True)]
-    low, high = sum(step for step in steps if step < 0), sum(step for step in steps if step > 0)
-    return a.pointer + low * a.itemsize, a.pointer + (high + 1) * a.itemsize
+    low, high = 0, 1
+    for stride, extent in zip(a.strides, a.shape, strict=True):
+        if stride < 0:
+            low += stride * (extent - 1)
+        else:
+            high += stride * (extent - 1)
+    itemsize = a.itemsize
+    return a.pointer + low * itemsize, a.pointer + high * itemsize
 
 
 # ---- DLPack's C structures, by ctypes ------------------------------------------------------------------------------
@@ -468,7 +478,8 @@ class _Memory:
 
 
 def _view(a: Array, typestr: str, readonly: bool) -> np.ndarray:
-    strides = tuple(stride * a.itemsize for stride in a.strides)
+    itemsize = a.itemsize
+    strides = tuple([stride * itemsize for stride in a.strides])
     interface = {"data": (a.pointer, readonly), "shape": a.shape, "strides": strides, "typestr": typestr, "version": 3}
     return np.asarray(_Memory(interface, a.owner))
 
@@ -484,9 +495,10 @@ def _compact(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _in_elements(obj: Any, name: str) -> tuple[int, ...]:
     """NumPy's or CuPy's strides, which are in bytes, in elements."""
     itemsize = obj.itemsize or 1
-    if obj.size and any(step % itemsize and extent > 1 for step, extent in zip(obj.strides, obj.shape, strict=True)):
-        raise ValueError(f"{name} has strides of {obj.strides} bytes: not whole elements of {itemsize} bytes")
-    return tuple(step // itemsize for step in obj.strides)
+    for step, extent in zip(obj.strides, obj.shape, strict=True):
+        if step % itemsize and extent > 1 and obj.size:
+            raise ValueError(f"{name} has strides of {obj.strides} bytes: not whole elements of {itemsize} bytes")
+    return tuple([step // itemsize for step in obj.strides])
 
 
 @functools.lru_cache(64)
@@ -501,8 +513,9 @@ def _name(dtype: np.dtype[Any]) -> str:
 
 
 @functools.lru_cache(64)
-def _storage(dtype: str) -> np.dtype[Any]:
-    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
+def _storage(dtype: str) -> str:
+    """NumPy's type string for it."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype).str
 
 
 def _bfloat16() -> np.dtype[Any]:
