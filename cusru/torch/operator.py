@@ -20,7 +20,7 @@ from cusru import api, dlpack
 SAVE_EVERY = 32  # by default: states are then 0.4% of the bytes that a float32 training step moves
 
 _TENSORS = ("u", "x", "bias", "weight_c", "c0", "mask_c", "mask_pad", "scale_x")
-_OPTIONS = ("activation", "candidate", "mask_target", "bidirectional", "save_every")
+_NAMES = (*_TENSORS, "scale", "activation", "candidate", "mask_target", "bidirectional", "save_every")
 _ARGUMENTS = (
     "Tensor u, Tensor? x, Tensor? bias, Tensor? weight_c, Tensor? c0, Tensor? mask_c, Tensor? mask_pad, Tensor? scale_x, "
     "float scale, str activation, str candidate, str mask_target, bool bidirectional, int save_every"
@@ -131,7 +131,7 @@ def type_name(value: Any) -> str:
 
 def _named(arguments: tuple[Any, ...]) -> dict[str, Any]:
     """An operator's arguments as those of cusru's functions; its save_every = 0 stands for None."""
-    given = dict(zip((*_TENSORS, "scale", *_OPTIONS), arguments, strict=True))
+    given = dict(zip(_NAMES, arguments, strict=True))
     scale = given.pop("scale")
     if given["scale_x"] is None:
         given["scale_x"] = scale
@@ -157,12 +157,13 @@ def _workspace(direction: str, given: dict[str, Any]) -> Tensor | None:
     """None on a CPU, where NumPy takes none. To ask for its size is to check the arguments, so this comes before all else; on a
     CPU cusru's own call checks them, but for what would keep the results from being allocated."""
     u = given["u"]
-    if u.device.type == "cpu" and u.dim() == 4 and u.layout is torch.strided:
+    if u.is_cpu and u.dim() == 4 and u.layout is torch.strided:
         return None
     return u.new_empty(cusru.workspace_size(direction, **given), dtype=torch.uint8)
 
 
-# piece by piece: of torch.library.custom_op this leaves out a wrapper, which asks at each call whether a result is an input
+# Piece by piece: torch.library.custom_op would ask at every call whether a result shares memory with an argument. What it does
+# besides, keeping torch.compile out of the implementation, register_kernel does too.
 torch.library.define("cusru::sru_forward", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
 torch.library.define(
     "cusru::sru_backward",
@@ -265,8 +266,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        names = (*_TENSORS, "scale", *_OPTIONS)
-        return _vmap(_Forward, names, ("h", "c", "c_last"), info.batch_size, in_dims, arguments)
+        return _vmap(_Forward, _NAMES, ("h", "c", "c_last"), info.batch_size, in_dims, arguments)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -290,7 +290,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        names = ("grad_h", "grad_c_last", "c", *_TENSORS, "scale", *_OPTIONS)
+        names = ("grad_h", "grad_c_last", "c", *_NAMES)
         return _vmap(_Backward, names, ("u", "x", "bias", "weight_c", "c0"), info.batch_size, in_dims, arguments)
 
     @staticmethod
