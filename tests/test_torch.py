@@ -272,6 +272,20 @@ def test_compiled_by_inductor_within_a_model():
         torch.testing.assert_close(found, a, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_whole_training_step_can_be_compiled(backend):
+    def step(u):
+        h, _ = sru(u)
+        h.sum().backward()
+        return h
+
+    eager, compiled = (normal(L, B, D, 3).requires_grad_() for _ in range(2))
+    compiled.data = eager.data
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(step, backend=backend)(compiled), step(eager))
+    assert torch.equal(compiled.grad, eager.grad)
+
+
 def test_compiled_for_any_length_and_batch():
     torch._dynamo.reset()
     graphs = []

@@ -261,6 +261,7 @@ class _Forward(torch.autograd.Function):
     setup_context = staticmethod(_keep)
 
     @staticmethod
+    @torch.compiler.disable  # a compiled function that calls backward() itself would have dynamo compile this, and fail
     def backward(ctx: Any, grad_h: Tensor | None, _: None, grad_c_last: Tensor | None) -> tuple[Any, ...]:
         return _gradients(ctx, _Backward.apply, grad_h, grad_c_last)
 
