@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.training [--rounds 15]
 
-Each round runs both, forward and backward, on the same values, one after the other, each several times in a row; a time is the
-median of the rounds' means, the ratio that of the rounds' own ratios, so that a machine whose speed drifts, or that others use,
-gives nearly the same.
+Each round runs both, forward and backward, on the same values, one after the other, each for some time in a row, as a training
+job does; a time is the median of the rounds' means, the ratio that of the rounds' own ratios, so that a machine whose speed
+drifts, or that others use, gives nearly the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import peers
 
-TURN = 0.1  # seconds of sru's calls in a row, 3 at least
+TURN = 0.2  # seconds of one package's calls in a row, 3 at least
 
 
 class Shape(NamedTuple):
@@ -86,9 +86,9 @@ def measure(shape: Shape, rounds: int) -> Ratio:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "Running SRU on CPU with grad_enabled=True. Are you sure?"
-        seconds(ours)
-        calls = max(3, round(TURN / seconds(theirs)))
-        pairs = [(seconds(theirs, calls), seconds(ours, calls)) for _ in range(rounds)]
+        both = theirs, ours
+        calls = [max(3, round(TURN / min(seconds(run) for _ in range(2)))) for run in both]
+        pairs = [[seconds(run, count) for run, count in zip(both, calls, strict=True)] for _ in range(rounds)]
     return Ratio(*(statistics.median(column) for column in zip(*pairs, strict=True)), statistics.median(a / b for a, b in pairs))
 
 

@@ -45,7 +45,7 @@ SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
 SMALL_F = float(1 / (1 + np.exp(4.0)))  # forget gates below this form f * c directly
 TILE_COLUMNS = 8192  # a step's ufunc calls then cost little next to their work, and its rows stay in L2
-BLOCK_BYTES = 256 * 1024  # of one contiguous array; a backward has eight of its own
+BLOCK_BYTES = 512 * 1024  # of one contiguous array; a backward has eight of its own
 KEPT_BYTES = 16 << 20  # of scratch memory, at most, that a thread keeps between calls
 RUNNING_SUM = 8  # so many terms, and no more, are added one after another
 
@@ -126,8 +126,8 @@ def run_states(states: Array, z: Array, e: Array, move: Array, v: MaybeArray, pa
         divide(mt, bt, mt)
         subtract(c, mt, new)
         (few,) = st.nonzero()
-        if len(few):
-            new[few] = zt[few] + mt[few] * et[few]
+        for i in few if len(few) < 3 else [few]:  # one by one, or all at once
+            new[i] = zt[i] + mt[i] * et[i]
         if stop is not None:
             np.copyto(new, c, where=stop)
         c = new
