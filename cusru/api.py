@@ -330,12 +330,12 @@ def check(
     )  # fmt: skip
     own, either = (problem.dtype,), tuple(dict.fromkeys((problem.dtype, problem.state)))
     plane, steps = (batch, width), (length, batch, width)
-    rows = {2: (2, width), 1: (2 * width,)}
+    parameter = {2: (2, width), 1: (2 * width,)}
     allowed: dict[str, tuple[tuple[str, ...], dict[int, tuple[int, ...]]]] = {  # a shape by its rank: a tracer's L meets only L
         "u": (own, {4: a.shape}),
         "x": (own, {3: steps}),
-        "bias": (either, rows),
-        "weight_c": (either, {**rows, 4: (*steps, 2)}),
+        "bias": (either, parameter),
+        "weight_c": (either, {**parameter, 4: (*steps, 2)}),
         "c0": (either, {2: plane}),
         "mask_c": (either, {2: plane}),
         "mask_pad": (("bool", "uint8"), {2: (length, batch)}),
@@ -377,9 +377,9 @@ def _check_dtype(array: Array, allowed: tuple[str, ...]) -> None:
 def _in_rows(flat: Array) -> Array:
     """A flat (2*D,) parameter as the (2, D) that it is."""
     (size,), (stride,) = flat.shape, flat.strides
-    rows, steps = (2, size // 2), (size // 2 * stride, stride)
+    shape, strides = (2, size // 2), (size // 2 * stride, stride)
     a = flat  # dataclasses.replace takes five times as long
-    return Array(a.name, a.pointer, rows, steps, a.dtype, a.device, a.readonly, a.framework, a.owner, a.source)
+    return Array(a.name, a.pointer, shape, strides, a.dtype, a.device, a.readonly, a.framework, a.owner, a.source)
 
 
 def _run(problem: Problem, results: dict[str, Any], out: Any, workspace: Any) -> list[Any]:

@@ -47,7 +47,7 @@ class Array:
     device: tuple[str, int]
     readonly: bool
     framework: str
-    owner: Any = field(repr=False)  # keeps the memory alive
+    owner: Any = field(repr=False)  # keeps the memory alive; NumPy's array of this shape is this very array
     source: Any = field(repr=False)  # what the caller passed
 
     @property
@@ -63,7 +63,7 @@ class Array:
         if self.device != CPU:
             raise TypeError(f"{self.name} is on {device_name(self.device)}, and NumPy reads CPU memory only")
         storage = _storage(self.dtype)
-        if type(self.owner) is np.ndarray and self.owner.shape == self.shape:  # and not a parameter in rows
+        if type(self.owner) is np.ndarray and self.owner.shape == self.shape:
             return self.owner.view(storage)
         return _view(self, storage, self.readonly)
 
@@ -514,7 +514,7 @@ def _name(dtype: np.dtype[Any]) -> str:
 
 @functools.lru_cache(64)
 def _storage(dtype: str) -> str:
-    """NumPy's type string for it."""
+    """NumPy's type string for the memory of a dtype."""
     return np.dtype("uint16" if dtype == "bfloat16" else dtype).str
 
 

@@ -19,8 +19,8 @@ and its derivative, the steps in reverse, the carry starting as grad_c_last:
 At a padded step the state and the carry pass unchanged, h and all gradients are 0, and the data there is never used.
 
 Long memory (f near 1) is lost if f is rounded before it multiplies: the error does not average out, it compounds. So with
-g = 1 - f, computed by itself, c = c + (g*z - g*c) and carry = gc + gc*(A*v_f - g); only where f is small, f*c and gc*f are
-formed directly.
+g = 1 - f, computed by itself, c = c - (c - z)*g and carry = gc + gc*(A*v_f - g); only where f is small, f*c and gc*f are
+formed directly. (c - z must not overflow: |c| and |z| up to half the largest number.)
 
 Columns are cut into tiles and time into blocks that stay in cache; all that is not recurrent is computed for a whole block, in
 contiguous arrays of the state's dtype that the next block uses again, and a short loop does the rest. Operands of that dtype
@@ -45,8 +45,8 @@ SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
 SMALL_F = float(1 / (1 + np.exp(4.0)))  # forget gates below this form f * c directly
 TILE_COLUMNS = 8192  # a step's ufunc calls then cost little next to their work, and its rows stay in L2
-BLOCK_BYTES = 512 * 1024  # of one contiguous array; a backward has eight of its own
-KEPT_BYTES = 16 << 20  # of scratch memory, at most, that a thread keeps between calls
+BLOCK_BYTES = 512 * 1024  # of one contiguous array; a backward has eight, and three of save_every steps more
+KEPT_BYTES = 16 << 20  # of scratch memory, at most, that a thread keeps between calls: a backward's with save_every = 32
 RUNNING_SUM = 8  # so many terms, and no more, are added one after another
 
 
@@ -104,17 +104,18 @@ def run_states(states: Array, z: Array, e: Array, move: Array, v: MaybeArray, pa
     of the whole. move: becomes (c_prev - z) * (1 - f)."""
     add, multiply, subtract, divide, exp, less = np.add, np.multiply, np.subtract, np.divide, np.exp, np.less
     one, bound = np.ones((), e.dtype), np.full((), SMALL_F / (1 - SMALL_F), e.dtype)  # as arrays, which a ufunc need not convert
-    weights: Any = repeat(v)
-    below: Any = repeat(np.empty_like(states[0]))
-    small: Any = repeat(np.empty(states.shape[1], bool))
-    if v is None:
+    weights: Any
+    below: Any  # 1 + e
+    small: Any
+    if v is None:  # all of it is known beforehand
         exp(e, e)
-        below, small = add(e, one), less(e, bound)
-    elif v.ndim == 2:
-        weights = v
+        weights, below, small = repeat(None), add(e, one), less(e, bound)
+    else:  # each step uses the same two rows
+        weights = v if v.ndim == 2 else repeat(v)
+        below, small = repeat(np.empty_like(states[0])), repeat(np.empty(states.shape[1], bool))
     stops = pad.steps if pad else repeat(None)
     c = states[0]
-    # c = c - (c - z) / (1 + e), or z + (c - z) / (1 + e) * e where f = e / (1 + e) is small
+    # c = c - (c - z) / (1 + e), or (e*c + z) / (1 + e) where f = e / (1 + e) is small
     for new, zt, et, mt, vt, bt, st, stop in zip(states[1:], z, e, move, weights, below, small, stops, strict=False):
         if vt is not None:
             multiply(vt, c, mt)
@@ -126,14 +127,14 @@ def run_states(states: Array, z: Array, e: Array, move: Array, v: MaybeArray, pa
         divide(mt, bt, mt)
         subtract(c, mt, new)
         (few,) = st.nonzero()
-        for i in few if len(few) < 3 else [few]:  # one by one, or all at once
-            new[i] = zt[i] + mt[i] * et[i]
+        for i in few if len(few) < 3 else [few]:  # an array of indices costs as much as three numbers
+            new[i] = (et[i] * c[i] + zt[i]) / bt[i]
         if stop is not None:
             np.copyto(new, c, where=stop)
         c = new
 
 
-def split(f: Array, g: Array, p: Array, keep: Array) -> MaybeArray:
+def split(f: Array, g: Array, p: Array, out: Array) -> MaybeArray:
     """f as keep + p: 1 and p = -g or, where f is small, 0 and f. Returns keep, None where all are 1. An element's arithmetic
     does not depend on what the others are: 1 * c is c."""
     np.negative(g, p)
@@ -141,9 +142,9 @@ def split(f: Array, g: Array, p: Array, keep: Array) -> MaybeArray:
     if not len(few):
         return None
     p.reshape(-1)[few] = f.reshape(-1)[few]
-    keep.fill(1)
-    keep.reshape(-1)[few] = 0
-    return keep
+    out.fill(1)
+    out.reshape(-1)[few] = 0
+    return out
 
 
 def run_carry(carry: Array, gc: Array, p: Array, keep: MaybeArray, q: MaybeArray, pad: Pad | None) -> None:
@@ -259,15 +260,15 @@ def backward(
             )
             carry, gradients = carry[0], gradients.reshape(4, block, -1)
             history = History(tile, c, save_every, states, e, move)
-            gh_part, gu_part, gs_part = tile.part(grad_h), tile.parts(grad_u), tile.part(grad_x)
-            gv_part = tile.parts(grad_weight_c) if per_step else None
-            if gu_part and len(gu_part) == 4:
-                gs_part = gu_part[3]
+            gh_part, gu_parts, gs_part = tile.part(grad_h), tile.parts(grad_u), tile.part(grad_x)
+            gv_parts = tile.parts(grad_weight_c) if per_step else None
+            if gu_parts and len(gu_parts) == 4:
+                gs_part = gu_parts[3]
             carry[:] = 0 if grad_c_last is None else widen(grad_c_last[tile.b, tile.d], tile.dtype).reshape(-1)
             for t0 in reversed(range(0, length, block)):
                 t1 = min(t0 + block, length)
                 c_prev, c_next, f, adjoint = history.read(t0, t1)
-                r, q, g, keep = (a[: t1 - t0] for a in room)
+                r, q, g, spare = (a[: t1 - t0] for a in room)
                 gu1, gu2, p, carried = terms = gradients[:, : t1 - t0]
                 gh, pad, (v_f, v_r) = tile.load(gh_part, t0, t1), tile.pad(t0, t1), tile.weights(t0, t1)
                 # What does not depend on the carry: the reset gate's side, ...
@@ -277,7 +278,7 @@ def backward(
                 gates(np.exp(r, r), q)
                 a, da, s = activate(activation, c_next), slope(activation, c_next), tile.skip(t0, t1)
                 difference = _reset_difference(a, s, tile.mask, tile.gate_mask, out=p)
-                w = tile.skip_factor(r, q, out=keep)
+                w = tile.skip_factor(r, q, out=spare)
                 gc = np.multiply(gh, r, r)
                 np.multiply(gc, q, gu2)  # a saturated gate's 0 first: gh * difference may overflow
                 gu2 *= difference
@@ -292,26 +293,26 @@ def backward(
                 # ... and the forget gate's.
                 gates(f, g)
                 adjoint *= f  # A
-                kept = split(f, g, p, keep)
+                keep = split(f, g, p, out=spare)
                 if v_f is not None:
                     p += np.multiply(adjoint, v_f, carried)
-                run_carry(carry, gc, p, kept, None if v_r is None else np.multiply(gu2, v_r, carried), pad)
+                run_carry(carry, gc, p, keep, None if v_r is None else np.multiply(gu2, v_r, carried), pad)
                 # What does: gradients of the block.
                 np.multiply(adjoint, gc, gu1)
                 if grad_weight_c is not None:
                     np.multiply(terms[:2], c_prev, terms[2:])
                 if pad:
                     np.copyto(terms, 0, where=pad.columns)
-                if gu_part is not None:
+                if gu_parts is not None:
                     du0 = None if candidate == "identity" else slope(candidate, tile.load(tile.u[0], t0, t1))
                     if du0 is not None:
                         gc *= du0
-                    tile.put(np.multiply, gc, g, gu_part[0], t0, t1, pad)
-                    tile.store(gu1, gu_part[1], t0, t1)
-                    tile.store(gu2, gu_part[2], t0, t1)
-                if gv_part is not None:
-                    tile.store(terms[2], gv_part[0], t0, t1)
-                    tile.store(terms[3], gv_part[1], t0, t1)
+                    tile.put(np.multiply, gc, g, gu_parts[0], t0, t1, pad)
+                    tile.store(gu1, gu_parts[1], t0, t1)
+                    tile.store(gu2, gu_parts[2], t0, t1)
+                if gv_parts is not None:
+                    tile.store(terms[2], gv_parts[0], t0, t1)
+                    tile.store(terms[3], gv_parts[1], t0, t1)
                 totals.add(tile, terms)
             if grad_c0 is not None:
                 narrow(carry.reshape(tile.shape), grad_c0[tile.b, tile.d])
@@ -459,7 +460,7 @@ def _tiles(
 
 class _Scratch:
     """Arrays for what is computed, in memory that the thread keeps for its next call: fresh memory costs a page fault every
-    4 KB, which is more than the work on it."""
+    4 KB."""
 
     kept = threading.local()
 
@@ -468,15 +469,15 @@ class _Scratch:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.memory.nbytes <= KEPT_BYTES:
-            self.kept.memory = self.memory
+        self.kept.memory = self.memory
 
     def arrays(self, tile: _Tile, *rows: int) -> list[Array]:
         """One of (rows, n) for each number; they replace those of the tile before."""
         nbytes = sum(rows) * tile.columns * tile.dtype.itemsize
-        if self.memory.nbytes < nbytes:
-            self.memory = np.empty(nbytes, np.uint8)
-        whole = self.memory[:nbytes].view(tile.dtype).reshape(-1, tile.columns)
+        memory = self.memory if nbytes <= self.memory.nbytes else np.empty(nbytes, np.uint8)
+        if nbytes <= KEPT_BYTES:
+            self.memory = memory
+        whole = memory[:nbytes].view(tile.dtype).reshape(-1, tile.columns)
         arrays, start = [], 0
         for count in rows:
             arrays.append(whole[start : start + count])
@@ -522,41 +523,49 @@ class History:
 
     def read(self, t0: int, t1: int) -> tuple[Array, Array, Array, Array]:
         """For the steps [t0, t1), (steps, n) each: the states before and after, the exponential of the forget gate's argument,
-        and (c_prev - z) * (1 - f). The last two are the caller's to change."""
-        tile, saved = self.tile, self.saved
-        states, e, move = self.spans
-        if saved.every == 1:
-            e, move = e[: t1 - t0], move[: t1 - t0]
-            if t0 > 0:
-                states = tile.load(self.c, t0 - 1, t1)
-            else:
-                states[0] = tile.c0
-                states[1 : t1 + 1] = tile.load(self.c, 0, t1)
-                states = states[: t1 + 1]
-            v_f, _ = tile.weights(t0, t1)
-            tile.argument(t0, t1, 1, out=e)
-            if v_f is not None:
-                e += np.multiply(v_f, states[:-1], move)
-            np.exp(e, e)
-            np.subtract(states[:-1], tile.candidates(t0, t1), move)
-            move /= e + 1
-            return states[:-1], states[1:], e, move
+        and (c_prev - z) * (1 - f). The last two are the caller's to change. Blocks are read from the last to the first."""
+        if self.saved.every == 1:
+            return self._read_saved(t0, t1)
         if t0 < self.low:
-            every = saved.every or 1
-            i = (t0 - saved.first) // every  # the last one saved at or before t0, -1 for c0
-            low = saved.end(i) if i >= 0 else 0
-            known = min(self.low, t1)
-            moved, rest = slice(known - low, t1 - low), slice(0, t1 - known)  # run already, with the block after this one
-            e[moved], move[moved], states[moved.start + 1 : moved.stop + 1] = e[rest], move[rest], states[1 : rest.stop + 1]
-            self.low = low
-            states[0] = tile.c0 if i < 0 else tile.load(self.c, i, i + 1)[0]
-            for t in range(low, known, tile.block):
-                end = min(t + tile.block, known)
-                now = slice(t - low, end - low)
-                argument, (v_f, _) = tile.argument(t, end, 1, out=e[now]), tile.weights(t, end)
-                run_states(states[now.start : now.stop + 1], tile.candidates(t, end), argument, move[now], v_f, tile.pad(t, end))
-        now = slice(t0 - self.low, t1 - self.low)
-        return states[now], states[now.start + 1 : now.stop + 1], e[now], move[now]
+            self._run_again(t0, t1)
+        states, e, move = self.spans
+        now, after = slice(t0 - self.low, t1 - self.low), slice(t0 - self.low + 1, t1 - self.low + 1)
+        return states[now], states[after], e[now], move[now]
+
+    def _read_saved(self, t0: int, t1: int) -> tuple[Array, Array, Array, Array]:
+        tile = self.tile
+        e, move = (a[: t1 - t0] for a in self.spans[1:])
+        if t0 > 0:
+            states = tile.load(self.c, t0 - 1, t1)
+        else:
+            states = self.spans[0][: t1 + 1]
+            states[0] = tile.c0
+            states[1:] = tile.load(self.c, 0, t1)
+        v_f, _ = tile.weights(t0, t1)
+        tile.argument(t0, t1, 1, out=e)
+        if v_f is not None:
+            e += np.multiply(v_f, states[:-1], move)
+        np.exp(e, e)
+        np.subtract(states[:-1], tile.candidates(t0, t1), move)
+        move /= e + 1
+        return states[:-1], states[1:], e, move
+
+    def _run_again(self, t0: int, t1: int) -> None:
+        """From the last state saved at or before t0, c0 if there is none, to where the block after this one began to."""
+        tile, saved, known = self.tile, self.saved, self.low
+        states, e, move = self.spans
+        i = (t0 - saved.first) // (saved.every or 1)
+        self.low = low = saved.end(i) if i >= 0 else 0
+        if rest := t1 - known:  # steps of this block that were run with the block after it
+            states[known - low + 1 : t1 - low + 1] = states[1 : rest + 1]  # NumPy sees to the overlap
+            e[known - low : t1 - low] = e[:rest]
+            move[known - low : t1 - low] = move[:rest]
+        states[0] = tile.c0 if i < 0 else tile.load(self.c, i, i + 1)[0]
+        for t in range(low, known, tile.block):
+            end = min(t + tile.block, known)
+            now, after = slice(t - low, end - low), slice(t - low, end - low + 1)
+            argument, (v_f, _) = tile.argument(t, end, 1, out=e[now]), tile.weights(t, end)
+            run_states(states[after], tile.candidates(t, end), argument, move[now], v_f, tile.pad(t, end))
 
 
 class _Totals:

@@ -68,6 +68,19 @@ def test_import_of_cusru_torch_pulls_in_torch_alone():
     assert not {"cupy", "jax", "tensorflow", "cusru.simulator"} & set(loaded)
 
 
+def test_cusru_torch_can_be_imported_again():
+    need("torch")
+    python(
+        "import sys, torch, cusru.torch\n"
+        "for name in [name for name in sys.modules if name.startswith('cusru')]:\n"
+        "    del sys.modules[name]\n"
+        "import cusru.torch\n"
+        "u = torch.randn(5, 2, 4, 3, requires_grad=True)\n"
+        "cusru.torch.sru(u)[0].sum().backward()\n"
+        "assert u.grad.abs().sum() > 0\n"
+    )
+
+
 def lacking(framework):
     """Why a block that imports it cannot run here, or None."""
     if importlib.util.find_spec(framework) is None:

@@ -255,6 +255,17 @@ def test_small_forget_gates_keep_relative_accuracy():
             np.testing.assert_allclose(grads["c0"], expect_backward(case, grad_h, np.ones((4, 8)))["c0"], rtol=5e-6)
 
 
+@pytest.mark.parametrize("weight", ["none", "static"])
+def test_a_shut_forget_gate_gives_the_candidate_whatever_the_state(weight):
+    """c - z, which the other gates are computed with, would overflow."""
+    case = make_case(np.random.default_rng(3), 1, 1, 4, weight=weight, mask_c=False, pad=False, dtype="float32")
+    case["u"][..., 0], case["c0"] = -3e38, np.full((1, 4), 3e38, np.float32)
+    case["u"][..., 1] = -30
+    if weight == "static":
+        case["weight_c"][...] = 0
+    np.testing.assert_allclose(run_forward(case)["c_last"], -3e38, rtol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------- the published package
 
 
@@ -368,6 +379,20 @@ def test_the_backward_runs_each_step_again_once(every, monkeypatch):
     monkeypatch.setattr(reference, "run_states", lambda states, z, *rest: (steps.append(len(z)), run_states(states, z, *rest)))
     run_backward(case, out["h"], None, out["c"])
     assert sum(steps) == 2 * 150
+
+
+def test_scratch_memory_is_kept_and_is_never_a_result(monkeypatch):
+    rng = np.random.default_rng(7)
+    case = make_case(rng, 40, 3, 50, dtype="float32", save_every=7)
+    out = run_forward(case)
+    run_backward(case, out["h"], None, out["c"])
+    kept = reference._Scratch.kept.memory
+    monkeypatch.setattr(reference, "KEPT_BYTES", 1000)  # a call that wants more must not cost the next one its memory
+    first, large = run_forward(case), make_case(rng, 40, 30, 500, dtype="float32", save_every=7)
+    run_backward(large, run_forward(large)["h"], None, run_forward(large)["c"])
+    assert reference._Scratch.kept.memory is kept
+    assert not any(np.shares_memory(a, kept) for a in out.values())
+    same_bits(out, first)
 
 
 def scattered(shape, dtype):

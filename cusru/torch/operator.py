@@ -162,18 +162,8 @@ def _workspace(direction: str, given: dict[str, Any]) -> Tensor | None:
     return u.new_empty(cusru.workspace_size(direction, **given), dtype=torch.uint8)
 
 
-# Piece by piece: torch.library.custom_op would ask at every call whether a result shares memory with an argument. What it does
-# besides, keeping torch.compile out of the implementation, register_kernel does too.
-torch.library.define("cusru::sru_forward", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
-torch.library.define(
-    "cusru::sru_backward",
-    f"(Tensor grad_h, Tensor? grad_c_last, Tensor c, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-@torch.library.register_kernel("cusru::sru_forward", None)
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op("cusru::sru_forward", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     given = _named(arguments)
     workspace = _workspace("forward", given)
     h, c, c_last = _new_outputs(given["u"], arguments[-1])
@@ -183,8 +173,12 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return h, c, c_last
 
 
-@torch.library.register_kernel("cusru::sru_backward", None)
-def _(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+@torch.library.custom_op(
+    "cusru::sru_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_h, Tensor? grad_c_last, Tensor c, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     given = _named(arguments)
     workspace = _workspace("backward", given)
     wanted = arguments[:5]
@@ -194,13 +188,13 @@ def _(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments: Any) ->
     return gradients
 
 
-@torch.library.register_fake("cusru::sru_forward")
+@_forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check_without_memory("forward", _named(arguments))
     return _new_outputs(arguments[0], arguments[-1])
 
 
-@torch.library.register_fake("cusru::sru_backward")
+@_backward.register_fake
 def _(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     _check_without_memory("backward", _named(arguments) | dict(grad_h=grad_h, grad_c_last=grad_c_last, c=c[:-1]))
     return _new_gradients(*arguments[:5])
@@ -299,16 +293,16 @@ class _Backward(torch.autograd.Function):
         raise NotImplementedError(_NO_JVP)
 
 
-for _rules in (_Forward, _Backward):  # else `apply` has it worked out anew at each call
+for _rules in (_Forward, _Backward):  # else Function.apply calls inspect.signature each time
     _rules.forward.__signature__ = inspect.signature(_rules.forward)  # type: ignore[attr-defined]
 
+
 # For those who call the operators themselves: TorchScript, and graphs that were exported.
-torch.library.register_autograd(
-    "cusru::sru_forward",
+_forward.register_autograd(
     lambda ctx, grad_h, _, grad_c_last: _gradients(ctx, torch.ops.cusru.sru_backward, grad_h, grad_c_last),
     setup_context=_keep,
 )
-torch.library.register_autograd("cusru::sru_backward", _Backward.backward)
+_backward.register_autograd(_Backward.backward)
 
 
 # ---- vmap ----------------------------------------------------------------------------------------------------------
