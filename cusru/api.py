@@ -260,7 +260,7 @@ def check_options(activation: Any, candidate: Any, mask_target: Any) -> None:
 
 def is_number(name: str, value: Any) -> bool:
     """Whether value is a real number, of Python's or NumPy's (an array of one element is none)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.generic)):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.generic):
         return False
     if isinstance(value, np.generic) and value.dtype.kind not in "iuf" and value.dtype.name != "bfloat16":
         return False
@@ -283,7 +283,7 @@ def check_save_every(save_every: Any, direction: str = "forward") -> int | None:
         value = operator.index(save_every)
     except TypeError:
         value = None
-    if value is None or isinstance(save_every, (bool, np.bool_)):
+    if value is None or isinstance(save_every, bool | np.bool_):
         raise TypeError(f"save_every must be an integer of at least 1, or None; got {save_every!r}")
     if value < 1:
         raise ValueError(f"save_every must be at least 1, or None; got {value}")

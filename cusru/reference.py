@@ -283,7 +283,7 @@ def backward(
                 np.multiply(gc, q, gu2)  # a saturated gate's 0 first: gh * difference may overflow
                 gu2 *= difference
                 if gs_part is not None:
-                    if u.shape[3] == 3 and scale_x != 1:
+                    if tile.scaled:
                         w = np.multiply(w, tile.scale_x, q)
                     tile.put(np.multiply, gh, w, gs_part, t0, t1, pad)
                 if tile.mask is not None:
