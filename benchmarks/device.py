@@ -62,12 +62,15 @@ def tests(simulate: bool, seconds: float) -> Iterator[Row]:
         import xdist  # noqa: F401
 
         command += ["-n", str(_workers(simulate))]
-    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wide = {**os.environ, "COLUMNS": "400"}  # the summary cuts its reasons to this
+    run = subprocess.Popen(command, cwd=ROOT, env=wide, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert run.stdout
     tail: list[str] = []
     for line in run.stdout:
         tail = [*tail[-60:], line.rstrip()]
-        if found := re.search(r"(PASSED|FAILED|ERROR|SKIPPED)\s+(tests/\S+)|(tests/\S+) (PASSED|FAILED|ERROR|SKIPPED)", line):
+        if found := re.match(r"(?:FAILED|ERROR) (tests/\S+) - (.*)", line):  # of the summary at the end
+            yield {"test": found[1], "reason": found[2]}
+        elif found := re.search(r"\] (PASSED|FAILED|ERROR|SKIPPED) (tests/\S+)|(tests/\S+) (PASSED|FAILED|ERROR|SKIPPED)", line):
             yield {"test": found[2] or found[3], "outcome": (found[1] or found[4]).lower()}
     if status := run.wait():
         yield {"failed": f"pytest exited with {status}", "tail": tail}
@@ -280,8 +283,8 @@ def run_step(name: str, simulate: bool, seconds: float) -> Row:
             _end(run)
         printed, errors = (_anonymous(file.read()).strip().splitlines() for file in (out, err) if file.seek(0) == 0)
     rows = list(_objects(printed))
-    failures = [row["failed"] for row in rows if "failed" in row]
-    failures += [row["test"] for row in rows if row.get("outcome") in ("failed", "error")]
+    failures = [row["test"] for row in rows if row.get("outcome") in ("failed", "error")]
+    failures = failures or [row["failed"] for row in rows if "failed" in row]
     result: Row = {"status": "ok", "seconds": round(time.monotonic() - start, 1), "rows": rows}
     if ended:
         why = f"after {result['seconds']:.0f} s; what it had found: {len(rows)} rows, {len(failures)} of them failures"

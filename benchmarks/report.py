@@ -35,7 +35,9 @@ def _tests(report: Row) -> Iterator[str]:
     if found := _rows(report, "tests", "outcome"):
         outcomes = [row["outcome"] for row in found]
         yield from ("", "## Tests", "", ", ".join(f"{outcomes.count(o)} {o}" for o in dict.fromkeys(outcomes)) + ".")
-        bad = [f"- {row['outcome']}: `{row['test']}`" for row in found if row["outcome"] in ("failed", "error")]
+        why = {row["test"]: f": {row['reason']}" for row in _rows(report, "tests", "reason")}
+        failed = [row for row in found if row["outcome"] in ("failed", "error")]
+        bad = [f"- {row['outcome']}: `{row['test']}`{why.get(row['test'], '')}" for row in failed]
         yield from ["", *bad] if bad else []
 
 

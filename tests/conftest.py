@@ -6,6 +6,7 @@ a GPU), of one row of strategies.COVERING at a time.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import shutil
@@ -84,15 +85,21 @@ class _Mover:
         import cupy
 
         root = strategies.root(a)
-        there = cupy.asarray(np.frombuffer(np.ascontiguousarray(root), np.uint8) if root.size else np.zeros(64, np.uint8))
-        if root.flags.c_contiguous and root.flags.writeable:
-            self.roots.append((root, there))
+        memory = _memory(root)
+        there = cupy.asarray(memory if memory.size else np.zeros(64, np.uint8))
+        if root.flags.writeable:
+            self.roots.append((memory, there))
         pointer = there.data + (a.ctypes.data - root.ctypes.data if a.size else 0)
         return cupy.ndarray(a.shape, a.dtype, pointer, a.strides)
 
     def back(self) -> None:
-        for root, there in self.roots:
-            root.view(np.uint8).reshape(-1)[...] = there.get()[: root.nbytes]
+        for memory, there in self.roots:
+            memory[...] = there.get()[: memory.size]
+
+
+def _memory(owner: np.ndarray) -> np.ndarray:
+    """The bytes of an array that owns them, in the order in which they lie, whatever that of its axes."""
+    return np.frombuffer((ctypes.c_uint8 * owner.nbytes).from_address(owner.ctypes.data), np.uint8)
 
 
 def to_host(a: Any) -> np.ndarray:

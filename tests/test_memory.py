@@ -10,8 +10,10 @@ import sys
 import threading
 from typing import Any
 
+import conftest
 import numpy as np
 import pytest
+import strategies
 from conftest import missing
 
 import cusru
@@ -323,3 +325,13 @@ def test_concurrent_calls_give_what_one_gives() -> None:
     for t in threads:
         t.join()
     assert not failures
+
+
+@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+def test_what_the_gpu_tests_copy_to_a_device_is_memory_as_it_lies(layout: str) -> None:
+    """So that a copy's strides mean there what they mean here, in whatever order its owner keeps its axes."""
+    view = strategies.arranged(np.arange(24, dtype="f4").reshape(2, 3, 4), layout)
+    for a in (view, np.array(view)):
+        owner = strategies.root(a)
+        offset, memory = a.ctypes.data - owner.ctypes.data, conftest._memory(owner)
+        assert np.array_equal(np.ndarray(a.shape, a.dtype, memory.tobytes(), offset, a.strides), a)
