@@ -1,14 +1,18 @@
 """The recurrence as a differentiable operator of torch: `sru`, and what torch's transforms need to know about it.
 
-Three layers, each for those above it. The custom operators `torch.ops.cusru.sru_forward` and `sru_backward` let torch own the
+Three layers, each for those above it. The operators `torch.ops.cusru.sru_forward` and `sru_backward` let torch own the
 memory: they allocate results and workspace and hand them to cusru's public functions; export, compile and script see these
-alone. The autograd functions around them add what a custom operator lacks: a rule for vmap, and errors instead of silent
+alone. The autograd functions around them add what an operator lacks: a rule for vmap, and errors instead of silent
 zeros for the derivatives that are not there. `sru` names the arguments.
+
+The operators are defined by `torch.library.Library`, not by `custom_op`, whose first call loads torch._dynamo; what that has to
+know of cusru it is told when somebody else loads it.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from torch import Tensor
 
 import cusru
 from cusru import api, dlpack
+from cusru.torch.compiler import when_loaded
 
 SAVE_EVERY = 32  # by default: states are then 0.4% of the bytes that a float32 training step moves
 
@@ -85,12 +90,11 @@ def sru(
         NotImplementedError: forward-mode differentiation, or a derivative of the gradients.
         ImportError, RuntimeError: CUDA tensors without CuPy or without a working CUDA.
     """
-    return _sru(  # type: ignore[no-any-return]
+    return _sru(
         u, x, bias, weight_c, c0, mask_c, mask_pad, activation, candidate, scale_x, mask_target, bidirectional, save_every
     )
 
 
-@torch.compiler.allow_in_graph  # torch.compile is to trace the operators alone, not the checks and rules around them
 def _sru(
     u: Any, x: Any, bias: Any, weight_c: Any, c0: Any, mask_c: Any, mask_pad: Any, activation: Any, candidate: Any,
     scale_x: Any, mask_target: Any, bidirectional: Any, save_every: Any,
@@ -126,7 +130,7 @@ def type_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
-# ---- the custom operators: torch owns the memory -------------------------------------------------------------------
+# ---- the operators: torch owns the memory --------------------------------------------------------------------------
 
 
 def _named(arguments: tuple[Any, ...]) -> dict[str, Any]:
@@ -162,7 +166,6 @@ def _workspace(direction: str, given: dict[str, Any]) -> Tensor | None:
     return u.new_empty(cusru.workspace_size(direction, **given), dtype=torch.uint8)
 
 
-@torch.library.custom_op("cusru::sru_forward", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     given = _named(arguments)
     workspace = _workspace("forward", given)
@@ -173,11 +176,6 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return h, c, c_last
 
 
-@torch.library.custom_op(
-    "cusru::sru_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_h, Tensor? grad_c_last, Tensor c, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
 def _backward(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     given = _named(arguments)
     workspace = _workspace("backward", given)
@@ -188,14 +186,12 @@ def _backward(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments:
     return gradients
 
 
-@_forward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_without_memory(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check_without_memory("forward", _named(arguments))
     return _new_outputs(arguments[0], arguments[-1])
 
 
-@_backward.register_fake
-def _(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward_without_memory(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     _check_without_memory("backward", _named(arguments) | dict(grad_h=grad_h, grad_c_last=grad_c_last, c=c[:-1]))
     return _new_gradients(*arguments[:5])
 
@@ -255,7 +251,6 @@ class _Forward(torch.autograd.Function):
     setup_context = staticmethod(_keep)
 
     @staticmethod
-    @torch.compiler.disable  # a compiled function that calls backward() itself would have dynamo compile this, and fail
     def backward(ctx: Any, grad_h: Tensor | None, _: None, grad_c_last: Tensor | None) -> tuple[Any, ...]:
         return _gradients(ctx, _Backward.apply, grad_h, grad_c_last)
 
@@ -291,18 +286,6 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(_NO_JVP)
-
-
-for _rules in (_Forward, _Backward):  # else Function.apply calls inspect.signature each time
-    _rules.forward.__signature__ = inspect.signature(_rules.forward)  # type: ignore[attr-defined]
-
-
-# For those who call the operators themselves: TorchScript, and graphs that were exported.
-_forward.register_autograd(
-    lambda ctx, grad_h, _, grad_c_last: _gradients(ctx, torch.ops.cusru.sru_backward, grad_h, grad_c_last),
-    setup_context=_keep,
-)
-_backward.register_autograd(_Backward.backward)
 
 
 # ---- vmap ----------------------------------------------------------------------------------------------------------
@@ -360,3 +343,58 @@ def _unfold(a: Tensor, axis: int, size: int, directions: int, width: int) -> Ten
     """The reverse of _fold."""
     a = a.unflatten(axis, (directions, size, width)).movedim(axis - 1, 0)
     return a.flatten(axis - 1 + a.ndim, axis + a.ndim)
+
+
+# ---- telling torch -------------------------------------------------------------------------------------------------
+
+
+def _library() -> torch.library.Library:
+    """The one that holds the operators. The namespace keeps it, for an import after the first (of cusru under test, say) to
+    replace it: torch would refuse a second definition."""
+    namespace = torch.ops.cusru
+    if (earlier := vars(namespace).get("library")) is not None:
+        earlier._destroy()
+    namespace.library = torch.library.Library("cusru", "DEF")
+    return namespace.library
+
+
+def _define(
+    library: torch.library.Library, name: str, schema: str, run: Callable[..., Any], without_memory: Callable[..., Any],
+    backward: Callable[..., Any], setup_context: Callable[..., Any] | None,
+) -> None:  # fmt: skip
+    """The autograd is for those who call the operator itself: TorchScript, and graphs that were exported."""
+    library.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
+    _KERNELS[name] = run
+    library.impl(name, lambda *arguments: _KERNELS[name](*arguments), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cusru::{name}", without_memory, lib=library)
+    torch.library.register_autograd(f"cusru::{name}", backward, setup_context=setup_context, lib=library)
+
+
+_KERNELS: dict[str, Callable[..., Any]] = {}
+
+
+def _tell_dynamo() -> None:
+    torch.compiler.allow_in_graph(_sru)  # it is to trace the operators alone, not the checks and rules around them
+    # A compiled function that calls backward() itself would have dynamo compile this, and fail; ...
+    _Forward.backward = staticmethod(torch.compiler.disable(_Forward.backward))  # type: ignore[method-assign]
+    for name, run in _KERNELS.items():  # ... and these, where they run within a frame that it has skipped.
+        _KERNELS[name] = torch.compiler.disable(run)
+
+
+def _tell_torch() -> None:
+    library = _library()
+    _define(
+        library, "sru_forward", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _forward, _forward_without_memory,
+        lambda ctx, grad_h, _, grad_c_last: _gradients(ctx, torch.ops.cusru.sru_backward, grad_h, grad_c_last), _keep,
+    )  # fmt: skip
+    _define(
+        library, "sru_backward",
+        f"(Tensor grad_h, Tensor? grad_c_last, Tensor c, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _backward, _backward_without_memory, _Backward.backward, None,
+    )  # fmt: skip
+    for rules in (_Forward, _Backward):  # else Function.apply calls inspect.signature each time
+        rules.forward.__signature__ = inspect.signature(rules.forward)  # type: ignore[attr-defined]
+    when_loaded("torch._dynamo", _tell_dynamo)
+
+
+_tell_torch()
