@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import scripted
 from test_errors import raises
@@ -21,13 +22,14 @@ torch = pytest.importorskip("torch", reason='needs torch: pip install "cusru[tor
 
 from torch import nn  # noqa: E402
 from torch.func import functional_call, grad, stack_module_state, vmap  # noqa: E402
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence  # noqa: E402
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from cusru.torch import SRU, SRUCell, sru  # noqa: E402
 
 L, B, I, H = 9, 4, 6, 5
+LENGTHS = torch.tensor([9, 5, 5, 1])
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*deprecated in sru.*", "ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*_prims_common.*:FutureWarning"
@@ -168,6 +170,47 @@ def test_a_packed_sequence_comes_back_packed(batch_first, enforce_sorted):
             unpacked[:length, i : i + 1], alone.transpose(0, 1) if batch_first else alone, rtol=1e-12, atol=1e-12
         )
         torch.testing.assert_close(c[:, i : i + 1], state, rtol=1e-12, atol=1e-12)
+
+
+def packings():
+    """(how it came about, PackedSequence): sequences of one length side by side, which another sort may change over."""
+    lengths = [3] * 8 + [2] * 7 + [1] * 5
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(2))
+    x, mixed = normal(3, len(lengths), I), torch.tensor(lengths)[order]
+    yield "sorted", pack_padded_sequence(x, lengths)
+    yield "in any order", pack_padded_sequence(x, mixed, enforce_sorted=False)
+    yield "batch first", pack_padded_sequence(x.transpose(0, 1), mixed, batch_first=True, enforce_sorted=False)
+    yield "of a list", pack_sequence([x[:length, i] for i, length in enumerate(mixed.tolist())], enforce_sorted=False)
+    one = pack_padded_sequence(x, lengths)
+    yield "by hand", PackedSequence(one.data, one.batch_sizes)
+    yield "by hand, an order of its own", PackedSequence(one.data, one.batch_sizes, order)
+    yield "by hand, the inverse of one", PackedSequence(one.data, one.batch_sizes, None, order)
+
+
+@pytest.mark.parametrize("packed", [pytest.param(packed, id=how) for how, packed in packings()])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_rows_of_a_packed_sequence_keep_their_places_as_those_of_an_lstm_do(packed, batch_first):
+    layers = model(SRU, I, I, batch_first=batch_first)
+    c0 = normal(2, 20, I)
+    data = packed.data.requires_grad_()
+    h, c = layers(packed, c0)
+    of_lstm, _ = torch.nn.LSTM(I, I, dtype=torch.float64)(packed, (c0[:1], c0[:1]))
+    assert h._fields == of_lstm._fields
+    for name in ("batch_sizes", "sorted_indices", "unsorted_indices"):
+        ours, theirs = getattr(h, name), getattr(of_lstm, name)
+        assert ours is theirs is None or torch.equal(ours, theirs), name
+    padded, lengths = pad_packed_sequence(packed)
+    for i, length in enumerate(lengths.tolist()):  # of the batch as it was before packing, and so c0 and c
+        one = padded[:length, i : i + 1]
+        alone, last = layers(one.transpose(0, 1) if batch_first else one, c0[:, i : i + 1])
+        torch.testing.assert_close(c[:, i : i + 1], last, rtol=1e-12, atol=1e-12)
+        alone = alone.transpose(0, 1) if batch_first else alone
+        place = i if packed.unsorted_indices is None else int(packed.unsorted_indices[i])
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), packed.batch_sizes.cumsum(0)[:-1]])[:length]
+        torch.testing.assert_close(h.data[starts + place], alone[:, 0], rtol=1e-12, atol=1e-12)
+    (grad,) = torch.autograd.grad(h.data[0].sum(), data)
+    assert grad[0].any()
+    assert not grad[1:20].any()  # a row's gradient goes to its own sequence
 
 
 # ---- dtypes ------------------------------------------------------------------------------------------------------------
@@ -504,6 +547,61 @@ def test_a_model_made_on_the_meta_device_has_shapes_and_can_be_filled():
     assert torch.equal(empty(x)[0], full(x)[0])
 
 
+class Wrapped(nn.Module):
+    """As WeightDrop and LoRA wrap a layer: it has nothing of its cell's but the call."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        return self.cell(*args, **named)
+
+
+@pytest.mark.parametrize("wrapped", [[0], [1], [0, 1]])
+@pytest.mark.parametrize("options", [dict(), dict(bidirectional=True, batch_first=True), dict(nn_rnn_compatible_return=True)])
+def test_a_stack_asks_a_cell_for_a_call_alone(wrapped, options):
+    layers = model(**options)
+    cells = copy.deepcopy(layers)
+    for i in wrapped:
+        cells.rnn_lst[i] = Wrapped(cells.rnn_lst[i])
+    x = normal(L, B, I)
+    for mask_pad in (None, torch.arange(L)[:, None] >= LENGTHS):
+        mask_pad = mask_pad.T if mask_pad is not None and options.get("batch_first") else mask_pad
+        given = x.transpose(0, 1) if options.get("batch_first") else x
+        for a, b in zip(cells(given, mask_pad=mask_pad), layers(given, mask_pad=mask_pad), strict=True):
+            assert torch.equal(a, b)
+    packed = pack_padded_sequence(x, LENGTHS)
+    assert torch.equal(cells(packed)[0].data, layers(packed)[0].data)
+
+
+def test_a_parameter_that_is_computed_is_computed_once_a_call():
+    """As torch.nn.utils.parametrize and WeightDrop do it: spectral_norm changes state each time, dropout draws anew."""
+
+    class Counted(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            self.calls += 1
+            return weight * 2
+
+    cell, counted = model(SRUCell), Counted()
+    torch.nn.utils.parametrize.register_parametrization(cell, "weight", counted)
+    counted.calls = 0
+    cell(normal(L, B, I))
+    assert counted.calls == 1
+
+
+def test_sizes_that_numpy_counted_are_compiled_too():
+    torch._dynamo.reset()
+    layers = SRU(np.int64(I), np.int64(H), np.int32(1), projection_size=np.int64(3), highway_bias=np.float32(-1)).eval()
+    assert {type(getattr(layers, n)) for n in ("input_size", "hidden_size", "output_size", "num_layers")} == {int}
+    x = torch.randn(L, B, I)
+    h, _ = torch.compile(layers, fullgraph=True, backend="eager")(x)
+    assert torch.equal(h, layers(x)[0])
+    assert "projection_size=3" in repr(layers)
+
+
 def test_subclasses_may_override_each_part():
     seen: list[str] = []
 
@@ -541,7 +639,7 @@ def test_a_weight_per_step_of_a_subclass_reaches_v1_too():
 
 # ---- bad use ------------------------------------------------------------------------------------------------------------
 
-X, LENGTHS = normal(L, B, I), torch.tensor([9, 5, 5, 1])
+X = normal(L, B, I)
 BAD_CALLS = {
     "input of rank 2": (dict(input=X[0]), ValueError, ["input", r"\[4, 6\]", "3 dimensions"]),
     "input of another size": (dict(input=normal(L, B, I + 1)), ValueError, ["input", r"\[9, 4, 7\]", "input_size = 6"]),
@@ -582,6 +680,9 @@ BAD_MODELS = {
     "dropout of 1": (dict(input_size=3, hidden_size=4, dropout=1.0), ["dropout", "1.0"]),
     "dropout no number": (dict(input_size=3, hidden_size=4, dropout="a"), ["dropout", "'a'"]),
     "negative dropout": (dict(input_size=3, hidden_size=4, rnn_dropout=-0.1), ["rnn_dropout", "-0.1"]),
+    "negative weight_c_init": (dict(input_size=3, hidden_size=4, weight_c_init=-1), ["weight_c_init", "-1"]),
+    "weight_c_init no number": (dict(input_size=3, hidden_size=4, weight_c_init=float("nan")), ["weight_c_init", "nan"]),
+    "endless highway_bias": (dict(input_size=3, hidden_size=4, highway_bias=float("inf")), ["highway_bias", "inf"]),
     "modules for other layers": (dict(input_size=3, hidden_size=4, custom_m=[nn.Linear(3, 12)]), ["custom_m", "1", "2"]),
 }
 

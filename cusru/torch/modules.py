@@ -82,14 +82,15 @@ class SRUCell(nn.Module):
         weight_c_init: float | None = None,
     ) -> None:
         super().__init__()
-        _check_size("input_size", input_size)
-        _check_size("hidden_size", hidden_size)
+        input_size, hidden_size = _size("input_size", input_size), _size("hidden_size", hidden_size)
+        n_proj = _integer("n_proj", n_proj)
         _check_probability("dropout", dropout)
         _check_probability("rnn_dropout", rnn_dropout)
-        _check_number("n_proj", n_proj)
-        _check_number("highway_bias", highway_bias)
+        highway_bias = _number("highway_bias", highway_bias)
         if weight_c_init is not None:
-            _check_number("weight_c_init", weight_c_init)
+            weight_c_init = _number("weight_c_init", weight_c_init)
+            if weight_c_init < 0:
+                raise ValueError(f"weight_c_init must be at least 0, or None; got {weight_c_init}")
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.output_size = hidden_size * 2 if bidirectional else hidden_size
@@ -186,7 +187,7 @@ class SRUCell(nn.Module):
             raise ValueError(f"input has shape {list(input.shape)}; expected a last size of input_size = {self.input_size}")
         batch = input.size(-2)
         if c0 is None:
-            c0 = torch.zeros(batch, self.output_size, dtype=self.bias.dtype, device=input.device)
+            c0 = torch.zeros(batch, self.output_size, dtype=input.dtype, device=input.device)
         elif list(c0.shape) != [batch, self.output_size]:
             raise ValueError(f"c0 has shape {list(c0.shape)}; expected {[batch, self.output_size]}, (B, output_size)")
         if mask_pad is not None:
@@ -212,17 +213,19 @@ class SRUCell(nn.Module):
         return h, c
 
     def _check(self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> None:
-        """What torch's own errors would not name."""
+        """What torch's own errors would not name. Parameters are looked at where they are plain: one that a parametrisation or a
+        wrapper computes is not computed for this."""
         _check_tensors(input, c0, mask_pad)
+        bias, weight = self._parameters.get("bias"), self._parameters.get("weight")
         for name, a in (("input", input), ("c0", c0), ("mask_pad", mask_pad)):
-            if a is not None and a.device != self.bias.device:
-                raise ValueError(f"{name} is on {a.device}, and the parameters on {self.bias.device}")
+            if a is not None and bias is not None and a.device != bias.device:
+                raise ValueError(f"{name} is on {a.device}, and the parameters on {bias.device}")
         for name, a in (("input", input if self.custom_m is None else None), ("c0", c0)):
             if a is not None and not a.is_floating_point():
                 raise TypeError(f"{name} has dtype {a.dtype}; expected a floating-point one")
         autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
-        if self.custom_m is None and input.dtype != self.weight.dtype and not autocast:
-            raise TypeError(f"input has dtype {input.dtype}, and the parameters {self.weight.dtype}")
+        if weight is not None and input.dtype != weight.dtype and not autocast:
+            raise TypeError(f"input has dtype {input.dtype}, and the parameters {weight.dtype}")
 
     def _normalized(self, a: Tensor) -> Tensor:
         """layer_norm of the tensor as it lies in memory: it would copy another."""
@@ -246,15 +249,15 @@ class SRUCell(nn.Module):
         batch, width = residual.size(-2), self.output_size
         k = U.size(-1) // width
         low = U.dtype == torch.float16 or U.dtype == torch.bfloat16
-        dtype = U.dtype
+        dtype, own_bias = U.dtype, self.bias
         if not (self.amp_recurrence_fp16 and low):
-            dtype = torch.promote_types(torch.promote_types(dtype, residual.dtype), self.bias.dtype)
+            dtype = torch.promote_types(torch.promote_types(dtype, residual.dtype), own_bias.dtype)
 
         u = U.reshape(length, batch, width, k).to(dtype)
         x: Tensor | None = None
         if self.has_skip_term and k == 3:
             x = residual.reshape(length, batch, width).to(dtype)
-        bias = _to_parameter(self.bias, dtype)
+        bias = _to_parameter(own_bias, dtype)
         weight_c = _to_parameter(V.reshape(length, batch, width, 2) if V.dim() > 1 else V, dtype)
         c0_ = _to_parameter(c0, dtype)
         mask_c = _to_parameter(mask_c, dtype)
@@ -377,8 +380,8 @@ class SRU(nn.Module):
         batch_first: bool = False,
     ) -> None:
         super().__init__()
-        _check_size("num_layers", num_layers)
-        _check_number("projection_size", projection_size)
+        input_size, hidden_size = _size("input_size", input_size), _size("hidden_size", hidden_size)
+        num_layers, projection_size = _size("num_layers", num_layers), _integer("projection_size", projection_size)
         if isinstance(custom_m, list | tuple | nn.ModuleList) and len(custom_m) < num_layers:
             raise ValueError(f"custom_m has {len(custom_m)} modules; expected one for each of the {num_layers} layers")
         self.input_size = input_size
@@ -474,14 +477,21 @@ class SRU(nn.Module):
         padded, lengths = pad_packed_sequence(input)
         steps = torch.arange(padded.size(0), device=padded.device)
         h, c = self._forward(padded, c0, steps.unsqueeze(1) >= lengths.to(padded.device))
-        return pack_padded_sequence(h, lengths, enforce_sorted=False), c
+        # The rows of .data keep their places, as those of nn.LSTM do: sequences of one length are not sorted anew.
+        order = input.sorted_indices
+        if order is None and input.unsorted_indices is not None:
+            order = torch.argsort(input.unsorted_indices)
+        if order is not None:
+            h, lengths = h.index_select(1, order), lengths[order.to(lengths.device)]
+        data = pack_padded_sequence(h, lengths).data
+        return PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices), c
 
     def _forward(self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Tensor, Tensor]:
         batch = input.size(1)
         if input.size(2) != self.input_size:
             raise ValueError(f"input has shape {list(input.shape)}; expected a last size of input_size = {self.input_size}")
         if c0 is None:
-            zeros = torch.zeros(batch, self.output_size, dtype=self.rnn_lst[0].bias.dtype, device=input.device)
+            zeros = torch.zeros(batch, self.output_size, dtype=input.dtype, device=input.device)
             states = [zeros for _ in range(self.num_layers)]
         else:
             states = self._states_of_layers(c0, batch).unbind(0)
@@ -516,18 +526,26 @@ class SRU(nn.Module):
         """Does nothing, for callers of sru's method: the models that needed it name modules that sru 2.6.0 has not either."""
 
 
-def _check_size(name: str, value: Any) -> None:
+def _integer(name: str, value: Any) -> int:
+    """As a Python int: torch.compile takes no NumPy one for a constant."""
     try:
-        fits = operator.index(value) >= 1 and not isinstance(value, bool)
+        return operator.index(value)
     except TypeError:
-        fits = False
-    if not fits:
+        raise TypeError(f"{name} must be an integer, not {type_name(value)}") from None
+
+
+def _size(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(type(value), "__index__") or operator.index(value) < 1:
         raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
+    return operator.index(value)
 
 
-def _check_number(name: str, value: Any) -> None:
+def _number(name: str, value: Any) -> float:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, not {type_name(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value!r}")
+    return value if isinstance(value, int | float) else float(value)
 
 
 def _check_probability(name: str, value: Any) -> None:
