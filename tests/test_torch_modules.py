@@ -132,6 +132,26 @@ def test_padding_is_what_is_not_zero_in_a_mask_of_any_dtype(dtype):
     assert not c[:, 3].any()
 
 
+def test_h_at_a_padded_step_is_0_or_with_a_normalisation_after_it_that_one_s_bias():
+    mask_pad = torch.arange(L)[:, None] >= LENGTHS
+    assert not model()(normal(L, B, I), mask_pad=mask_pad)[0][mask_pad].any()
+    layers = model(layer_norm=True, normalize_after=True)
+    h = layers(normal(L, B, I), mask_pad=mask_pad)[0][mask_pad]
+    assert torch.equal(h, layers.rnn_lst[-1].layer_norm.bias.expand_as(h))
+
+
+def test_a_nan_in_padding_reaches_the_weights_gradient_alone():
+    """By the matrix product's 0 * NaN, as docs/torch.md warns."""
+    layers, mask_pad = model(SRU, I, I, 1), torch.arange(L)[:, None] >= LENGTHS
+    given = [normal(L, B, I), normal(L, B, I)]
+    given[1][mask_pad] = float("nan")
+    results = [layers(x, mask_pad=mask_pad) for x in given]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    gradients = [torch.autograd.grad(sum(a.sum() for a in r), list(layers.parameters())) for r in results]
+    names = [n for (n, _), a, b in zip(layers.named_parameters(), *gradients, strict=True) if not torch.equal(a, b)]
+    assert names == ["rnn_lst.0.weight"]
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_c0_and_c_go_round_in_both_shapes(bidirectional):
     options = dict(num_layers=3, bidirectional=bidirectional)
