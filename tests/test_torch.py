@@ -286,6 +286,16 @@ def test_a_whole_training_step_can_be_compiled(backend):
     assert torch.equal(compiled.grad, eager.grad)
 
 
+def test_within_a_frame_that_is_not_compiled_the_compiler_leaves_the_operator_s_own_python_alone():
+    options = (*[None] * 7, 1.0, "identity", "identity", "state", False, 32)
+    skipped = torch._dynamo.disable(lambda u: torch.ops.cusru.sru_forward(u, *options)[0], recursive=False)
+    u, graphs = normal(L, B, D, 3), []
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda u: skipped(u) + 1, backend=lambda graph, _: graphs.append(graph) or graph)
+    assert torch.equal(compiled(u), sru(u)[0] + 1)
+    assert [node.name for graph in graphs for node in graph.graph.nodes if node.op == "call_function"] == ["add"]
+
+
 def test_compiled_for_any_length_and_batch():
     torch._dynamo.reset()
     graphs = []
