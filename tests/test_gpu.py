@@ -153,6 +153,37 @@ def test_captured_in_a_cuda_graph_they_follow_new_inputs(torch):
         assert torch.equal(found, wanted)
 
 
+def test_packed_sequences_keep_their_rows_places(torch):
+    here, there = pair(torch)
+    lengths = torch.tensor([3] * 8 + [2] * 7 + [1] * 5)[torch.randperm(20)]
+    pack = torch.nn.utils.rnn.pack_padded_sequence
+    packed = pack(torch.randn(3, 20, 24), lengths, enforce_sorted=False)
+    (h, c), (h_there, c_there) = here(packed), there(packed.to("cuda"))
+    for a, b in ((h.data, h_there.data), (h.sorted_indices, h_there.sorted_indices), (c, c_there)):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_they_give_what_they_give_eagerly(torch, backend):
+    _, layers = pair(torch)
+    x = torch.randn(40, 5, 24, device="cuda")
+    wanted = torch.autograd.grad(loss_of(layers(x)), list(layers.parameters()))
+    torch._dynamo.reset()
+    found = torch.autograd.grad(loss_of(torch.compile(layers, backend=backend, fullgraph=True)(x)), list(layers.parameters()))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_written_into_tells_autograd(torch):
+    u = torch.randn(20, 3, 8, 3, device="cuda")
+    h = torch.randn(20, 3, 8, device="cuda")
+    weight = torch.ones((), device="cuda", requires_grad=True)
+    squared = (weight * h).sum()  # keeps h
+    cusru.sru_forward(u, out=(h, None, None), save_every=None)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.backward()
+
+
 def test_a_device_that_is_not_the_current_one(torch):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
