@@ -606,8 +606,8 @@ static void simulate(Launch& launch) {
 
 // Runs the kernel for every thread of the grid. `error` is empty afterwards, or says what went wrong.
 extern "C" __attribute__((visibility("default"))) void cusru_simulate(const char* name, void (*kernel)(const void*),
-                                                                      const void* args, size_t args_size, unsigned grid,
-                                                                      unsigned block_size, uint64_t seed,
+                                                                      bool flushes, const void* args, size_t args_size,
+                                                                      unsigned grid, unsigned block_size, uint64_t seed,
                                                                       cusru_simulator::Statistics* statistics,
                                                                       char* error, size_t error_size) {
     using namespace cusru_simulator;
@@ -624,11 +624,13 @@ extern "C" __attribute__((visibility("default"))) void cusru_simulate(const char
     IF_TSAN(launch.tsan = __tsan_get_current_fiber();)
 #if defined(__SSE__)
     unsigned control = _mm_getcsr();
-    _mm_setcsr(control | 0x8040);  // float subnormals flush to zero, as with -ftz=true: results and arguments
+    constexpr unsigned FLUSH = 0x8040;  // of results and of arguments
+    _mm_setcsr(flushes ? control | FLUSH : control & ~FLUSH);
 #elif defined(__aarch64__)
     uint64_t control;
     asm volatile("mrs %0, fpcr" : "=r"(control));
-    asm volatile("msr fpcr, %0" : : "r"(control | 1u << 24));
+    constexpr uint64_t FLUSH = 1u << 24;
+    asm volatile("msr fpcr, %0" : : "r"(flushes ? control | FLUSH : control & ~FLUSH));
 #endif
     simulate(launch);
 #if defined(__SSE__)
