@@ -5,7 +5,6 @@ The recurrence itself stands in `kernels/sru.cuh` (device arrays) and `reference
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -415,7 +414,7 @@ def _run(problem: Problem, results: dict[str, Any], out: Any, workspace: Any) ->
                 shape, dtype = wanted
                 arrays[name] = dlpack.empty(name, shape, dtype, problem.device, problem.given["u"].framework, order)
         in_rows = {n: _in_rows(a) if n in ("bias", "weight_c") and len(a.shape) == 1 else a for n, a in arrays.items()}
-        if problem.device[0] == "cpu" and os.environ.get("CUSRU_SIMULATE") != "1":
+        if problem.device[0] == "cpu" and not raw_kernels.simulated():
             _run_numpy(problem, in_rows)
         else:
             raw_kernels.run(problem, in_rows, scratch)
