@@ -70,7 +70,8 @@ def sru_forward(
 
     Args:
         u: (L, B, D, k), k = 3 or 4: the projected input, float64, float32, float16 or bfloat16. The state is kept in
-            float64 for float64 and in float32 for the others.
+            float64 for float64 and in float32 for the others; candidate(u0) and every state, c0 included, may reach half that
+            dtype's largest number, since they are subtracted from one another.
         x: (L, B, D), u's dtype: the skip input, with k = 3; absent: no skip.
         bias: (2, D) or (2*D,): forget row, reset row. Parameters, `c0` and `mask_c` are in u's dtype or the state's.
         weight_c: (2, D) or (2*D,): v of SRU v2; or per step (L, B, D, 2); absent: SRU v1.

@@ -20,7 +20,7 @@ At a padded step the state and the carry pass unchanged, h and all gradients are
 
 Long memory (f near 1) is lost if f is rounded before it multiplies: the error does not average out, it compounds. So with
 g = 1 - f, computed by itself, c = c - (c - z)*g and carry = gc + gc*(A*v_f - g); only where f is small, f*c and gc*f are
-formed directly. (c - z must not overflow: |c| and |z| up to half the largest number.)
+formed directly. (c - z must not overflow: |c| and |z| up to half the largest number, in the kernels too.)
 
 Columns are cut into tiles and time into blocks that stay in cache; all that is not recurrent is computed for a whole block, in
 contiguous arrays of the state's dtype that the next block uses again, and a short loop does the rest. Operands of that dtype
