@@ -216,6 +216,7 @@ def look_around() -> tuple[Cpu | Gpu, dict[str, str], list[str]]:
     try:
         cupy = importlib.import_module("cupy")
         versions["CuPy"] = cupy.__version__
+        dlpack._check_version(cupy.__version__)
         runtime, nvrtc = cupy.cuda.runtime, cupy.cuda.nvrtc
         versions["CUDA"] = f"driver {_version(runtime.driverGetVersion())}, runtime {_version(runtime.runtimeGetVersion())}"
         versions["CUDA"] += ", NVRTC {}.{}".format(*nvrtc.getVersion())
@@ -230,7 +231,7 @@ def look_around() -> tuple[Cpu | Gpu, dict[str, str], list[str]]:
     if simulated:
         advice.append("Times are the simulator's: they say nothing about a GPU.")
     elif trouble:
-        advice.append(f"CuPy is installed but has no CUDA device that works, so this runs on NumPy:\n    {trouble}")
+        advice.append(f"CuPy is installed but cannot be used here, so this runs on NumPy:\n    {trouble}")
     if found:
         driver = f" (CUDA driver {_version(found.version)})" if found.version else ""
         state = "To mend CuPy" if trouble else "but no CuPy, so this runs on NumPy. To use the GPU"

@@ -117,8 +117,13 @@ def test_cupy_without_a_device_says_so_and_runs_on_numpy(small, monkeypatch, cap
     monkeypatch.setitem(sys.modules, "cupy", Cupy)
     assert main.main([]) == 0
     printed = capsys.readouterr().out
-    assert "CuPy is installed but has no CUDA device that works" in printed
+    assert "CuPy is installed but cannot be used here" in printed
     assert "cudaErrorNoDevice" in printed
+    Cupy.__version__ = "13.6.0"
+    assert main.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "CuPy is installed but cannot be used here" in printed
+    assert "this is CuPy 13.6.0, and cusru needs 14.2 or later: pip install" in " ".join(printed.split())
 
 
 def test_without_ml_dtypes_every_dtype_is_measured_on_a_cpu(small, monkeypatch, capsys):
