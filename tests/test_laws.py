@@ -449,9 +449,9 @@ def test_long_saturated_sequences_keep_the_bound(backend, weight, every):
 
 def call(backend, **inputs):
     """Forward and backward of inputs that no strategy draws."""
-    grad_h = inputs.pop("grad_h")
+    of_backward = {name: inputs.pop(name, None) for name in ("grad_h", "grad_c_last")}
     output = backend._call(cusru.sru_forward, cusru.Output, (), inputs, None)
-    given = inputs | {"grad_h": grad_h, "grad_c_last": None, "c": output.c}
+    given = inputs | of_backward | {"c": output.c}
     return output, backend._call(cusru.sru_backward, cusru.Gradients, (), given, None)
 
 
@@ -536,3 +536,45 @@ def test_no_small_terms_of_a_parameter_gradient_are_lost_beside_a_large_one(back
         terms = gradients.u[..., j + 1].astype(float)
         for got, of_each in ((gradients.bias[j], terms), (gradients.weight_c[j], terms * before)):
             assert abs(got - of_each.sum()) <= 1e-6 * abs(of_each).sum(), j
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("activation", ["identity", "tanh", "relu", "selu"])
+@pytest.mark.parametrize("candidate", ["identity", "tanh"])
+def test_activations_and_candidates_keep_their_accuracy_near_0(backend, dtype, activation, candidate):
+    """Each column has values of one size, by which its errors are measured."""
+    u = np.zeros((2, 2, 8, 3), dtype)
+    u[..., 0] = np.array([[-0.9], [0.9]]) * 0.2 ** np.arange(8)
+    grad_h = np.full((2, 2, 8), 0.5, dtype)
+    options = {"activation": activation, "candidate": candidate}
+    output, gradients = call(backend, u=u, grad_h=grad_h, **options)
+    oracle.check(output, oracle.forward(u, **options), dtype)
+    oracle.check(gradients, oracle.backward(grad_h, None, u, **options), dtype)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("f4", 5e-6), ("f8", 1e-13)])
+@pytest.mark.parametrize("weight", ["none", "zeros"])
+def test_what_a_forget_gate_leaves_of_the_state_and_its_gradient_keeps_its_accuracy(backend, dtype, bound, weight):
+    """However small it is next to what it was, or however near."""
+    u = np.zeros((1, 1, 40, 3), dtype)
+    u[..., 1] = np.linspace(-20, 20, 40)
+    ones, zeros = np.ones((1, 40), dtype), np.zeros((1, 1, 40), dtype)
+    options = {} if weight == "none" else {"weight_c": np.zeros((2, 40), dtype)}
+    output, gradients = call(backend, u=u, c0=ones, grad_h=zeros, grad_c_last=ones, **options)
+    f = 1 / (1 + np.exp(-u[0, :, :, 1].astype(float)))
+    np.testing.assert_allclose(output.c_last, f, rtol=bound)
+    np.testing.assert_allclose(gradients.c0, f, rtol=bound)
+    np.testing.assert_allclose(gradients.u[0, ..., 0], 1 / (1 + np.exp(u[0, :, :, 1].astype(float))), rtol=bound)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("f4", 5e-6), ("f8", 1e-13)])
+@pytest.mark.parametrize("mask_target", ["state", "gate"])
+def test_what_a_reset_gate_leaves_of_the_skip_keeps_its_accuracy(backend, dtype, bound, mask_target):
+    """1 - r, and 1 - m * r where m is 1, with r as near to 1 as it may be."""
+    u = np.zeros((1, 1, 40, 3), dtype)
+    u[..., 2] = np.linspace(-20, 20, 40)
+    ones = np.ones((1, 1, 40), dtype)
+    output, gradients = call(backend, u=u, x=ones, mask_c=ones[0], mask_target=mask_target, grad_h=ones)
+    left = 1 / (1 + np.exp(u[..., 2].astype(float)))
+    np.testing.assert_allclose(output.h, left, rtol=bound)
+    np.testing.assert_allclose(gradients.x, left, rtol=bound)
