@@ -457,4 +457,4 @@ def _say(name: str, step: Row) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    machine.run_command(main)

@@ -7,10 +7,9 @@ and no evidence for a GPU's.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -18,19 +17,7 @@ from cusru import __main__ as main
 from cusru import raw_kernels
 
 HERE = Path(__file__).parent
-
-
-def run_command(main: Callable[[], int]) -> NoReturn:
-    """A reader that leaves (`| head`) or ctrl-C ends a command without a traceback."""
-    try:
-        status = main()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end goes there
-        status = 1
-    except KeyboardInterrupt:
-        status = 130
-    sys.exit(status)
+run_command = main.run_command
 
 
 def launch_options(macros: dict[str, Any]) -> tuple[str, ...]:
@@ -114,9 +101,8 @@ def find(name: str) -> Machine:
 
     Between the first two the environment chooses: CUSRU_SIMULATE must be 1 for the simulator, and must not for NumPy.
     """
-    simulated = os.environ.get("CUSRU_SIMULATE")
-    if name != "gpu" and (simulated == "1") != (name == "simulator"):
-        raise RuntimeError(f"CUSRU_SIMULATE is {simulated!r}, which does not select {name}")
+    if name != "gpu" and raw_kernels.simulated() != (name == "simulator"):
+        raise RuntimeError(f"CUSRU_SIMULATE is {os.environ.get('CUSRU_SIMULATE')!r}, which does not select {name}")
     if name == "numpy":
         return Numpy()
     if name == "simulator":

@@ -15,7 +15,7 @@ import time
 import warnings
 from typing import Any, NamedTuple
 
-from benchmarks import peers
+from benchmarks import machine, peers
 
 TURN = 0.2  # seconds of one package's calls in a row, 3 at least
 
@@ -105,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    machine.run_command(main)

@@ -20,12 +20,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 import cusru
-from cusru import dlpack, reference
+from cusru import dlpack, raw_kernels, reference, simulator
 
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "float16": 1e-3, "bfloat16": 5e-3}  # of a result held in that dtype
 CHECKED = 16  # of the D columns, for every batch
@@ -206,7 +206,9 @@ def look_around() -> tuple[Cpu | Gpu, dict[str, str], list[str]]:
         "CuPy": "not installed",
         "ml_dtypes": "not installed",
     }
-    simulated = os.environ.get("CUSRU_SIMULATE") == "1"
+    simulated = raw_kernels.simulated()
+    if simulated:
+        simulator.compiler()
     gpu: Gpu | None = None
     trouble = ""
     with contextlib.suppress(ImportError):
@@ -214,6 +216,7 @@ def look_around() -> tuple[Cpu | Gpu, dict[str, str], list[str]]:
     try:
         cupy = importlib.import_module("cupy")
         versions["CuPy"] = cupy.__version__
+        dlpack._check_version(cupy.__version__)
         runtime, nvrtc = cupy.cuda.runtime, cupy.cuda.nvrtc
         versions["CUDA"] = f"driver {_version(runtime.driverGetVersion())}, runtime {_version(runtime.runtimeGetVersion())}"
         versions["CUDA"] += ", NVRTC {}.{}".format(*nvrtc.getVersion())
@@ -228,7 +231,7 @@ def look_around() -> tuple[Cpu | Gpu, dict[str, str], list[str]]:
     if simulated:
         advice.append("Times are the simulator's: they say nothing about a GPU.")
     elif trouble:
-        advice.append(f"CuPy is installed but has no CUDA device that works, so this runs on NumPy:\n    {trouble}")
+        advice.append(f"CuPy is installed but cannot be used here, so this runs on NumPy:\n    {trouble}")
     if found:
         driver = f" (CUDA driver {_version(found.version)})" if found.version else ""
         state = "To mend CuPy" if trouble else "but no CuPy, so this runs on NumPy. To use the GPU"
@@ -373,7 +376,10 @@ def main(arguments: list[str] | None = None) -> int:
         if not as_json:
             print(text, flush=True)
 
-    machine, versions, advice = look_around()
+    try:
+        machine, versions, advice = look_around()
+    except (ValueError, RuntimeError) as error:  # of what CUSRU_SIMULATE asks for
+        parser.error(str(error))
     say(f"cusru {cusru.__version__}\n")
     for name, value in {"backend": machine.backend, "device": machine.device, **versions}.items():
         if name != "cusru":
@@ -417,5 +423,28 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if bad else 0
 
 
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Ctrl-C, a reader that leaves (`| head`) or a full disk end a command without a traceback."""
+    status: Any
+    try:
+        try:
+            status = main()
+        except SystemExit as end:  # argparse's, after --help
+            status = end.code
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = 130
+    except OSError as error:
+        if error.filename is not None:  # not of the output
+            raise
+        status = 1
+        with contextlib.suppress(OSError, ValueError):  # what Python flushes at its end goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"cannot write what there is to say: {error.strerror or error}", file=sys.stderr)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -5,7 +5,6 @@ The recurrence itself stands in `kernels/sru.cuh` (device arrays) and `reference
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -71,7 +70,8 @@ def sru_forward(
 
     Args:
         u: (L, B, D, k), k = 3 or 4: the projected input, float64, float32, float16 or bfloat16. The state is kept in
-            float64 for float64 and in float32 for the others.
+            float64 for float64 and in float32 for the others; candidate(u0) and every state, c0 included, may reach half that
+            dtype's largest number, since they are subtracted from one another.
         x: (L, B, D), u's dtype: the skip input, with k = 3; absent: no skip.
         bias: (2, D) or (2*D,): forget row, reset row. Parameters, `c0` and `mask_c` are in u's dtype or the state's.
         weight_c: (2, D) or (2*D,): v of SRU v2; or per step (L, B, D, 2); absent: SRU v1.
@@ -415,7 +415,7 @@ def _run(problem: Problem, results: dict[str, Any], out: Any, workspace: Any) ->
                 shape, dtype = wanted
                 arrays[name] = dlpack.empty(name, shape, dtype, problem.device, problem.given["u"].framework, order)
         in_rows = {n: _in_rows(a) if n in ("bias", "weight_c") and len(a.shape) == 1 else a for n, a in arrays.items()}
-        if problem.device[0] == "cpu" and os.environ.get("CUSRU_SIMULATE") != "1":
+        if problem.device[0] == "cpu" and not raw_kernels.simulated():
             _run_numpy(problem, in_rows)
         else:
             raw_kernels.run(problem, in_rows, scratch)

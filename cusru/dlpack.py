@@ -549,9 +549,16 @@ def _cupy(proven: bool) -> Any:
         import cupy
     except ImportError as error:
         raise ImportError(f"arrays on a CUDA device need CuPy: {INSTALL}") from error
+    _check_version(cupy.__version__)
     if not proven:
         _check_cuda()
     return cupy
+
+
+@functools.cache  # of success: an exception is not cached
+def _check_version(version: str) -> None:
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (14, 2):
+        raise ImportError(f"this is CuPy {version}, and cusru needs 14.2 or later: {INSTALL}")
 
 
 @functools.cache  # of success: an exception is not cached

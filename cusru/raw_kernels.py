@@ -314,6 +314,20 @@ def run(problem: Problem, results: dict[str, Array], workspace: Array | None) ->
         launch(Specialisation("reduce", problem.dtype), device, -(-chosen.sums * problem.width // 32), args)
 
 
+_SIMULATE = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("", "0", "false", "no", "off"), False)
+
+
+def simulated() -> bool:
+    """Whether CPU arrays go to the simulator: what CUSRU_SIMULATE says at this moment."""
+    value = os.environ.get("CUSRU_SIMULATE", "")
+    try:
+        return _SIMULATE[value.strip().lower()]
+    except KeyError:
+        raise ValueError(
+            f"CUSRU_SIMULATE is {value!r}; allowed are 1, true, yes and on, or 0, false, no, off and nothing at all"
+        ) from None
+
+
 def _machine(device: tuple[str, int]) -> tuple[Callable[[Specialisation, int, int, np.ndarray], None], int]:
     """What launches a kernel for arrays on `device`, and its number of multiprocessors."""
     if device[0] == "cuda":
@@ -348,12 +362,12 @@ def options(kernel: Specialisation) -> tuple[str, ...]:
 
 
 _kernels: dict[tuple[Specialisation, int], Any] = {}
-_compiling = threading.Lock()
+_compiling = threading.RLock()  # re-entrant: a signal's handler may call cusru while its own thread compiles
 
 
 def _renew_lock() -> None:
     global _compiling
-    _compiling = threading.Lock()  # the thread that held it did not survive the fork
+    _compiling = threading.RLock()  # the thread that held it did not survive the fork
 
 
 if hasattr(os, "register_at_fork"):
@@ -369,7 +383,7 @@ def _compiled(kernel: Specialisation, device: int) -> Any:
 
                 raw = cupy.RawKernel(source(), kernel.entry, options=options(kernel), backend="nvrtc")
                 raw.compile()
-                _kernels[key] = raw
+                _kernels.setdefault(key, raw)  # a handler may have been here meanwhile
     return _kernels[key]
 
 
@@ -409,7 +423,7 @@ def current(device: tuple[str, int], stream: int | None) -> Iterator[None]:
     import cupy
 
     handle = stream or 0
-    outside = cupy.cuda.get_current_stream(device[1])
-    chosen = outside if outside.ptr == handle else cupy.cuda.Stream.from_external(_Handle(handle))
-    with cupy.cuda.Device(device[1]), chosen:
-        yield
+    with cupy.cuda.Device(device[1]):  # first: CuPy takes a stream from outside for the current device's
+        outside = cupy.cuda.get_current_stream(device[1])
+        with outside if outside.ptr == handle else cupy.cuda.Stream.from_external(_Handle(handle)):
+            yield

@@ -20,7 +20,7 @@ At a padded step the state and the carry pass unchanged, h and all gradients are
 
 Long memory (f near 1) is lost if f is rounded before it multiplies: the error does not average out, it compounds. So with
 g = 1 - f, computed by itself, c = c - (c - z)*g and carry = gc + gc*(A*v_f - g); only where f is small, f*c and gc*f are
-formed directly. (c - z must not overflow: |c| and |z| up to half the largest number.)
+formed directly. (c - z must not overflow: |c| and |z| up to half the largest number, in the kernels too.)
 
 Columns are cut into tiles and time into blocks that stay in cache; all that is not recurrent is computed for a whole block, in
 contiguous arrays of the state's dtype that the next block uses again, and a short loop does the rest. Operands of that dtype
@@ -30,10 +30,10 @@ change a bit of a result. bfloat16, which NumPy lacks, arrives as its bits in ui
 
 from __future__ import annotations
 
-import threading
+import contextlib
 from collections.abc import Iterator
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,8 @@ SELU_ALPHA = 1.6732632423543772848170429916717
 SMALL_F = float(1 / (1 + np.exp(4.0)))  # forget gates below this form f * c directly
 TILE_COLUMNS = 8192  # a step's ufunc calls then cost little next to their work, and its rows stay in L2
 BLOCK_BYTES = 512 * 1024  # of one contiguous array; a backward has eight, and three of save_every steps more
-KEPT_BYTES = 16 << 20  # of scratch memory, at most, that a thread keeps between calls: a backward's with save_every = 32
+KEPT_BYTES = 16 << 20  # of scratch memory, at most, that a call leaves to later ones: a backward's with save_every = 32
+ALL_KEPT_BYTES = 64 << 20  # that all calls have left, of all threads
 RUNNING_SUM = 8  # so many terms, and no more, are added one after another
 
 
@@ -459,17 +460,24 @@ def _tiles(
 
 
 class _Scratch:
-    """Arrays for what is computed, in memory that the thread keeps for its next call: fresh memory costs a page fault every
-    4 KB."""
+    """Arrays for what is computed, in memory that a call before has left: fresh memory costs a page fault every 4 KB. Who takes
+    memory from the list has it alone, be it another thread or a signal's handler within this call: each access to the list is
+    one step of the interpreter's."""
 
-    kept = threading.local()
+    kept: ClassVar[list[Array]] = []
 
     def __enter__(self) -> _Scratch:
-        self.memory = self.kept.__dict__.pop("memory", np.empty(0, np.uint8))  # taken: a call within this one has its own
+        try:
+            self.memory = self.kept.pop()
+        except IndexError:
+            self.memory = np.empty(0, np.uint8)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.kept.memory = self.memory
+        self.kept.append(self.memory)
+        with contextlib.suppress(IndexError):  # another thread's calls may have emptied it
+            while sum([a.nbytes for a in self.kept[:]]) > ALL_KEPT_BYTES:
+                self.kept.pop(0)  # the one that has been there longest
 
     def arrays(self, tile: _Tile, *rows: int) -> list[Array]:
         """One of (rows, n) for each number; they replace those of the tile before."""

@@ -3,6 +3,8 @@ RawKernel options and argument list, with the launch handed to the simulator."""
 
 from __future__ import annotations
 
+import signal
+import threading
 import types
 from typing import Any
 
@@ -89,7 +91,12 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 2)
     monkeypatch.setattr(cupy.cuda, "Device", lambda index: driver.scope(driver.devices, index))
     monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda device=0: driver.scope(driver.streams, driver.streams[-1]))
-    external = types.SimpleNamespace(from_external=lambda obj: driver.scope(driver.streams, obj.__cuda_stream__()[1]))
+
+    def from_external(obj: Any) -> Any:
+        assert driver.devices[-1] == DEVICE, "CuPy takes it for a stream of the current device"
+        return driver.scope(driver.streams, obj.__cuda_stream__()[1])
+
+    external = types.SimpleNamespace(from_external=from_external)
     monkeypatch.setattr(cupy.cuda, "Stream", external)
     monkeypatch.setattr(raw_kernels, "_multiprocessors", lambda device: 0)
     monkeypatch.setattr(raw_kernels, "_kernels", {})
@@ -179,3 +186,39 @@ def test_two_devices_are_named(driver: Driver) -> None:
     given = {name: on_device(a) for name, a in problem().items()}
     with pytest.raises(ValueError, match=r"bias is on cpu and u on cuda:1"):
         cusru.sru_forward(given["u"], bias=np.zeros((2, D), "f4"))
+
+
+@pytest.mark.parametrize("version", ["13.6.0", "14.1.0rc1", "9.2"])
+def test_an_older_cupy_is_refused_with_the_install_line(driver: Driver, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    u = on_device(problem()["u"])
+    monkeypatch.setattr(cupy, "__version__", version)
+    with pytest.raises(ImportError, match=rf"CuPy {version}, and cusru needs 14\.2 or later: pip install"):
+        cusru.sru_forward(u)
+    assert not driver.launches
+    for enough in ("14.2.0", "14.10.0b1", "15.0"):
+        monkeypatch.setattr(cupy, "__version__", enough)
+        cusru.sru_forward(u)
+
+
+def test_a_signal_s_handler_may_launch_what_its_thread_is_compiling(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    u, compiled, handled = on_device(problem()["u"]), [], []
+
+    class Interrupted(cupy.RawKernel):
+        def compile(self) -> None:
+            compiled.append(self.name)
+            if len(compiled) == 1:
+                signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(cupy, "RawKernel", Interrupted)
+    before = signal.signal(signal.SIGUSR1, lambda *_: handled.append(cusru.sru_forward(u)))
+    try:
+        call = threading.Thread(target=lambda: raw_kernels._compiling.acquire() and raw_kernels._compiling.release())
+        o = cusru.sru_forward(u)
+        call.start()  # and the lock is free again
+        call.join(60)
+        assert not call.is_alive()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    np.testing.assert_array_equal(on_host(o.h), on_host(handled[0].h))
+    cusru.sru_forward(u)
+    assert len(compiled) == 2

@@ -448,10 +448,10 @@ def test_long_saturated_sequences_keep_the_bound(backend, weight, every):
 
 
 def call(backend, **inputs):
-    """Forward and backward of float32 inputs that no strategy draws."""
-    grad_h = inputs.pop("grad_h")
+    """Forward and backward of inputs that no strategy draws."""
+    of_backward = {name: inputs.pop(name, None) for name in ("grad_h", "grad_c_last")}
     output = backend._call(cusru.sru_forward, cusru.Output, (), inputs, None)
-    given = inputs | {"grad_h": grad_h, "grad_c_last": None, "c": output.c}
+    given = inputs | of_backward | {"c": output.c}
     return output, backend._call(cusru.sru_backward, cusru.Gradients, (), given, None)
 
 
@@ -477,3 +477,104 @@ def test_a_parameter_gradient_that_overflows_is_infinite(backend):
     u[..., 0] = 40
     _, gradients = call(backend, u=u, bias=np.zeros((2, 2), "f4"), grad_h=np.full((3, 1, 2), 1e38, "f4"))
     np.testing.assert_array_equal(gradients.bias, [[-np.inf] * 2, [np.inf] * 2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_states_and_candidates_up_to_half_the_largest_number_are_right(backend, dtype):
+    """Their difference is then the largest number, and finite."""
+    state = np_dtype(state_of(dtype))
+    u = np.zeros((3, 2, 6, 3), np_dtype(dtype))
+    u[..., 0] = np.array([0.5, -0.5]).reshape(2, 1) * oracle.LARGEST[dtype]
+    u[..., 1] = [-30, -2, 0, 2.2, 5, 30]
+    c0 = np.full((2, 6), 0.5 * np.finfo(state).max, state) * np.array([[-1], [1]], state)
+    grad_h = np.full((3, 2, 6), 1e-3, u.dtype)
+    output, gradients = call(backend, u=u, c0=c0, grad_h=grad_h)
+    assert np.isfinite(output.c).all()
+    assert np.isfinite(gradients.c0).all()
+    oracle.check(output, oracle.forward(u, c0=c0), dtype)
+    oracle.check(gradients, oracle.backward(grad_h, None, u, c0=c0), dtype, ("c0",))
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize(
+    ("activation", "slope"), [("identity", 1), ("tanh", 1), ("relu", 0), ("selu", oracle.SCALE * oracle.ALPHA)]
+)
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_the_slope_of_an_activation_at_exactly_zero(backend, activation, slope, dtype, zero):
+    """relu's is 0 and selu's that of its left side, as torch has them."""
+    u, c0 = np.zeros((1, 1, 4, 3), dtype), np.full((1, 4), zero, dtype)
+    u[..., 0] = zero
+    output, gradients = call(backend, u=u, c0=c0, activation=activation, grad_h=np.ones((1, 1, 4), dtype))
+    assert not output.c.any()
+    for gradient in (gradients.u[0, :, :, 0], gradients.c0):  # through r = f = 1/2
+        np.testing.assert_allclose(gradient, slope / 4, rtol=1e-6, atol=0)
+
+
+def test_subnormal_numbers_of_float64_are_kept(backend):
+    u = np.zeros((1, 1, 4, 3))
+    u[..., 0] = 4e-310
+    output, gradients = call(backend, u=u, bias=np.zeros((2, 4)), grad_h=np.full((1, 1, 4), 4e-310))
+    np.testing.assert_allclose(output.c, 2e-310, rtol=1e-12)
+    np.testing.assert_allclose(output.h, 1e-310, rtol=1e-12)
+    np.testing.assert_allclose(gradients.u[..., 0], 1e-310, rtol=1e-12)
+    _, gradients = call(backend, u=u + np.eye(3)[0], bias=np.zeros((2, 4)), grad_h=np.full((1, 1, 4), 4e-310))
+    np.testing.assert_allclose(gradients.bias, [[-0.5e-310] * 4, [0.5e-310] * 4], rtol=1e-12)
+
+
+@pytest.mark.parametrize(("length", "batch"), [(16 * 400, 1), (32, 16 * 400)], ids=["over time", "over the batch"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_small_terms_of_a_parameter_gradient_are_lost_beside_a_large_one(backend, length, batch, sign, monkeypatch):
+    """32 of them together are less than half a unit in the last place of that one: a plain sum would stand still."""
+    monkeypatch.setattr("cusru.reference.BLOCK_BYTES", 64)  # 16 steps of one column
+    u, grad_h = np.zeros((length, batch, 1, 3), "f4"), np.full((length, batch, 1), 2.0**-30, "f4")
+    u[::2, ..., 0], u[1::2, ..., 0] = 1, -1  # so that c is a third of either sign, and either gate's terms have one sign
+    grad_h[-1, :16] = 1  # what is summed first, in each warp of the kernel that adds up the rows
+    grad_h[1::2] *= sign
+    output, gradients = call(backend, u=u, bias=np.zeros((2, 1), "f4"), weight_c=np.zeros((2, 1), "f4"), grad_h=grad_h)
+    before = np.concatenate([np.zeros((1, batch, 1), "f4"), output.c[:-1]])
+    for j in (0, 1):
+        terms = gradients.u[..., j + 1].astype(float)
+        for got, of_each in ((gradients.bias[j], terms), (gradients.weight_c[j], terms * before)):
+            assert abs(got - of_each.sum()) <= 1e-6 * abs(of_each).sum(), j
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("activation", ["identity", "tanh", "relu", "selu"])
+@pytest.mark.parametrize("candidate", ["identity", "tanh"])
+def test_activations_and_candidates_keep_their_accuracy_near_0(backend, dtype, activation, candidate):
+    """Each column has values of one size, by which its errors are measured."""
+    u = np.zeros((2, 2, 8, 3), dtype)
+    u[..., 0] = np.array([[-0.9], [0.9]]) * 0.2 ** np.arange(8)
+    grad_h = np.full((2, 2, 8), 0.5, dtype)
+    options = {"activation": activation, "candidate": candidate}
+    output, gradients = call(backend, u=u, grad_h=grad_h, **options)
+    oracle.check(output, oracle.forward(u, **options), dtype)
+    oracle.check(gradients, oracle.backward(grad_h, None, u, **options), dtype)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("f4", 5e-6), ("f8", 1e-13)])
+@pytest.mark.parametrize("weight", ["none", "zeros"])
+def test_what_a_forget_gate_leaves_of_the_state_and_its_gradient_keeps_its_accuracy(backend, dtype, bound, weight):
+    """However small it is next to what it was, or however near."""
+    u = np.zeros((1, 1, 40, 3), dtype)
+    u[..., 1] = np.linspace(-20, 20, 40)
+    ones, zeros = np.ones((1, 40), dtype), np.zeros((1, 1, 40), dtype)
+    options = {} if weight == "none" else {"weight_c": np.zeros((2, 40), dtype)}
+    output, gradients = call(backend, u=u, c0=ones, grad_h=zeros, grad_c_last=ones, **options)
+    f = 1 / (1 + np.exp(-u[0, :, :, 1].astype(float)))
+    np.testing.assert_allclose(output.c_last, f, rtol=bound)
+    np.testing.assert_allclose(gradients.c0, f, rtol=bound)
+    np.testing.assert_allclose(gradients.u[0, ..., 0], 1 / (1 + np.exp(u[0, :, :, 1].astype(float))), rtol=bound)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("f4", 5e-6), ("f8", 1e-13)])
+@pytest.mark.parametrize("mask_target", ["state", "gate"])
+def test_what_a_reset_gate_leaves_of_the_skip_keeps_its_accuracy(backend, dtype, bound, mask_target):
+    """1 - r, and 1 - m * r where m is 1, with r as near to 1 as it may be."""
+    u = np.zeros((1, 1, 40, 3), dtype)
+    u[..., 2] = np.linspace(-20, 20, 40)
+    ones = np.ones((1, 1, 40), dtype)
+    output, gradients = call(backend, u=u, x=ones, mask_c=ones[0], mask_target=mask_target, grad_h=ones)
+    left = 1 / (1 + np.exp(u[..., 2].astype(float)))
+    np.testing.assert_allclose(output.h, left, rtol=bound)
+    np.testing.assert_allclose(gradients.x, left, rtol=bound)

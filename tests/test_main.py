@@ -117,8 +117,13 @@ def test_cupy_without_a_device_says_so_and_runs_on_numpy(small, monkeypatch, cap
     monkeypatch.setitem(sys.modules, "cupy", Cupy)
     assert main.main([]) == 0
     printed = capsys.readouterr().out
-    assert "CuPy is installed but has no CUDA device that works" in printed
+    assert "CuPy is installed but cannot be used here" in printed
     assert "cudaErrorNoDevice" in printed
+    Cupy.__version__ = "13.6.0"
+    assert main.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "CuPy is installed but cannot be used here" in printed
+    assert "this is CuPy 13.6.0, and cusru needs 14.2 or later: pip install" in " ".join(printed.split())
 
 
 def test_without_ml_dtypes_every_dtype_is_measured_on_a_cpu(small, monkeypatch, capsys):
@@ -138,3 +143,47 @@ def test_the_truth_it_measures_by_is_the_oracle_s():
     for name, (value, magnitude) in truth.items():
         np.testing.assert_allclose(value, expected[name].reshape(value.shape), rtol=1e-9, atol=1e-12, err_msg=name)
         assert (magnitude > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("shell", "status", "says"),
+    [
+        ("{} | head -n 1", 0, ""),
+        ("{} --help | true", 0, ""),
+        ("{} >&-", 0, ""),
+        ("{} >/dev/full", 1, "cannot write what there is to say"),
+        ("CUSRU_SIMULATE=1 CXX= PATH= {}", 2, "apt-get install g++"),
+        ("CUSRU_SIMULATE=maybe {}", 2, "CUSRU_SIMULATE is 'maybe'"),
+    ],
+)
+def test_whatever_becomes_of_its_output_there_is_no_traceback(shell, status, says):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUSRU_SIMULATE": ""}
+    line = shell.format(f"{sys.executable} -m cusru")
+    run = subprocess.run(["/bin/sh", "-c", line], env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert run.returncode == status, run.stderr
+    assert says in run.stderr
+    assert bool(run.stderr) == bool(says), run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("simulated", [True, False])
+def test_every_spelling_of_yes_and_no_is_understood(simulated, monkeypatch):
+    u = np.ones((3, 2, 4, 3), "f4")
+    used = []
+    monkeypatch.setattr(cusru.raw_kernels, "run", lambda *_: used.append("simulator"))
+    monkeypatch.setattr(cusru.api, "_run_numpy", lambda *_: used.append("NumPy"))
+    spellings = ("1", "true", "True", "YES", "on", " 1 ") if simulated else ("0", "false", "FALSE", "No", "off", "", " ")
+    for value in spellings:
+        monkeypatch.setenv("CUSRU_SIMULATE", value)
+        cusru.sru_forward(u)
+        assert main.raw_kernels.simulated() == simulated
+    assert used == ["simulator" if simulated else "NumPy"] * len(spellings)
+
+
+@pytest.mark.parametrize("value", ["2", "y", "none", "simulate", "1,0"])
+def test_any_other_spelling_is_refused_at_the_call(value, monkeypatch):
+    monkeypatch.setenv("CUSRU_SIMULATE", value)
+    h = np.full((3, 2, 4), 7, "f4")
+    with pytest.raises(ValueError, match=f"CUSRU_SIMULATE is '{value}'; allowed are 1, true, yes and on, or 0, false"):
+        cusru.sru_forward(np.ones((3, 2, 4, 3), "f4"), out=(h, None, None))
+    assert (h == 7).all()

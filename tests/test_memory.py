@@ -5,9 +5,11 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from typing import Any
 
 import conftest
@@ -17,7 +19,7 @@ import strategies
 from conftest import missing
 
 import cusru
-from cusru import raw_kernels
+from cusru import raw_kernels, reference
 
 L, B, D = 70, 3, 8
 
@@ -325,6 +327,92 @@ def test_concurrent_calls_give_what_one_gives() -> None:
     for t in threads:
         t.join()
     assert not failures
+
+
+def in_idle_threads(count: int, call: Any, together: bool = False) -> Any:
+    """Threads that have called, and now wait; returns what ends them."""
+    done, called = threading.Event(), threading.Semaphore(0)
+
+    def work() -> None:
+        call()
+        called.release()
+        done.wait()
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
+    for t in threads:
+        t.start()
+        assert together or called.acquire(timeout=60)
+    for _ in threads if together else ():
+        assert called.acquire(timeout=60)
+
+    def end() -> None:
+        done.set()
+        for t in threads:
+            t.join()
+
+    return end
+
+
+def test_what_idle_threads_keep_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUSRU_SIMULATE", "0")
+    arguments = problem(length=100, batch=32, width=128)
+    o = cusru.sru_forward(**arguments, save_every=32)
+    run_states, barrier = reference.run_states, threading.Barrier(16)
+    monkeypatch.setattr(reference, "run_states", lambda *a: (barrier.wait(60), run_states(*a)))  # each has its memory now
+    tracemalloc.start()
+    try:
+        end = in_idle_threads(16, lambda: cusru.sru_backward(o.h, None, o.c, **arguments, save_every=32), together=True)
+        kept, most = tracemalloc.get_traced_memory()
+        end()
+    finally:
+        tracemalloc.stop()
+    assert kept <= 1.1 * reference.ALL_KEPT_BYTES < most / 2
+
+
+@pytest.mark.skipif(missing("simulator") is not None, reason=str(missing("simulator")))
+def test_what_idle_threads_of_the_simulator_keep_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may have 65,530 mappings of memory. A stack takes two, and a launch up to 2,048 stacks."""
+    monkeypatch.setenv("CUSRU_SIMULATE", "1")
+    arguments = problem(length=1, batch=4, width=128)
+
+    def mappings() -> int:
+        with open("/proc/self/maps", "rb") as maps:
+            return len(maps.readlines())
+
+    before = mappings()
+    end = in_idle_threads(40, lambda: both(arguments))
+    kept = mappings() - before
+    end()
+    assert kept <= 8 * 2 * 2048
+
+
+def test_a_signal_s_handler_may_call_while_its_thread_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call within a call has scratch memory of its own."""
+    monkeypatch.setenv("CUSRU_SIMULATE", "0")
+    arguments, inner = problem(), problem(width=2 * D)
+    expected, of_inner = both(arguments), both(inner)
+    run_states, results = reference.run_states, []
+
+    def interrupted(*a: Any) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+        run_states(*a)
+        signal.raise_signal(signal.SIGUSR1)
+
+    def handler(*_: Any) -> None:
+        monkeypatch.setattr(reference, "run_states", run_states)
+        results.append(both(inner))
+        monkeypatch.setattr(reference, "run_states", interrupted)
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        monkeypatch.setattr(reference, "run_states", interrupted)
+        got = both(arguments)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(results) == 2
+    for found, wanted in ((got, expected), *((r, of_inner) for r in results)):
+        for a, b in zip(found, wanted, strict=True):
+            same(a, b)
 
 
 @pytest.mark.parametrize("layout", strategies.LAYOUTS)

@@ -218,6 +218,26 @@ def test_fused_multiply_add_and_flush_to_zero() -> None:
     assert tiny * np.float32(0.5) > 0  # and the caller's arithmetic is as before
 
 
+def test_doubles_never_flush() -> None:
+    """Not even where the caller's own do."""
+    body = """
+    double v[2];
+    global_load<16>(v, in + 4 * i);
+    v[0] = v[0] * v[1];
+    v[1] = v[0] * 1e10;
+    global_store<16>(out + 4 * i, v);
+    """
+    text = source(body).replace("KERNEL(kernel, Args)", "KERNEL(kernel, Args, double)")
+    pairs = np.tile([1e-300, 1e-15], 32)
+    out, args = np.zeros(64), np.zeros((), ARGS)
+    args["in"], args["out"] = pairs.ctypes.data, out.ctypes.data
+    simulator.load(text, "kernel")(1, 32, args[()])
+    np.testing.assert_array_equal(out, np.tile([1e-300 * 1e-15, 1e-300 * 1e-15 * 1e10], 32))
+    assert out[0] > 0
+    launch(body.replace("1e10", "1e10f"), out, pairs)  # a kernel of floats: the CPU flushes all
+    np.testing.assert_array_equal(out, 0)
+
+
 # ---- hostility ----
 
 
@@ -492,6 +512,7 @@ def python(script: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT + textwrap.dedent(script)],
         env=values,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -560,11 +581,124 @@ def test_cache_that_others_can_write_is_not_used(mode: int, tmp_path: pathlib.Pa
     folder = tmp_path / "shared"
     folder.mkdir()
     folder.chmod(mode)
-    script = "check(); check(); assert len(compiled) == 2; print(simulator.cache_folder())"
-    private = pathlib.Path(finish(python(script, CUSRU_CACHE_DIR=str(folder))).strip())
-    assert list(folder.iterdir()) == []
-    assert private != folder
-    assert not private.exists()  # removed at exit
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    script = """
+    check(); check()
+    check(t.REVERSE + "/* another */")
+    assert len(compiled) == 3  # the runtime once
+    child = os.fork()
+    if child == 0:
+        check(t.REVERSE + "/* the child's */")
+        os._exit(0)  # as multiprocessing's children end, without atexit
+    assert os.waitpid(child, 0)[1] == 0
+    check(t.REVERSE + "/* the parent's */")
+    assert simulator.cache_folder() is None
+    """
+    finish(python(script, CUSRU_CACHE_DIR=str(folder), TMPDIR=str(temporary)))
+    assert list(folder.iterdir()) == list(temporary.iterdir()) == []
+
+
+def test_a_child_that_is_forked_while_its_parent_compiles_leaves_it_its_files(tmp_path: pathlib.Path) -> None:
+    script = """
+    run = simulator._run
+    def fork_first(command):
+        if "-o" in command:
+            child = os.fork()
+            if child == 0:
+                sys.exit(0)  # all that is to be done at exit is done
+            assert os.waitpid(child, 0)[1] == 0
+        return run(command)
+    simulator._run = fork_first
+    check()
+    """
+    finish(python(script, CUSRU_CACHE_DIR=str(tmp_path / "cache")))
+
+
+def test_another_home_between_two_kernels(tmp_path: pathlib.Path) -> None:
+    script = """
+    import shutil
+    for home in sys.stdin.read().split():
+        os.environ["HOME"] = home
+        check(f"{t.REVERSE}// {home}")
+        shutil.rmtree(simulator.cache_folder())  # somebody tidies up
+        check(f"{t.REVERSE}// {home} again")
+    print(len(compiled))
+    """
+    process = python(script, CUSRU_CACHE_DIR="", XDG_CACHE_HOME="")
+    out, errors = process.communicate(f"{tmp_path}/a {tmp_path}/b", timeout=100)
+    assert process.returncode == 0, errors
+    assert out.split() == ["5"]  # the runtime once
+    assert not list(tmp_path.rglob("runtime*"))
+
+
+def test_a_cached_library_that_is_not_whole_is_built_again(tmp_path: pathlib.Path) -> None:
+    """Cut short at any length, one bit of it changed, of a cusru that did not seal it, or another library altogether."""
+    script = """
+    def build(name):
+        simulator._libraries.clear()
+        del compiled[:]
+        file = simulator._library(name, f'extern "C" int {name}() {{ return 1; }}', [], []).file
+        return simulator.cache_folder() / file, len(compiled)
+    (one, _), (two, _) = build("one"), build("two")
+    whole, other = one.read_bytes(), two.read_bytes()
+    spoiled = [whole[:length] for length in (0, 1, 63, 64, *range(1000, len(whole), 1000), -33, -32, -1)]
+    spoiled += [whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:], whole + b"0", other]
+    for content in spoiled:
+        one.unlink()  # for it is loaded
+        one.write_bytes(content)
+        assert build("one") == (one, 1), len(content)
+        assert one.stat().st_size == len(whole)
+        assert build("one") == (one, 0)
+    one.unlink()
+    one.symlink_to("nowhere")
+    assert build("one") == (one, 1)
+    """
+    finish(python(script, CUSRU_CACHE_DIR=str(tmp_path)))
+
+
+@pytest.mark.parametrize("mode", ["cut short", "exchanged"])
+def test_a_spoiled_cache_is_not_fatal(mode: str, tmp_path: pathlib.Path) -> None:
+    check = "check(); print(*sorted(compiled))"
+    files = finish(python(check, CUSRU_CACHE_DIR=str(tmp_path))).split()
+    kernel, runtime = (tmp_path / name for name in files)
+    contents = [runtime.read_bytes(), kernel.read_bytes()] if mode == "exchanged" else [b"", runtime.read_bytes()[:5000]]
+    kernel.write_bytes(contents[0])
+    runtime.write_bytes(contents[1])
+    assert finish(python(check, CUSRU_CACHE_DIR=str(tmp_path))).split() == files
+    assert finish(python(check, CUSRU_CACHE_DIR=str(tmp_path))).split() == []
+
+
+def test_a_cache_in_the_working_folder(tmp_path: pathlib.Path) -> None:
+    script = f"""
+    os.chdir({str(tmp_path)!r})
+    os.chmod(".", 0o700)
+    check()
+    """
+    finish(python(script, CUSRU_CACHE_DIR="."))
+    assert {one.suffix for one in tmp_path.iterdir()} == {".so", ".cpp"}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_s_handler_may_compile_what_its_thread_is_compiling(when: str, tmp_path: pathlib.Path) -> None:
+    script = f"""
+    import signal
+    other = t.REVERSE + "/* another */"
+    signal.signal(signal.SIGUSR1, lambda *_: (check(), check(other)))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(60)  # waiting for itself, the thread would wait for ever
+    def interrupted(*a):
+        simulator._compile = lambda *a: (compiled.append(a[2].name), compile(*a))
+        if {when == "before"}:
+            signal.raise_signal(signal.SIGUSR1)
+        simulator._compile(*a)
+        if {when == "after"}:
+            signal.raise_signal(signal.SIGUSR1)
+    simulator._compile = interrupted
+    check(), check(other)
+    assert len(set(compiled)) == 3, compiled
+    """
+    finish(python(script, CUSRU_CACHE_DIR=str(tmp_path / "cache")))
 
 
 def test_cache_of_another_user_or_behind_a_link_is_not_used(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -572,15 +706,15 @@ def test_cache_of_another_user_or_behind_a_link_is_not_used(tmp_path: pathlib.Pa
     monkeypatch.setenv("CUSRU_CACHE_DIR", str(folder))
     assert simulator.cache_folder() == folder
     monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
-    assert simulator.cache_folder() != folder
+    assert simulator.cache_folder() is None
     monkeypatch.undo()
     link = tmp_path / "link"
     link.symlink_to(folder)
     monkeypatch.setenv("CUSRU_CACHE_DIR", str(link))
-    assert simulator.cache_folder() != link
+    assert simulator.cache_folder() is None
     monkeypatch.setenv("CUSRU_CACHE_DIR", str(tmp_path / "file"))
     (tmp_path / "file").touch()
-    assert simulator.cache_folder().is_dir()
+    assert simulator.cache_folder() is None
     monkeypatch.delenv("CUSRU_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert simulator.cache_folder() == tmp_path / "xdg" / "cusru"

@@ -8,7 +8,7 @@
 #else
 
 #define CUSRU_SHARED(type, name, count) __shared__ __align__(16) type name[count]
-#define CUSRU_SIMULATED_KERNEL(kernel, arguments)
+#define CUSRU_SIMULATED_KERNEL(kernel, arguments, ...)
 
 template <int BYTES> struct Word;
 template <> struct Word<1> {

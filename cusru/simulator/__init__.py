@@ -9,7 +9,6 @@ CUSRU_CACHE_DIR is where compiled kernels are kept.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -25,6 +24,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -66,6 +66,7 @@ class Kernel:
     def __init__(self, entry: str, library: ctypes.CDLL, runtime: ctypes.CDLL) -> None:
         self.entry = entry
         self.args_size = ctypes.c_uint64.in_dll(library, f"{entry}_args_size").value
+        self._flushes = ctypes.c_bool.in_dll(library, f"{entry}_flushes")
         self._thread = ctypes.cast(library[f"{entry}_thread"], ctypes.c_void_p)
         self._library = library  # keeps it loaded
         self._simulate = runtime["cusru_simulate"]
@@ -81,7 +82,7 @@ class Kernel:
         counts = (ctypes.c_uint64 * (4 * _KINDS))() if reports else None
         error = ctypes.create_string_buffer(2048)
         self._simulate(
-            self.entry.encode(), self._thread, data, ctypes.c_size_t(len(data)), ctypes.c_uint(grid),
+            self.entry.encode(), self._thread, self._flushes, data, ctypes.c_size_t(len(data)), ctypes.c_uint(grid),
             ctypes.c_uint(block), ctypes.c_uint64(seed & (1 << 64) - 1), counts, error, ctypes.c_size_t(len(error)),
         )  # fmt: skip
         if error.value:
@@ -158,21 +159,23 @@ def report() -> Iterator[Report]:
 
 # ---- compiling ----
 
+_SEAL = hashlib.sha256().digest_size
+
+
+class _Library(NamedTuple):
+    """A shared library in this process. Its content is kept for those that link to it: its file may be gone by then."""
+
+    file: str
+    content: bytes
+    handle: ctypes.CDLL
+
+
 _kernels: dict[tuple[str, str, tuple[str, ...], str, str | None], Kernel] = {}
-_libraries: dict[str, ctypes.CDLL] = {}
-_locks: dict[str, threading.Lock] = {}
-_guard = threading.Lock()  # of _locks
-
-
-def _after_fork() -> None:
-    """In a child no other thread exists, so none holds a lock."""
-    global _guard
-    _guard = threading.Lock()
-    _locks.clear()
-
+_libraries: dict[str, _Library] = {}
+_locks: dict[str, threading.RLock] = {}  # re-entrant: a signal's handler may call cusru while its own thread compiles
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(after_in_child=_locks.clear)  # in a child no other thread exists, so none holds a lock
 
 
 def load(source: str, entry: str, macros: tuple[str, ...] = ()) -> Kernel:
@@ -181,15 +184,15 @@ def load(source: str, entry: str, macros: tuple[str, ...] = ()) -> Kernel:
     key = (source, entry, tuple(macros), extra, os.environ.get("CXX"))
     kernel = _kernels.get(key)
     if kernel is None:
-        runtime_path, runtime = _runtime(shlex.split(extra))
+        runtime = _runtime(shlex.split(extra))
         flags = [*macros, f"-I{_HERE}", "-DCUSRU_SIMULATOR", *shlex.split(extra)]
         # The header's text is part of the runtime's name, and thereby of this library's.
-        _, library = _library(entry, source, flags, [str(runtime_path)])
-        kernel = _kernels.setdefault(key, Kernel(entry, library, runtime))
+        library = _library(entry, source, flags, [runtime])
+        kernel = _kernels.setdefault(key, Kernel(entry, library.handle, runtime.handle))
     return kernel
 
 
-def _runtime(extra: list[str]) -> tuple[pathlib.Path, ctypes.CDLL]:
+def _runtime(extra: list[str]) -> _Library:
     """The scheduler: not instrumented by sanitizers, but aware of them."""
     sanitizers = ",".join(flag.partition("=")[2] for flag in extra if flag.startswith("-fsanitize="))
     flags = [flag for flag in extra if not flag.startswith("-fsanitize")]
@@ -203,37 +206,57 @@ def _runtime_source() -> str:
     return (_HERE / "runtime.cpp").read_text().replace('#include "cuda_on_cpu.h"', header.replace("#pragma once", ""))
 
 
-def _library(name: str, source: str, flags: list[str], links: list[str]) -> tuple[pathlib.Path, ctypes.CDLL]:
+def _library(name: str, source: str, flags: list[str], links: list[_Library]) -> _Library:
     """Compiles and loads a shared library, at most once per process; from the disk if any process has compiled it."""
     path = compiler()
-    parts = [source, *_FLAGS, *flags, *(pathlib.Path(link).name for link in links), path, _version(path), _cpu()]
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    with _guard:
-        lock = _locks.setdefault(digest, threading.Lock())
-    with lock:
-        binary = cache_folder() / f"{name}-{digest}.so"
-        if digest not in _libraries:
-            if not binary.exists():
-                _compile(path, source, binary, [*_FLAGS, *flags], links)
-            _libraries[digest] = ctypes.CDLL(str(binary))
-        return binary, _libraries[digest]
+    parts = [source, *_FLAGS, *flags, *(link.file for link in links), path, _version(path), _cpu()]
+    file = f"{name}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
+    with _locks.setdefault(file, threading.RLock()):
+        if file not in _libraries:
+            with _folder() as folder:
+                binary = folder.absolute() / file
+                content = _intact(binary)
+                if content is None:
+                    _compile(path, source, binary, [*_FLAGS, *flags], links)
+                    content = binary.read_bytes()
+                if file not in _libraries:  # a handler may have been here meanwhile
+                    _libraries[file] = _Library(file, content, ctypes.CDLL(str(binary)))
+    return _libraries[file]
 
 
-def _compile(path: str, source: str, binary: pathlib.Path, flags: list[str], links: list[str]) -> None:
+def _compile(path: str, source: str, binary: pathlib.Path, flags: list[str], links: list[_Library]) -> None:
     """Writes ``binary``, and its source beside it for debuggers and sanitizers, both by atomic rename."""
-    with tempfile.TemporaryDirectory(dir=binary.parent, prefix="compiling-") as folder:
-        written = pathlib.Path(folder, "source")
+    with _temporary(binary.parent, "compiling-") as folder:
+        for link in links:
+            (folder / link.file).write_bytes(link.content)
+        written = folder / "source"
         written.write_text(source)
         text = binary.with_suffix(".cpp")
         os.replace(written, text)
-        output = pathlib.Path(folder, "library")
+        output = folder / "library"
         # A library is found again under its soname: kernels link to the runtime that is already loaded.
-        command = [path, *flags, "-x", "c++", str(text), "-x", "none", *links]
+        command = [path, *flags, "-x", "c++", str(text), "-x", "none", *(str(folder / link.file) for link in links)]
         command += [f"-Wl,-soname,{binary.name}", "-o", str(output)]
         result = _run(command)
         if result.returncode != 0:
             raise RuntimeError(f"{shlex.join(command)} failed:\n{result.stderr}")
+        with output.open("ab") as file:
+            file.write(_seal(binary.name, output.read_bytes()))
         os.replace(output, binary)
+
+
+def _seal(name: str, content: bytes) -> bytes:
+    """What stands behind the end of a library, where linkers and loaders do not look: it is whole, and the one of this name."""
+    return hashlib.sha256(name.encode() + content).digest()
+
+
+def _intact(binary: pathlib.Path) -> bytes | None:
+    """The content of a library that may be loaded: one cut short would end the process."""
+    try:
+        content = binary.read_bytes()
+    except OSError:
+        return None
+    return content if content[-_SEAL:] == _seal(binary.name, content[:-_SEAL]) else None
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -258,20 +281,26 @@ def _cpu() -> str:
     return "\n".join([platform.machine(), platform.processor(), *sorted(chosen)])
 
 
-@functools.cache
-def _private_folder(process: int) -> pathlib.Path:
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="cusru-"))
-
-    def remove() -> None:
-        if os.getpid() == process:  # not a child's exit
+@contextlib.contextmanager
+def _temporary(parent: pathlib.Path | None, prefix: str) -> Iterator[pathlib.Path]:
+    """Not tempfile.TemporaryDirectory, which a child that was forked meanwhile would remove at its end."""
+    process = os.getpid()
+    folder = pathlib.Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
+    try:
+        yield folder
+    finally:
+        if os.getpid() == process:
             shutil.rmtree(folder, ignore_errors=True)
 
-    atexit.register(remove)
-    return folder
+
+def _folder() -> contextlib.AbstractContextManager[pathlib.Path]:
+    """The cache, or a folder that lasts until the library has been loaded."""
+    cache = cache_folder()
+    return contextlib.nullcontext(cache) if cache else _temporary(None, "cusru-")
 
 
-def cache_folder() -> pathlib.Path:
-    """Where compiled kernels are kept: a folder that only its owner can write, for what lies there is run."""
+def cache_folder() -> pathlib.Path | None:
+    """Where compiled kernels are kept: a folder that only its owner can write, for what lies there is run. None: nowhere."""
     chosen = os.environ.get("CUSRU_CACHE_DIR")
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = pathlib.Path(chosen) if chosen else pathlib.Path(base, "cusru")
@@ -279,6 +308,6 @@ def cache_folder() -> pathlib.Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()
     except OSError:
-        return _private_folder(os.getpid())
+        return None
     safe = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
-    return folder if safe and os.access(folder, os.W_OK) else _private_folder(os.getpid())
+    return folder if safe and os.access(folder, os.W_OK) else None

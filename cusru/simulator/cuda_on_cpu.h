@@ -103,6 +103,13 @@ inline float bits_float(uint32_t bits) {
     return value;
 }
 
+template <typename Arithmetic = float> struct Flushes {
+    static constexpr bool value = true;
+};
+template <> struct Flushes<double> {
+    static constexpr bool value = false;
+};
+
 // A float within `bound` of `exact`, most often at that bound: which one, the argument's bits decide.
 inline float disturbed(double exact, double bound, float argument) {
     uint32_t hash = (float_bits(argument) ^ 0x9e3779b9u) * 0x85ebca6bu;
@@ -296,9 +303,13 @@ inline unsigned short float_to_bfloat(float value) {
     return static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-// What Python looks up: the size of the argument structure, and one thread's run of the kernel.
-#define CUSRU_SIMULATED_KERNEL(name, Args)                                                            \
+// What Python looks up: the size of the argument structure, one thread's run of the kernel, and whether subnormals
+// flush to zero in it. On a GPU those of float do, as with -ftz=true, and those of double never; a CPU knows only both
+// or none. So a kernel says which type it computes in.
+#define CUSRU_SIMULATED_KERNEL(name, Args, ...)                                                       \
     extern "C" __attribute__((visibility("default"))) const uint64_t name##_args_size = sizeof(Args); \
+    extern "C" __attribute__((visibility("default"))) const bool name##_flushes =                     \
+        cusru_simulator::Flushes<__VA_ARGS__>::value;                                                 \
     extern "C" __attribute__((visibility("default"))) void name##_thread(const void* args) {          \
         name(*static_cast<const Args*>(args));                                                        \
     }

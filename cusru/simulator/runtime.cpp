@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -119,7 +120,7 @@ static char* map(size_t size) {
     return aligned;
 }
 
-// Memory that this thread of the host has used before. ThreadSanitizer must not see one fiber's stack become another's
+// Memory that was used before. ThreadSanitizer must not see one fiber's stack become another's
 // without any ordering, so there everybody gets new pages.
 template <size_t SIZE, size_t GUARD> struct Pool {
     std::vector<char*> free;
@@ -142,8 +143,28 @@ template <size_t SIZE, size_t GUARD> struct Pool {
         free.push_back(memory);
     }
 };
-static thread_local Pool<STACK, PAGE> stacks;
-static thread_local Pool<SHARED_ARENA, 0> arenas;
+
+// A launch takes the memory that one before it has left, of whatever thread of the host, and leaves it again, or frees
+// it where enough is left already: threads that have stopped launching keep nothing. No lock, which a fork could find
+// held.
+struct Memory {
+    Pool<STACK, PAGE> stacks;
+    Pool<SHARED_ARENA, 0> arenas;
+};
+static std::atomic<Memory*> kept[8];
+
+static Memory* take_memory() {
+    for (auto& place : kept)
+        if (Memory* memory = place.exchange(nullptr)) return memory;
+    return new Memory;
+}
+static void leave_memory(Memory* memory) {
+    for (auto& place : kept) {
+        Memory* nobody = nullptr;
+        if (place.compare_exchange_strong(nobody, memory)) return;
+    }
+    delete memory;
+}
 
 // ---- one launch ----
 
@@ -204,6 +225,7 @@ struct Launch {
     Statistics* statistics;
     char* error;
     size_t error_size;
+    Memory& memory;
     bool failed = false;
     uint64_t progress = 0, idle = 0;  // idle: runs of a warp since anything but polling happened
     void* stack_pointer = nullptr;    // the scheduler's
@@ -281,7 +303,7 @@ static void body() {
 static bool run_lane(Launch& launch, Warp& warp, unsigned lane) {
     Fiber* fiber = warp.fibers[lane];
     if (fiber == nullptr) {
-        char* stack = stacks.take();
+        char* stack = launch.memory.stacks.take();
         if (stack == nullptr) {
             snprintf(launch.error, launch.error_size, "%s: no memory for a thread's stack", launch.name);
             launch.failed = true;
@@ -313,7 +335,7 @@ static void end_lane(Warp& warp, unsigned lane) {
     if (fiber == nullptr) return;
     warp.fibers[lane] = nullptr;
     IF_TSAN(__tsan_destroy_fiber(fiber->tsan);)
-    stacks.give(reinterpret_cast<char*>(fiber) + sizeof(Fiber) - STACK);
+    warp.block->launch->memory.stacks.give(reinterpret_cast<char*>(fiber) + sizeof(Fiber) - STACK);
 }
 
 // Every lane that can run, upwards or downwards, until it waits.
@@ -525,8 +547,8 @@ static bool start_block(Launch& launch, Block& block, unsigned index) {
     block.declarations.clear();
     block.declarations.reserve(DECLARATIONS);
     block.shared_used = 16;
-    if (block.shared != nullptr) arenas.give(block.shared);
-    block.shared = arenas.take();
+    if (block.shared != nullptr) launch.memory.arenas.give(block.shared);
+    block.shared = launch.memory.arenas.take();
     if (block.shared == nullptr) {
         snprintf(launch.error, launch.error_size, "%s: no memory for a block's shared memory", launch.name);
         launch.failed = true;
@@ -598,7 +620,7 @@ static void simulate(Launch& launch) {
     for (auto& block : blocks) {
         for (Warp& warp : block->warps)
             for (unsigned lane = 0; lane < 32; ++lane) end_lane(warp, lane);
-        if (block->shared != nullptr) arenas.give(block->shared);
+        if (block->shared != nullptr) launch.memory.arenas.give(block->shared);
     }
 }
 
@@ -606,8 +628,8 @@ static void simulate(Launch& launch) {
 
 // Runs the kernel for every thread of the grid. `error` is empty afterwards, or says what went wrong.
 extern "C" __attribute__((visibility("default"))) void cusru_simulate(const char* name, void (*kernel)(const void*),
-                                                                      const void* args, size_t args_size, unsigned grid,
-                                                                      unsigned block_size, uint64_t seed,
+                                                                      bool flushes, const void* args, size_t args_size,
+                                                                      unsigned grid, unsigned block_size, uint64_t seed,
                                                                       cusru_simulator::Statistics* statistics,
                                                                       char* error, size_t error_size) {
     using namespace cusru_simulator;
@@ -620,15 +642,19 @@ extern "C" __attribute__((visibility("default"))) void cusru_simulate(const char
     }
     memcpy(aligned, args, args_size);
     uint64_t random = (seed + 1) * 0x9e3779b97f4a7c15u;
-    Launch launch{name, kernel, aligned, grid, block_size, random != 0 ? random : 1, statistics, error, error_size};
+    Memory* memory = take_memory();
+    Launch launch{name,       kernel, aligned,    grid,   block_size, random != 0 ? random : 1,
+                  statistics, error,  error_size, *memory};
     IF_TSAN(launch.tsan = __tsan_get_current_fiber();)
 #if defined(__SSE__)
     unsigned control = _mm_getcsr();
-    _mm_setcsr(control | 0x8040);  // float subnormals flush to zero, as with -ftz=true: results and arguments
+    constexpr unsigned FLUSH = 0x8040;  // of results and of arguments
+    _mm_setcsr(flushes ? control | FLUSH : control & ~FLUSH);
 #elif defined(__aarch64__)
     uint64_t control;
     asm volatile("mrs %0, fpcr" : "=r"(control));
-    asm volatile("msr fpcr, %0" : : "r"(control | 1u << 24));
+    constexpr uint64_t FLUSH = 1u << 24;
+    asm volatile("msr fpcr, %0" : : "r"(flushes ? control | FLUSH : control & ~FLUSH));
 #endif
     simulate(launch);
 #if defined(__SSE__)
@@ -636,5 +662,6 @@ extern "C" __attribute__((visibility("default"))) void cusru_simulate(const char
 #elif defined(__aarch64__)
     asm volatile("msr fpcr, %0" : : "r"(control));
 #endif
+    leave_memory(memory);
     IF_TSAN(__tsan_acquire(&launch.finished);)
 }
