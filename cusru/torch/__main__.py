@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _run_script(path: str) -> None:
-    full = path if os.path.isabs(path) else os.path.join(os.getcwd(), path.removeprefix("./"))  # not normalised
+    full = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)  # not normalised
     if os.path.isdir(full) or _is_archive(full):
         _set_first_path(full)
         finder: Any = pkgutil.get_importer(full)
