@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 from cusru.torch.modules import SRU, SRUCell
 from cusru.torch.operator import sru
 
 __all__ = ["SRU", "SRUCell", "install_as_sru", "sru"]
 
+_PAGE = "docs/migrating-from-sru.md"
 _SRU_VERSION = "2.6.0"  # the one whose interface these are
 
 
 def install_as_sru() -> None:
     """Make `import sru` find these classes: for third-party code that imports it, and for models that were pickled whole.
 
-    Registers the modules `sru` and `sru.modules`, with SRU, SRUCell and `__version__` = "2.6.0". Call it before anything
-    imports sru; a second call does nothing.
+    Registers the modules `sru`, `sru.modules` and `sru.version`, with SRU, SRUCell and `__version__` = "2.6.0"; and, unless a
+    module of that name is imported already, `cuda_functional`, with the SRU and SRUCell of 2017 (`cusru.torch.classic`). What
+    else sru has is refused with an ImportError that says what to do. Call it before anything imports sru; a second call does
+    nothing.
 
     Raises:
         RuntimeError: the real sru package is imported already.
@@ -32,11 +37,53 @@ def install_as_sru() -> None:
             f"the sru package is imported already (from {where}), and objects of its classes may exist: call "
             "cusru.torch.install_as_sru() before anything imports sru"
         )
-    package, modules = ModuleType("sru", install_as_sru.__doc__), ModuleType("sru.modules")
-    for module in (package, modules):
-        module.__spec__ = ModuleSpec(module.__name__, None, origin=__name__, is_package=module is package)
-        module.SRU, module.SRUCell = SRU, SRUCell  # type: ignore[attr-defined]
-    package.__path__ = []
-    package.__version__ = _SRU_VERSION  # type: ignore[attr-defined]
-    package.modules = modules  # type: ignore[attr-defined]
-    sys.modules |= {"sru": package, "sru.modules": modules}
+    package, modules, version = (_module(name) for name in ("sru", "sru.modules", "sru.version"))
+    package.__dict__.update(
+        SRU=SRU, SRUCell=SRUCell, modules=modules, version=version, __version__=_SRU_VERSION, __path__=[], __getattr__=_not_in_sru
+    )
+    modules.__dict__.update(SRU=SRU, SRUCell=SRUCell, __getattr__=_not_in_sru)
+    version.__dict__.update(__version__=_SRU_VERSION)
+    sys.modules |= {"sru": package, "sru.modules": modules, "sru.version": version}
+    sys.meta_path.append(_Rest())
+    if "cuda_functional" not in sys.modules:
+        original = _module("cuda_functional")
+        original.__dict__.update(__all__=["SRU", "SRUCell"], __getattr__=_of_cuda_functional)
+        sys.modules["cuda_functional"] = original
+
+
+def _module(name: str) -> ModuleType:
+    module = ModuleType(name, install_as_sru.__doc__)
+    module.__spec__ = ModuleSpec(name, None, origin=__name__, is_package=name == "sru")
+    return module
+
+
+# ImportErrors, and no AttributeErrors, whose text `from sru import ...` and pickle put their own in the place of.
+
+
+def _not_in_sru(name: str) -> Any:
+    if name.startswith("SRUpp"):
+        raise ImportError(f"{name}: cusru.torch has no SRU++; run it with the sru package 3.0 itself ({_PAGE})", name="sru")
+    raise AttributeError(f"cusru.torch, in the place of the sru package {_SRU_VERSION}, has no {name} ({_PAGE})")
+
+
+def _of_cuda_functional(name: str) -> Any:
+    if name in ("SRU", "SRUCell"):
+        return getattr(importlib.import_module("cusru.torch.classic"), name)
+    if name.startswith("SRU_"):
+        raise ImportError(f"{name}: call cusru.torch.sru in its place ({_PAGE})", name="cuda_functional")
+    raise AttributeError(f"cusru.torch, in the place of cuda_functional, has no {name} ({_PAGE})")
+
+
+class _Rest:
+    """A finder, the last on sys.meta_path: it says what became of the modules of sru that are not there."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        if not name.startswith("sru.") or getattr(sys.modules.get("sru"), "SRU", None) is not SRU:
+            return
+        what = "it is left out"
+        if name in ("sru.ops", "sru.cuda_functional"):
+            what = "call cusru.torch.sru in the place of its functions"
+        elif name == "sru.sru_functional":
+            what = "for a model that sru 2.0 to 2.3 saved whole, save its state dict with that version"
+        raise ModuleNotFoundError(f"{name} is not in cusru.torch, which stands in for sru here: {what} ({_PAGE})", name=name)

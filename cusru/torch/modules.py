@@ -11,6 +11,7 @@ import math
 import numbers
 import operator
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from cusru.dlpack import check_torch
+from cusru.torch.legacy import adopt_transform_module, rename_weights, takes_old_arguments, warn_of_load
 from cusru.torch.operator import SAVE_EVERY, sru, type_name
 
 
@@ -62,6 +64,7 @@ class SRUCell(nn.Module):
     save_every = SAVE_EVERY
     keep_memory_order = False  # SRU(batch_first=True) sets it: h lies in memory as the input does, else as (L, B, D)
 
+    @takes_old_arguments
     def __init__(
         self,
         input_size: int,
@@ -262,7 +265,13 @@ class SRUCell(nn.Module):
         c0_ = _to_parameter(c0, dtype)
         mask_c = _to_parameter(mask_c, dtype)
         scale_val = _to_parameter(scale_val, dtype)
-        activation = "tanh" if self.activation_type == 1 else "identity"
+        activation = "identity"
+        if self.activation_type == 1:
+            activation = "tanh"
+        elif self.activation_type == 2:
+            activation = "relu"
+        elif self.activation_type == 3:
+            activation = "selu"
         if torch.jit.is_scripting():
             h, _, c = torch.ops.cusru.sru_forward(
                 u, x, bias, weight_c, c0_, mask_c, mask_pad, scale_val, 1.0, activation, "identity", "gate",
@@ -320,6 +329,20 @@ class SRUCell(nn.Module):
         """A mask of 0s, with probability p, and 1 / (1 - p)s."""
         return self.bias.new_empty(size).bernoulli_(1 - p).div_(1 - p)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """torch's, for state dicts of sru 3.0 too; `state_dict` is load_state_dict's own copy, which children see next."""
+        more = rename_weights(self, state_dict, prefix)
+        names = [name for name, _ in self.named_parameters() if not (self.v1 and name == "weight_c")]  # which is 0 by then
+        warn_of_load(self, names, state_dict, prefix, more)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "transform_module" in self._modules:  # pickled whole by sru 3.0
+            adopt_transform_module(self)
+
     def extra_repr(self) -> str:
         s = f"{self.input_size}, {self.hidden_size}"
         for name, default in (("projection_size", 0), ("dropout", 0), ("rnn_dropout", 0), ("bidirectional", False),
@@ -338,7 +361,7 @@ class SRU(nn.Module):
         rescale, v1, amp_recurrence_fp16, normalize_after, weight_c_init: of every layer, see `SRUCell`; but the last layer
             has no `dropout`.
         num_layers: how many layers.
-        projection_size: `SRUCell`'s n_proj.
+        projection_size: `SRUCell`'s n_proj; or a list of one for each layer, as sru 3.0 takes it.
         nn_rnn_compatible_return: c is returned as (num_layers * directions, B, hidden_size), and c0 may be given so.
         custom_m: a list of one module for each layer, or a module of which each layer gets a copy.
         proj_input_to_hidden_first: bring the input to the output's size first, so that every layer's skip is its input.
@@ -356,6 +379,7 @@ class SRU(nn.Module):
     amp_recurrence_fp16 = False
     nn_rnn_compatible_return = False
 
+    @takes_old_arguments
     def __init__(
         self,
         input_size: int,
@@ -364,7 +388,7 @@ class SRU(nn.Module):
         dropout: float = 0.0,
         rnn_dropout: float = 0.0,
         bidirectional: bool = False,
-        projection_size: int = 0,
+        projection_size: int | Sequence[int] = 0,
         use_tanh: bool = False,
         layer_norm: bool = False,
         highway_bias: float = 0.0,
@@ -381,7 +405,12 @@ class SRU(nn.Module):
     ) -> None:
         super().__init__()
         input_size, hidden_size = _size("input_size", input_size), _size("hidden_size", hidden_size)
-        num_layers, projection_size = _size("num_layers", num_layers), _integer("projection_size", projection_size)
+        num_layers = _size("num_layers", num_layers)
+        of_layers = isinstance(projection_size, list | tuple)
+        given: Any = projection_size if of_layers else [projection_size] * num_layers
+        n_proj = [_integer("projection_size", size) for size in given]
+        if len(n_proj) < num_layers:
+            raise ValueError(f"projection_size has {len(n_proj)} numbers; expected one for each of the {num_layers} layers")
         if isinstance(custom_m, list | tuple | nn.ModuleList) and len(custom_m) < num_layers:
             raise ValueError(f"custom_m has {len(custom_m)} modules; expected one for each of the {num_layers} layers")
         self.input_size = input_size
@@ -390,7 +419,7 @@ class SRU(nn.Module):
         self.num_layers = num_layers
         self.dropout = dropout
         self.rnn_dropout = rnn_dropout
-        self.projection_size = projection_size
+        self.projection_size = n_proj if of_layers else n_proj[0]
         self.bidirectional = bidirectional
         self.use_layer_norm = layer_norm
         self.has_skip_term = has_skip_term
@@ -405,9 +434,9 @@ class SRU(nn.Module):
             first_size = input_size
             self.input_to_hidden = None
         if rnn_dropout > 0:
-            warnings.warn("rnn_dropout is deprecated in sru: use dropout", stacklevel=2)
+            warnings.warn("rnn_dropout is deprecated in sru: use dropout", stacklevel=3)
         if use_tanh:
-            warnings.warn("use_tanh is deprecated in sru", stacklevel=2)
+            warnings.warn("use_tanh is deprecated in sru", stacklevel=3)
         self.rnn_lst = nn.ModuleList(
             SRUCell(
                 first_size if i == 0 else self.output_size,
@@ -415,7 +444,7 @@ class SRU(nn.Module):
                 dropout=dropout if i + 1 != num_layers else 0,
                 rnn_dropout=rnn_dropout,
                 bidirectional=bidirectional,
-                n_proj=projection_size,
+                n_proj=n_proj[i],
                 use_tanh=use_tanh,
                 highway_bias=highway_bias,
                 has_skip_term=has_skip_term,
@@ -431,6 +460,16 @@ class SRU(nn.Module):
         )
         for rnn in self.rnn_lst:
             rnn.keep_memory_order = batch_first
+
+    def __getitem__(self, n: int) -> SRUCell:
+        """The cell of layer n, as in sru 3.0."""
+        cell: SRUCell = self.rnn_lst[n]
+        return cell
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.input_to_hidden is not None:  # of the cells each speaks for itself
+            warn_of_load(self, ["input_to_hidden.weight"], state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def reset_parameters(self) -> None:
         for rnn in self.rnn_lst:
