@@ -35,7 +35,7 @@ def sru_forward(
     forget = u1 if b_f is None else u1 + b_f
     reset = u2 if b_r is None else u2 + b_r
     c = u0.new_zeros(u0.shape[1:]) if c0 is None else _to(c0, state)
-    pad = None if mask_pad is None else (mask_pad != 0).unsqueeze(-1)
+    pad = None if mask_pad is None else _to(mask_pad, torch.bool).unsqueeze(-1)
     if pad is not None:  # a forget gate of exactly 1, and finite data whatever lies there: the state passes
         forget, z = forget.masked_fill(pad, torch.inf), z.masked_fill(pad, 0)
         if v_f is not None and per_step:
