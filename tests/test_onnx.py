@@ -40,7 +40,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
 
 
 def axes(layout: str) -> dict[int, str]:
-    """ "LBD" -> {0: "L", 1: "B"}: the axes that are dynamic."""
+    """The dynamic ones: of "LBD" {0: "L", 1: "B"}."""
     return {i: name for i, name in enumerate(layout) if name in "LB"}
 
 
@@ -133,7 +133,7 @@ MODULES: dict[str, tuple[Any, dict[str, Any], str, torch.dtype]] = {
     ),
     "through fewer features": (SRU, dict(input_size=6, hidden_size=5, num_layers=1, projection_size=2), "c0", F64),
     "projected first, batch first": (
-        SRU, dict(input_size=6, hidden_size=4, num_layers=1, proj_input_to_hidden_first=True, batch_first=True), "c0 mask_pad", F32
+        SRU, dict(input_size=6, hidden_size=4, num_layers=1, proj_input_to_hidden_first=True, batch_first=True), "mask_pad", F32
     ),
     "states as torch.nn.LSTM's": (
         SRU, dict(input_size=6, hidden_size=3, num_layers=2, bidirectional=True, nn_rnn_compatible_return=True), "c0", F32
