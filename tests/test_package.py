@@ -132,7 +132,7 @@ def test_cusru_torch_can_be_imported_again():
 def lacking(framework):
     """Why a block that imports it cannot run here, or None."""
     if importlib.util.find_spec(framework) is None:
-        extra = {"cupy": "cuda13"}.get(framework, framework)
+        extra = {"cupy": "cuda13", "onnxruntime": "onnx"}.get(framework, framework)
         return f'{framework} is missing: pip install ".[{extra}]"'
     if framework == "cupy":
         try:
@@ -149,7 +149,7 @@ def need(framework):
 
 def frameworks(block):
     """Those that a block needs."""
-    imported = re.findall(r"^(?:import|from) (?:cusru\.)?(cupy|torch|jax|tensorflow)\b", block, flags=re.M)
+    imported = re.findall(r"^(?:import|from) (?:cusru\.)?(cupy|torch|jax|tensorflow|onnxruntime)\b", block, flags=re.M)
     return list(dict.fromkeys(imported))
 
 

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from cusru.dlpack import check_torch
 from cusru.torch.legacy import adopt_transform_module, rename_weights, takes_old_arguments, warn_of_load
-from cusru.torch.operator import SAVE_EVERY, sru, type_name
+from cusru.torch.operator import SAVE_EVERY, sizes_of, sru, type_name
 
 
 class SRUCell(nn.Module):
@@ -186,13 +186,14 @@ class SRUCell(nn.Module):
             self._check(input, c0, mask_pad)
         if input.dim() != 2 and input.dim() != 3:
             raise ValueError(f"input has shape {list(input.shape)}; expected (L, B, input_size) or (B, input_size)")
-        if self.custom_m is None and input.size(-1) != self.input_size:
-            raise ValueError(f"input has shape {list(input.shape)}; expected a last size of input_size = {self.input_size}")
+        shape = _sizes(input)
+        if self.custom_m is None and shape[-1] != self.input_size:
+            raise ValueError(f"input has shape {shape}; expected a last size of input_size = {self.input_size}")
         batch = input.size(-2)
         if c0 is None:
             c0 = torch.zeros(batch, self.output_size, dtype=input.dtype, device=input.device)
-        elif list(c0.shape) != [batch, self.output_size]:
-            raise ValueError(f"c0 has shape {list(c0.shape)}; expected {[batch, self.output_size]}, (B, output_size)")
+        elif _sizes(c0) != [shape[-2], self.output_size]:
+            raise ValueError(f"c0 has shape {_sizes(c0)}; expected {[shape[-2], self.output_size]}, (B, output_size)")
         if mask_pad is not None:
             mask_pad = _as_padding(mask_pad, input)
 
@@ -250,7 +251,7 @@ class SRUCell(nn.Module):
         """The recurrence itself: U and V from `compute_UV`, the cell's input, (B, D) c0 and mask_c -> h and c."""
         length = residual.size(0) if residual.dim() == 3 else 1
         batch, width = residual.size(-2), self.output_size
-        k = U.size(-1) // width
+        k = _sizes(U)[-1] // width
         low = U.dtype == torch.float16 or U.dtype == torch.bfloat16
         dtype, own_bias = U.dtype, self.bias
         if not (self.amp_recurrence_fp16 and low):
@@ -296,18 +297,18 @@ class SRUCell(nn.Module):
             if len(ret) != 2:
                 raise ValueError(f"custom_m must return U or (U, V); it returned {len(ret)} tensors")
             U, V = ret[0], ret[1]
-            if V.dim() == 3 and input.dim() == 3 and list(V.shape[:2]) != list(input.shape[:2]):
-                raise ValueError(f"custom_m returned V of shape {list(V.shape)} for an input of shape {list(input.shape)}")
-            if V.size(-1) != self.output_size * 2:
-                raise ValueError(f"custom_m returned V of shape {list(V.shape)}; expected a last size of {self.output_size * 2}")
+            if V.dim() == 3 and input.dim() == 3 and _sizes(V)[:2] != _sizes(input)[:2]:
+                raise ValueError(f"custom_m returned V of shape {_sizes(V)} for an input of shape {_sizes(input)}")
+            if _sizes(V)[-1] != self.output_size * 2:
+                raise ValueError(f"custom_m returned V of shape {_sizes(V)}; expected a last size of {self.output_size * 2}")
             V = V + self.weight_c
         else:
             U, V = ret, self.weight_c
-        if U.dim() == 3 and input.dim() == 3 and list(U.shape[:2]) != list(input.shape[:2]):
-            raise ValueError(f"custom_m returned U of shape {list(U.shape)} for an input of shape {list(input.shape)}")
-        if U.size(-1) != self.output_size * self.num_matrices:
+        if U.dim() == 3 and input.dim() == 3 and _sizes(U)[:2] != _sizes(input)[:2]:
+            raise ValueError(f"custom_m returned U of shape {_sizes(U)} for an input of shape {_sizes(input)}")
+        if _sizes(U)[-1] != self.output_size * self.num_matrices:
             raise ValueError(
-                f"custom_m returned U of shape {list(U.shape)}; expected a last size of output_size * num_matrices = "
+                f"custom_m returned U of shape {_sizes(U)}; expected a last size of output_size * num_matrices = "
                 f"{self.output_size * self.num_matrices}"
             )
         return U, V
@@ -501,8 +502,8 @@ class SRU(nn.Module):
         if not self.batch_first:
             return self._forward(input, c0, mask_pad)
         if mask_pad is not None:
-            if list(mask_pad.shape) != list(input.shape[:2]):
-                raise ValueError(f"mask_pad has shape {list(mask_pad.shape)}; expected {list(input.shape[:2])}, (B, L)")
+            if _sizes(mask_pad) != _sizes(input)[:2]:
+                raise ValueError(f"mask_pad has shape {_sizes(mask_pad)}; expected {_sizes(input)[:2]}, (B, L)")
             mask_pad = mask_pad.transpose(0, 1)
         h, c = self._forward(input.transpose(0, 1), c0, mask_pad)
         return h.transpose(0, 1), c
@@ -527,13 +528,13 @@ class SRU(nn.Module):
 
     def _forward(self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Tensor, Tensor]:
         batch = input.size(1)
-        if input.size(2) != self.input_size:
-            raise ValueError(f"input has shape {list(input.shape)}; expected a last size of input_size = {self.input_size}")
+        if _sizes(input)[2] != self.input_size:
+            raise ValueError(f"input has shape {_sizes(input)}; expected a last size of input_size = {self.input_size}")
         if c0 is None:
             zeros = torch.zeros(batch, self.output_size, dtype=input.dtype, device=input.device)
             states = [zeros for _ in range(self.num_layers)]
         else:
-            states = self._states_of_layers(c0, batch).unbind(0)
+            states = self._states_of_layers(c0, _sizes(input)[1]).unbind(0)
         if mask_pad is not None:
             mask_pad = _as_padding(mask_pad, input)
         h = input
@@ -553,13 +554,14 @@ class SRU(nn.Module):
         """c0 as (num_layers, B, D)."""
         of_layers = [self.num_layers, batch, self.output_size]
         of_rnn = [self.num_layers * self.num_directions, batch, self.hidden_size]
-        if list(c0.shape) == of_layers:
+        shape = _sizes(c0)
+        if shape == of_layers:
             return c0
-        if self.nn_rnn_compatible_return and list(c0.shape) == of_rnn:
-            c0 = c0.reshape(self.num_layers, self.num_directions, batch, self.hidden_size).transpose(1, 2)
-            return c0.reshape(of_layers)
+        if self.nn_rnn_compatible_return and shape == of_rnn:
+            c0 = c0.reshape(self.num_layers, self.num_directions, -1, self.hidden_size).transpose(1, 2)
+            return c0.reshape(self.num_layers, -1, self.output_size)
         expected = f"{of_layers} or {of_rnn}" if self.nn_rnn_compatible_return else f"{of_layers}"
-        raise ValueError(f"c0 has shape {list(c0.shape)}; expected {expected}")
+        raise ValueError(f"c0 has shape {shape}; expected {expected}")
 
     def make_backward_compatible(self) -> None:
         """Does nothing, for callers of sru's method: the models that needed it name modules that sru 2.6.0 has not either."""
@@ -600,15 +602,21 @@ def _check_tensors(input: Any, c0: Any, mask_pad: Any) -> None:
             check_torch(a, name)
 
 
+def _sizes(a: Tensor) -> list[int]:
+    if not torch.jit.is_scripting() and torch.jit.is_tracing():
+        return sizes_of(a)
+    return list(a.shape)
+
+
 def _as_padding(mask_pad: Tensor, input: Tensor) -> Tensor:
     """(L, B) bool; for the one step of a 2-dimensional input also (B,)."""
-    expected = list(input.shape[:-1])
+    expected = _sizes(input)[:-1]
     if input.dim() == 2:
-        expected = [1, input.size(0)]
+        expected = [1, expected[0]]
         if mask_pad.dim() == 1:
             mask_pad = mask_pad.unsqueeze(0)
-    if list(mask_pad.shape) != expected:
-        raise ValueError(f"mask_pad has shape {list(mask_pad.shape)}; expected {expected}, (L, B)")
+    if _sizes(mask_pad) != expected:
+        raise ValueError(f"mask_pad has shape {_sizes(mask_pad)}; expected {expected}, (L, B)")
     return mask_pad if mask_pad.dtype == torch.bool else mask_pad != 0
 
 

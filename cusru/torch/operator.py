@@ -12,7 +12,8 @@ know of cusru it is told when somebody else loads it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -117,8 +118,19 @@ def _sru(
     every = api.check_save_every(save_every)
     if every is None and torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in given.values()):
         raise ValueError("save_every=None keeps no states, and the backward needs them: give 1 or more, or use torch.no_grad()")
-    run = torch.ops.cusru.sru_forward if torch.jit.is_tracing() else _Forward.apply  # a trace is saved with operators only
-    h, _, c_last = run(*given.values(), scale_x, scale, activation, candidate, mask_target, bool(bidirectional), every or 0)
+    arguments: tuple[Any, ...] = (
+        *given.values(), scale_x, scale, activation, candidate, mask_target, bool(bidirectional), every or 0
+    )  # fmt: skip
+    traced = torch.jit.is_tracing()
+    if (traced or torch.compiler.is_compiling()) and torch.onnx.is_in_onnx_export():
+        from cusru.torch import onnx
+
+        with untraced():
+            _check_without_memory("forward", _named(arguments))
+        run: Any = onnx.sru_forward
+    else:
+        run = torch.ops.cusru.sru_forward if traced else _Forward.apply  # a trace is saved with operators only
+    h, _, c_last = run(*arguments)
     return h, c_last
 
 
@@ -128,6 +140,26 @@ _NO_GRADIENT = "{0} requires grad, and cusru has no gradient for it: pass {0}.de
 def type_name(value: Any) -> str:
     """For messages."""
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Within it torch.jit.trace does not look, and sizes are numbers: those it sees are traced, and to compare them warns."""
+    state = torch._C._get_tracing_state()
+    if state is None:
+        yield
+        return
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+def sizes_of(a: Tensor) -> list[int]:
+    """Its shape in numbers, in a trace too."""
+    with untraced():
+        return list(a.shape)
 
 
 # ---- the operators: torch owns the memory --------------------------------------------------------------------------
