@@ -583,3 +583,17 @@ def test_what_a_reset_gate_leaves_of_the_skip_keeps_its_accuracy(backend, dtype,
     left = 1 / (1 + np.exp(u[..., 2].astype(float)))
     np.testing.assert_allclose(output.h, left, rtol=bound)
     np.testing.assert_allclose(gradients.x, left, rtol=bound)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("activation", ["identity", "tanh", "relu", "selu"])
+def test_an_activation_passes_a_nan_of_the_state_on(backend, activation, dtype):
+    """Its slope too, where no weight_c brings the NaN to the gates."""
+    u = np.zeros((3, 1, 2, 3), dtype)
+    u[1, ..., 0] = np.nan
+    grad_h = np.ones((3, 1, 2), dtype)
+    output, gradients = call(backend, u=u, activation=activation, grad_h=grad_h)
+    assert np.isnan(output.h[1:]).all()
+    wanted = oracle.backward(grad_h, None, u, activation=activation)["u"]
+    assert np.isnan(wanted).any()
+    np.testing.assert_array_equal(np.isnan(gradients.u), np.isnan(wanted))
