@@ -521,21 +521,26 @@ def test_subnormal_numbers_of_float64_are_kept(backend):
     np.testing.assert_allclose(gradients.bias, [[-0.5e-310] * 4, [0.5e-310] * 4], rtol=1e-12)
 
 
-@pytest.mark.parametrize(("length", "batch"), [(16 * 400, 1), (32, 16 * 400)], ids=["over time", "over the batch"])
+@pytest.mark.parametrize(
+    ("length", "batch", "width"),
+    [(16 * 400, 1, 1), (16 * 400, 1, 4), (32, 16 * 400, 1)],
+    ids=["over many blocks", "over a long block", "over the batch"],
+)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_no_small_terms_of_a_parameter_gradient_are_lost_beside_a_large_one(backend, length, batch, sign, monkeypatch):
+def test_no_small_terms_of_a_parameter_gradient_are_lost_beside_a_large_one(backend, length, batch, width, sign, monkeypatch):
     """32 of them together are less than half a unit in the last place of that one: a plain sum would stand still."""
-    monkeypatch.setattr("cusru.reference.BLOCK_BYTES", 64)  # 16 steps of one column
-    u, grad_h = np.zeros((length, batch, 1, 3), "f4"), np.full((length, batch, 1), 2.0**-30, "f4")
+    if width == 1:
+        monkeypatch.setattr("cusru.reference.BLOCK_BYTES", 64)  # 16 steps of one column
+    u, grad_h = np.zeros((length, batch, width, 3), "f4"), np.full((length, batch, width), 2.0**-30, "f4")
     u[::2, ..., 0], u[1::2, ..., 0] = 1, -1  # so that c is a third of either sign, and either gate's terms have one sign
-    grad_h[-1, :16] = 1  # what is summed first, in each warp of the kernel that adds up the rows
+    grad_h[[0, -1], :16] = 1  # what is summed first, upwards or downwards, and in each warp of the kernel that adds up the rows
     grad_h[1::2] *= sign
-    output, gradients = call(backend, u=u, bias=np.zeros((2, 1), "f4"), weight_c=np.zeros((2, 1), "f4"), grad_h=grad_h)
-    before = np.concatenate([np.zeros((1, batch, 1), "f4"), output.c[:-1]])
+    output, gradients = call(backend, u=u, bias=np.zeros((2, width), "f4"), weight_c=np.zeros((2, width), "f4"), grad_h=grad_h)
+    before = np.concatenate([np.zeros((1, batch, width), "f4"), output.c[:-1]])
     for j in (0, 1):
         terms = gradients.u[..., j + 1].astype(float)
         for got, of_each in ((gradients.bias[j], terms), (gradients.weight_c[j], terms * before)):
-            assert abs(got - of_each.sum()) <= 1e-6 * abs(of_each).sum(), j
+            assert (abs(got - of_each.sum(axis=(0, 1))) <= 1e-6 * abs(of_each).sum(axis=(0, 1))).all(), j
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -578,3 +583,17 @@ def test_what_a_reset_gate_leaves_of_the_skip_keeps_its_accuracy(backend, dtype,
     left = 1 / (1 + np.exp(u[..., 2].astype(float)))
     np.testing.assert_allclose(output.h, left, rtol=bound)
     np.testing.assert_allclose(gradients.x, left, rtol=bound)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize("activation", ["identity", "tanh", "relu", "selu"])
+def test_an_activation_passes_a_nan_of_the_state_on(backend, activation, dtype):
+    """Its slope too, where no weight_c brings the NaN to the gates."""
+    u = np.zeros((3, 1, 2, 3), dtype)
+    u[1, ..., 0] = np.nan
+    grad_h = np.ones((3, 1, 2), dtype)
+    output, gradients = call(backend, u=u, activation=activation, grad_h=grad_h)
+    assert np.isnan(output.h[1:]).all()
+    wanted = oracle.backward(grad_h, None, u, activation=activation)["u"]
+    assert np.isnan(wanted).any()
+    np.testing.assert_array_equal(np.isnan(gradients.u), np.isnan(wanted))
