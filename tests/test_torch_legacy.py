@@ -748,16 +748,19 @@ import multiprocessing, subprocess, sys
 from sru import SRU
 import sru.modules, cuda_functional
 
-def work(n):
+def work(model):
     assert SRU.__module__ == "cusru.torch.modules", SRU.__module__
-    assert sru.modules.SRU is sru.SRU is SRU
-    return SRU(n, n, 1)
+    assert sru.modules.SRU is sru.SRU is SRU is type(model)
 
 if __name__ == "__main__":
     for method in ("spawn", "forkserver"):
-        with multiprocessing.get_context(method).Pool(1) as pool:
-            assert type(pool.apply(work, (4,))) is SRU
-    subprocess.run([sys.executable, "-c", {FIND!r}], check=True)
+        process = multiprocessing.get_context(method).Process(target=work, args=(SRU(4, 4, 1),))
+        process.start()
+        process.join()
+        assert process.exitcode == 0, method
+    find = "import importlib.util as u; print(*(u.find_spec(name).origin for name in ('sru', 'cuda_functional')))"
+    found = subprocess.run([sys.executable, "-c", find], check=True, text=True, capture_output=True).stdout
+    assert found.count("stand_in") == 2, found  # without the import of torch: spawn has shown what that gives
     print("all found it")
 """
     )
