@@ -90,7 +90,8 @@ def sru3(request, tmp_path_factory):
         pytest.skip("CUSRU_TEST_SRU3 names no folder: pip install --target FOLDER --no-deps sru==3.0.0.dev6")
     out = tmp_path_factory.mktemp("sru3")
     command = [sys.executable, str(DATA / "make_sru3.py"), package, str(out)]
-    done = subprocess.run(command, text=True, capture_output=True, timeout=600)
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(Path(package) / "torch_extensions")}  # 2.6 compiles under the same name
+    done = subprocess.run(command, text=True, capture_output=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -681,6 +682,7 @@ def programs(tmp_path_factory):
         (folder / "package" / f"{name}.py").write_text(PROBE * (name != "__init__"))
     with zipfile.ZipFile(folder / "app.zip", "w") as archive:
         archive.writestr("__main__.py", PROBE)
+    (folder / "sru.py").write_text("raise ImportError('the one beside the program')")
     (folder / "ends.py").write_text(FIND + "import sys\nsys.exit(eval(sys.argv[1]))")
     return folder
 
@@ -743,7 +745,7 @@ def test_what_cannot_be_run_is_said(installed, monkeypatch, tmp_path, capsys, ar
 
 def test_processes_that_a_program_starts_find_sru_too(tmp_path):
     (tmp_path / "train.py").write_text(
-        f"""
+        """
 import multiprocessing, subprocess, sys
 from sru import SRU
 import sru.modules, cuda_functional
