@@ -90,7 +90,8 @@ def sru3(request, tmp_path_factory):
         pytest.skip("CUSRU_TEST_SRU3 names no folder: pip install --target FOLDER --no-deps sru==3.0.0.dev6")
     out = tmp_path_factory.mktemp("sru3")
     command = [sys.executable, str(DATA / "make_sru3.py"), package, str(out)]
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(Path(package) / "torch_extensions")}  # 2.6 compiles under the same name
+    compiled = Path(package) / "torch_extensions"  # a folder of its own: 2.6 compiles under the same name
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(compiled)}
     done = subprocess.run(command, text=True, capture_output=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     return out
