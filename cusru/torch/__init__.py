@@ -8,12 +8,12 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from cusru.torch.legacy import PAGE
 from cusru.torch.modules import SRU, SRUCell
 from cusru.torch.operator import sru
 
 __all__ = ["SRU", "SRUCell", "install_as_sru", "sru"]
 
-_PAGE = "docs/migrating-from-sru.md"
 _SRU_VERSION = "2.6.0"  # the one whose interface these are
 
 
@@ -62,16 +62,16 @@ def _module(name: str) -> ModuleType:
 
 def _not_in_sru(name: str) -> Any:
     if name.startswith("SRUpp"):
-        raise ImportError(f"{name}: cusru.torch has no SRU++; run it with the sru package 3.0 itself ({_PAGE})", name="sru")
-    raise AttributeError(f"cusru.torch, in the place of the sru package {_SRU_VERSION}, has no {name} ({_PAGE})")
+        raise ImportError(f"{name}: cusru.torch has no SRU++; run it with the sru package 3.0 itself ({PAGE})", name="sru")
+    raise AttributeError(f"cusru.torch, in the place of the sru package {_SRU_VERSION}, has no {name} ({PAGE})")
 
 
 def _of_cuda_functional(name: str) -> Any:
     if name in ("SRU", "SRUCell"):
         return getattr(importlib.import_module("cusru.torch.classic"), name)
     if name.startswith("SRU_"):
-        raise ImportError(f"{name}: call cusru.torch.sru in its place ({_PAGE})", name="cuda_functional")
-    raise AttributeError(f"cusru.torch, in the place of cuda_functional, has no {name} ({_PAGE})")
+        raise ImportError(f"{name}: call cusru.torch.sru in its place ({PAGE})", name="cuda_functional")
+    raise AttributeError(f"cusru.torch, in the place of cuda_functional, has no {name} ({PAGE})")
 
 
 class _Rest:
@@ -86,4 +86,4 @@ class _Rest:
             what = "call cusru.torch.sru in the place of its functions"
         elif name == "sru.sru_functional":
             what = "for a model that sru 2.0 to 2.3 saved whole, save its state dict with that version"
-        raise ModuleNotFoundError(f"{name} is not in cusru.torch, which stands in for sru here: {what} ({_PAGE})", name=name)
+        raise ModuleNotFoundError(f"{name} is not in cusru.torch, which stands in for sru here: {what} ({PAGE})", name=name)
