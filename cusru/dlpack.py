@@ -11,13 +11,14 @@ import contextlib
 import ctypes
 import functools
 import math
-import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+_Allowed = tuple[str, ...] | None  # dtypes
 
 CPU = ("cpu", 0)
 INSTALL = "pip install 'cusru[cuda13]' (with a CUDA 12 driver: pip install 'cusru[cuda12]')"
@@ -75,7 +76,8 @@ def device_of(obj: Any, name: str) -> tuple[str, int]:
     """Where the array is: ("cpu", 0) or ("cuda", index)."""
     if isinstance(obj, Array):
         return obj.device
-    framework = _framework(obj)
+    kind_of_array: Any = type(obj)
+    framework = _framework_of(kind_of_array)
     if framework == "numpy":
         return CPU
     if framework == "cupy" and not sys.modules["cupy"].cuda.runtime.is_hip:
@@ -88,7 +90,7 @@ def device_of(obj: Any, name: str) -> tuple[str, int]:
     if not hasattr(obj, "__dlpack__") or not hasattr(obj, "__dlpack_device__"):
         raise _no_array(obj, name)
     try:
-        kind, index = obj.__dlpack_device__()
+        kind, index = map(int, obj.__dlpack_device__())
     except Exception as error:
         if _is_traced(obj):
             raise _no_array(obj, name) from error
@@ -96,7 +98,7 @@ def device_of(obj: Any, name: str) -> tuple[str, int]:
             raise RuntimeError(f"{name} is a JAX array that was deleted, or donated to a jitted function") from error
         where = getattr(obj, "device", "unknown")
         raise ValueError(f"{name} has no device that DLPack knows ({where}): {error}") from error
-    return _device(int(kind), int(index), name)
+    return _device(kind, index, name)
 
 
 def stream_handle(stream: Any, u: Any, device: tuple[str, int]) -> int:
@@ -122,22 +124,32 @@ def stream_handle(stream: Any, u: Any, device: tuple[str, int]) -> int:
     return int(handle)
 
 
-def borrow(obj: Any, name: str, stream: int | None = None, device: tuple[str, int] | None = None) -> Array:
+def borrow(
+    obj: Any,
+    name: str,
+    stream: int | None = None,
+    device: tuple[str, int] | None = None,
+    allowed: _Allowed = None,
+) -> Array:
     """Read an array where it lies. One on a device is ready for the work that `stream` gets from now on.
 
     `device` is what `device_of` said, if it has been asked. `stream=None` stands for the producer's own current stream (torch,
     CuPy), else for CuPy's; on a CPU it has no meaning. The producer's side of the handshake is its current stream: call this
-    before entering `stream`'s scope.
+    before entering `stream`'s scope. `allowed` are the dtypes to take, None: any; the dtype is looked at before all that depends
+    on it, the producer's own export included.
     """
     if isinstance(obj, Array):
+        if allowed and obj.dtype not in allowed:
+            raise _bad_dtype(name, obj.dtype, allowed)
         return obj
     device = device or device_of(obj, name)
-    framework = _framework(obj)
+    kind_of_array: Any = type(obj)
+    framework = _framework_of(kind_of_array)
     if device[0] == "cuda":
         _cupy(proven=framework == "cupy")
     else:
         stream = None
-    array = _READERS.get(framework, _read_capsule)(obj, name, device, stream)
+    array = _READERS.get(framework, _read_capsule)(obj, name, device, stream, allowed)
     if not array.pointer and array.size:
         raise TypeError(f"{name} holds no memory: {_type(obj)} of shape {array.shape} (a fake or traced tensor?)")
     if array.pointer % array.itemsize and array.size:
@@ -145,15 +157,24 @@ def borrow(obj: Any, name: str, stream: int | None = None, device: tuple[str, in
     return array
 
 
-def _read_numpy(obj: np.ndarray, name: str, device: tuple[str, int], stream: int | None) -> Array:
+def _bad_dtype(name: str, dtype: str, allowed: tuple[str, ...]) -> TypeError:
+    return TypeError(f"{name} has dtype {dtype}; allowed here: {', '.join(allowed)}")
+
+
+def _read_numpy(obj: np.ndarray, name: str, device: tuple[str, int], stream: int | None, allowed: _Allowed) -> Array:
+    dtype = _name(obj.dtype)
+    if allowed and dtype not in allowed:
+        raise _bad_dtype(name, dtype, allowed)
     if not obj.dtype.isnative:
         raise TypeError(f"{name} has dtype {obj.dtype.str}: a byte order that is not this machine's")
     strides = _in_elements(obj, name)
-    return Array(name, obj.ctypes.data, obj.shape, strides, _name(obj.dtype), device, not obj.flags.writeable, "numpy", obj, obj)
+    return Array(name, obj.ctypes.data, obj.shape, strides, dtype, device, not obj.flags.writeable, "numpy", obj, obj)
 
 
-def _read_cupy(obj: Any, name: str, device: tuple[str, int], stream: int | None) -> Array:
+def _read_cupy(obj: Any, name: str, device: tuple[str, int], stream: int | None, allowed: _Allowed) -> Array:
     dtype = _name(obj.dtype)
+    if allowed and dtype not in allowed:
+        raise _bad_dtype(name, dtype, allowed)
     if stream is not None and stream != sys.modules["cupy"].cuda.get_current_stream(device[1]).ptr:
         # only the handshake matters here, and CuPy exports no bfloat16; it orders the current device's current stream
         with sys.modules["cupy"].cuda.Device(device[1]):
@@ -161,14 +182,17 @@ def _read_cupy(obj: Any, name: str, device: tuple[str, int], stream: int | None)
     return Array(name, obj.data.ptr, obj.shape, _in_elements(obj, name), dtype, device, False, "cupy", obj, obj)
 
 
-def _read_torch(obj: Any, name: str, device: tuple[str, int], stream: int | None) -> Array:
+def _read_torch(obj: Any, name: str, device: tuple[str, int], stream: int | None, allowed: _Allowed) -> Array:
     torch = sys.modules["torch"]
+    dtype = _name_in_torch(obj.dtype)
+    if allowed and dtype not in allowed:
+        raise _bad_dtype(name, dtype, allowed)
     if obj.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             f"{name} requires grad, and a kernel call is not recorded for autograd: call cusru.torch.sru, which is, or pass "
             f"{name}.detach()"
         )
-    if _has_tangent(torch, obj):
+    if getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0 and _has_tangent(torch, obj):  # the level first: asked often
         raise TypeError(f"{name} carries a forward-mode tangent, and cusru has no forward-mode derivative: use reverse mode")
     check_torch(obj, name)
     try:
@@ -178,7 +202,6 @@ def _read_torch(obj: Any, name: str, device: tuple[str, int], stream: int | None
     if stream is not None and stream != torch.cuda.current_stream(device[1]).cuda_stream:
         with torch.cuda.device(device[1]):  # torch exports from the current device only
             _export(obj.detach(), name, device, stream)
-    dtype = str(obj.dtype).removeprefix("torch.")
     return Array(name, pointer, shape, strides, dtype, device, False, "torch", obj, obj)
 
 
@@ -192,6 +215,11 @@ def _has_tangent(torch: Any, obj: Any) -> bool:
         return False
 
 
+def check_writable(array: Array) -> None:
+    if array.readonly:
+        raise ValueError(f"{array.name} is read-only ({array.framework}); it must be writable")
+
+
 def check_torch(obj: Any, name: str) -> None:
     """That a tensor of torch is what its strides say."""
     torch = sys.modules["torch"]
@@ -201,8 +229,11 @@ def check_torch(obj: Any, name: str) -> None:
         raise TypeError(f"{name} is a lazily conjugated or negated view: pass {name}.resolve_conj().resolve_neg()")
 
 
-def _read_capsule(obj: Any, name: str, device: tuple[str, int], stream: int | None) -> Array:
+def _read_capsule(obj: Any, name: str, device: tuple[str, int], stream: int | None, allowed: _Allowed) -> Array:
     framework = _framework(obj)
+    # first, for JAX cannot export every dtype that it has, and TensorFlow aborts the process over its strings
+    if allowed and framework != "other" and obj.dtype.name not in allowed:
+        raise _bad_dtype(name, obj.dtype.name, allowed)
     if device[0] == "cuda" and stream is None:
         stream = stream_handle(None, obj, device)
     capsule = _export(obj, name, device, stream)
@@ -213,6 +244,8 @@ def _read_capsule(obj: Any, name: str, device: tuple[str, int], stream: int | No
     dtype = kind if (kind, tensor.bits) == ("bool", 8) else f"{kind}{tensor.bits}"
     if tensor.lanes != 1:
         dtype += f"x{tensor.lanes}"
+    if allowed and dtype not in allowed:
+        raise _bad_dtype(name, dtype, allowed)
     device = _device(tensor.device_type, tensor.device_id, name)
     readonly = readonly or framework in ("jax", "tensorflow")  # whose arrays are values: XLA may share or fold them
     pointer = (tensor.data or 0) + tensor.byte_offset
@@ -503,13 +536,21 @@ def _in_elements(obj: Any, name: str) -> tuple[int, ...]:
 
 @functools.lru_cache(64)
 def _itemsize(dtype: str) -> int:
-    bits = re.search(r"\d+", dtype)
-    return max(int(bits[0]) // 8, 1) if bits else 1
+    """Of a dtype that NumPy has, and so of each that cusru takes; else 1: whoever borrows one looks at no more than its name."""
+    try:
+        return max(np.dtype(_storage(dtype)).itemsize, 1)
+    except TypeError:
+        return 1
 
 
 @functools.lru_cache(64)
 def _name(dtype: np.dtype[Any]) -> str:
     return dtype.name  # NumPy composes it anew each time
+
+
+@functools.lru_cache(64)
+def _name_in_torch(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.lru_cache(64)
@@ -569,13 +610,16 @@ def _device(kind: int, index: int, name: str) -> tuple[str, int]:
     return CPU if _DEVICES[kind] == "cpu" else ("cuda", index)
 
 
+_TRACED = {("jax", "Tracer"), ("tensorflow", "SymbolicTensor"), ("keras", "KerasTensor"), ("torch", "Proxy")}
+
+
 def _is_traced(obj: Any) -> bool:
-    return any(base.__name__ == "Tracer" and base.__module__.startswith("jax") for base in type(obj).__mro__)
+    return any((base.__module__.partition(".")[0], base.__name__) in _TRACED for base in type(obj).__mro__)
 
 
 def _no_array(obj: Any, name: str) -> TypeError:
     if _is_traced(obj):
-        return TypeError(f"{name} is a traced value ({_type(obj)}): it has no memory while jit, grad or vmap traces")
+        return TypeError(f"{name} is a traced value ({_type(obj)}): it has no memory while jit, grad, vmap or the like trace")
     hint = ": pass its .value()" if type(obj).__name__.endswith("Variable") else ""  # TensorFlow's
     return TypeError(f"{name} must be an array (NumPy's, or one that speaks DLPack), not {_type(obj)}{hint}")
 
