@@ -327,6 +327,9 @@ def check(
     own, either = (a.dtype,), tuple(dict.fromkeys((a.dtype, state)))
     dtypes = {"u": own, "x": own, "grad_h": own, "c": (state,), "mask_pad": ("bool", "uint8")}
     given = {n: dlpack.borrow(a if n == "u" else o, n, handle, device, dtypes.get(n, either)) for n, o in objects.items()}
+    frameworks = {a.framework for a in given.values() if a.owner is not None}  # None: the description of a tracer's tensor
+    if not frameworks <= {"numpy", "torch"} and device == dlpack.CPU:
+        dlpack.one_cpu(given.values())
     if len(a.shape) != 4 or a.shape[3] not in (3, 4):
         raise ValueError(f"u has shape {a.shape}; expected (L, B, D, 3) or (L, B, D, 4)")
     length, batch, width, k = a.shape

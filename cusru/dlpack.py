@@ -12,7 +12,7 @@ import ctypes
 import functools
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,9 +96,33 @@ def device_of(obj: Any, name: str) -> tuple[str, int]:
             raise _no_array(obj, name) from error
         if framework == "jax" and obj.is_deleted():
             raise RuntimeError(f"{name} is a JAX array that was deleted, or donated to a jitted function") from error
+        if framework == "jax" and len(obj.devices()) > 1:
+            where = ", ".join(sorted(map(_jax_device, obj.devices())))
+            raise ValueError(f"{name} lies on several devices ({where}); cusru runs on one: call it for each shard") from error
         where = getattr(obj, "device", "unknown")
         raise ValueError(f"{name} has no device that DLPack knows ({where}): {error}") from error
     return _device(kind, index, name)
+
+
+def one_cpu(arrays: Iterable[Array]) -> None:
+    """Refuse arrays of one framework on several of its CPU devices: DLPack calls each of JAX's the first."""
+    first: dict[str, tuple[str, str]] = {}
+    for array in arrays:
+        if array.framework in _CPU_DEVICES and array.device == CPU:
+            where = _CPU_DEVICES[array.framework](array.source)
+            name_of_first, its = first.setdefault(array.framework, (array.name, where))
+            if where != its:
+                raise ValueError(f"{array.name} is on {where} and {name_of_first} on {its}; all arrays must share one device")
+
+
+def _jax_device(device: Any) -> str:
+    return f"{device.platform}:{device.id}"
+
+
+_CPU_DEVICES: dict[str, Callable[[Any], str]] = {  # of the frameworks that have several
+    "jax": lambda obj: _jax_device(next(iter(obj.devices()))),
+    "tensorflow": lambda obj: obj.device.rpartition("device:")[2].lower(),
+}
 
 
 def stream_handle(stream: Any, u: Any, device: tuple[str, int]) -> int:
@@ -316,6 +340,9 @@ def give(array: Array, u: Array) -> Any:
         # JAX would round float64 to float32 where its flag is off: u came as float64, so this goes back as that.
         x64 = getattr(jax if hasattr(jax, "enable_x64") else jax.experimental, "enable_x64")  # noqa: B009
         with x64(True) if array.dtype == "float64" else contextlib.nullcontext():
+            where = next(iter(u.source.devices()))
+            if where.platform == "cpu" and where.id:  # not the first of JAX's CPU devices: this copies
+                return jax.dlpack.from_dlpack(export, device=where)
             return jax.dlpack.from_dlpack(export)
     if u.framework == "tensorflow":
         if array.device[0] == "cuda":  # its import knows no streams
@@ -323,7 +350,12 @@ def give(array: Array, u: Array) -> Any:
         capsule = export.__dlpack__()
         if array.strides == _compact(array.shape):
             _peek(capsule).strides = None  # it checks them more strictly than need be where an extent is 0
-        return sys.modules["tensorflow"].experimental.dlpack.from_dlpack(capsule)
+        tensorflow = sys.modules["tensorflow"]
+        result = tensorflow.experimental.dlpack.from_dlpack(capsule)
+        if array.device != CPU or result.device == u.source.device:
+            return result
+        with tensorflow.device(u.source.device):
+            return tensorflow.identity(result)
     if u.framework == "other" and hasattr(u.source, "__array_namespace__"):
         namespace = u.source.__array_namespace__()
         if hasattr(namespace, "from_dlpack"):

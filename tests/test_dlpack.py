@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import itertools
+import os
 import subprocess
 import sys
 import textwrap
@@ -416,6 +417,58 @@ def test_jax_dtypes_that_nobody_takes_are_named(dtype):
         dlpack.borrow(jax.numpy.zeros(3, dtype), "bias", allowed=("float32", "float64"))
 
 
+def test_jax_has_several_cpus():
+    """Uncommitted arrays are no exception: on GPUs theirs is another memory, and simulated devices are there to behave alike."""
+    need("jax", "jax")
+    code = """
+        import jax, numpy as np, cusru
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+        def refused(*words, **arguments):
+            try:
+                cusru.sru_forward(**arguments)
+            except ValueError as error:
+                assert all(word in str(error) for word in words), error
+            else:
+                raise AssertionError(words)
+
+        cpus = jax.devices()
+        assert len(cpus) == 4
+        host = np.random.default_rng(0).standard_normal((4, 3, 6, 3)).astype("f4")
+        want = cusru.sru_forward(host)
+        one = NamedSharding(Mesh(np.array(cpus[2:3]), "a"), PartitionSpec("a"))
+        for where in (*cpus, one):
+            u = jax.device_put(host, where)
+            got = cusru.sru_forward(u, c0=jax.device_put(np.zeros((3, 6), "f4"), where))
+            gradients = cusru.sru_backward(got.h, got.c_last, got.c, u)
+            assert {tuple(a.devices()) for a in (*got, gradients.u)} == {tuple(u.devices())}
+            (got.h + u[..., 0]).block_until_ready()  # JAX itself refuses committed arrays of two devices
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_array_equal(a, b)
+        with jax.default_device(cpus[3]):
+            assert cusru.sru_forward(jax.numpy.ones((4, 3, 6, 3))).h.devices() == {cpus[3]}
+        with jax.enable_x64(True):
+            u = jax.device_put(host.astype("f8"), cpus[1])
+            assert cusru.sru_forward(u).h.devices() == {cpus[1]}
+            assert cusru.sru_forward(u).h.dtype == "float64"
+
+        u, bias = jax.device_put(host, cpus[1]), np.zeros((2, 6), "f4")
+        cusru.sru_forward(u, bias=bias)  # NumPy's are the host's
+        cusru.sru_forward(host, bias=jax.device_put(bias, cpus[1]))
+        refused("bias is on cpu:0 and u on cpu:1", u=u, bias=jax.device_put(bias, cpus[0]))
+        refused("bias is on cpu:0 and u on cpu:1", u=u, bias=jax.numpy.zeros((2, 6)))
+        refused("bias is on cpu:1 and u on cpu:0", u=jax.numpy.asarray(host), bias=jax.device_put(bias, cpus[1]))
+        at_2, at_3 = (jax.device_put(bias, cpu) for cpu in cpus[2:])
+        refused("weight_c is on cpu:3 and bias on cpu:2", u=host, bias=at_2, weight_c=at_3)
+        for spec in (PartitionSpec("a"), PartitionSpec()):
+            spread = NamedSharding(Mesh(np.array(cpus), "a"), spec)
+            refused("u lies on several devices (cpu:0, cpu:1, cpu:2, cpu:3)", u=jax.device_put(host, spread))
+            refused("x lies on several devices", u=u, x=jax.device_put(host[..., 0], spread))
+    """
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment)
+
+
 # ---- TensorFlow -------------------------------------------------------------------------------------------------------
 
 
@@ -471,6 +524,29 @@ def test_tensorflow_traced():
 
     inside(tf.zeros(3))
     assert seen
+
+
+def test_tensorflow_has_several_cpus():
+    need("tensorflow", "tensorflow")
+    code = """
+        import tensorflow as tf, cusru
+        (cpu,) = tf.config.list_physical_devices("CPU")
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+        on = []
+        for i in range(2):
+            with tf.device(f"CPU:{i}"):
+                on.append((tf.ones((4, 3, 6, 3)), tf.zeros((2, 6))))
+        for u, bias in on:
+            got = cusru.sru_forward(u, bias=bias)
+            assert {a.device for a in got} == {u.device}
+        try:
+            cusru.sru_forward(on[1][0], bias=on[0][1])
+        except ValueError as error:
+            assert "bias is on cpu:0 and u on cpu:1" in str(error), error
+        else:
+            raise AssertionError
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 # a stand-in where TensorFlow is not installed: what matters is what its functions are given
