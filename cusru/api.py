@@ -38,6 +38,7 @@ class Gradients(NamedTuple):
     c0: Any
 
 
+@dlpack.untraceable
 def sru_forward(
     u: Any,
     x: Any = None,
@@ -86,7 +87,8 @@ def sru_forward(
         bidirectional: D is even, and the second half of the columns runs backward in time.
         save_every: S: `c[j]` is the state after the last processed step of the time block [j*S, min((j+1)*S, L)).
             None: no state is saved (inference).
-        out: (h, c, c_last) to write into, None where cusru is to allocate; those very objects are returned.
+        out: (h, c, c_last) to write into, None where cusru is to allocate; those very objects are returned. (torch's autograd
+            learns of it, as from torch's own ``out=``.)
         workspace: bytes on u's device, at least ``workspace_size("forward", ...)`` of them; else cusru allocates.
         stream: anything with ``__cuda_stream__``, or an integer handle. Default: the current stream of CuPy or torch if
             `u` is theirs, else CuPy's. The call returns before the kernels have run: an array that belongs to another
@@ -97,8 +99,8 @@ def sru_forward(
 
     Raises:
         ValueError: a shape, a device, an option, or an `out` that cannot be written; names the argument.
-        TypeError: a dtype, an object that is no array, a flag that is none, or a torch tensor that requires grad while grad
-            mode is on.
+        TypeError: a dtype, an object that is no array, a flag that is none; a torch tensor that requires grad while grad mode
+            is on, or any in a function that torch traces (`cusru.torch.sru` is for both; torch.compile breaks its graph here).
         ImportError, RuntimeError: device arrays without CuPy or without a working CUDA.
     """
     problem = check(
@@ -120,6 +122,7 @@ def sru_forward(
     )
 
 
+@dlpack.untraceable
 def sru_backward(
     grad_h: Any,
     grad_c_last: Any,
@@ -170,6 +173,7 @@ def sru_backward(
     return Gradients(*_run(problem, {n: a and (a.shape, a.dtype) for n, a in given.items()}, out, workspace))
 
 
+@dlpack.untraceable
 def workspace_size(
     direction: str,
     u: Any,
@@ -328,6 +332,8 @@ def check(
     dtypes = {"u": own, "x": own, "grad_h": own, "c": (state,), "mask_pad": ("bool", "uint8")}
     given = {n: dlpack.borrow(a if n == "u" else o, n, handle, device, dtypes.get(n, either)) for n, o in objects.items()}
     frameworks = {a.framework for a in given.values() if a.owner is not None}  # None: the description of a tracer's tensor
+    if "torch" in frameworks:
+        dlpack.refuse_tracers()
     if not frameworks <= {"numpy", "torch"} and device == dlpack.CPU:
         dlpack.one_cpu(given.values())
     if len(a.shape) != 4 or a.shape[3] not in (3, 4):
@@ -410,6 +416,8 @@ def _run(problem: Problem, results: dict[str, Any], out: Any, workspace: Any) ->
     written = [*arrays.values(), *([scratch] if workspace is not None and scratch is not None else [])]
     if pair := dlpack.overlapping(written, problem.given.values()):
         raise ValueError(f"{pair[0].name} overlaps {pair[1].name}; what is written must share no memory with anything else")
+    if problem.given["u"].framework != "torch" and any(a.framework == "torch" for a in written):
+        dlpack.refuse_tracers()  # else asked already
 
     with raw_kernels.current(problem.device, problem.stream):
         for name, wanted in results.items():
@@ -417,6 +425,7 @@ def _run(problem: Problem, results: dict[str, Any], out: Any, workspace: Any) ->
                 order = _memory_order(problem.given["u"]) if name == "u" else None
                 shape, dtype = wanted
                 arrays[name] = dlpack.empty(name, shape, dtype, problem.device, problem.given["u"].framework, order)
+        dlpack.mark_written(written)  # before they are, for an error on the way may leave them half written
         in_rows = {n: _in_rows(a) if n in ("bias", "weight_c") and len(a.shape) == 1 else a for n, a in arrays.items()}
         if problem.device[0] == "cpu" and os.environ.get("CUSRU_SIMULATE") != "1":
             _run_numpy(problem, in_rows)

@@ -14,9 +14,11 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _Allowed = tuple[str, ...] | None  # dtypes
 
@@ -218,11 +220,18 @@ def _read_torch(obj: Any, name: str, device: tuple[str, int], stream: int | None
         )
     if getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0 and _has_tangent(torch, obj):  # the level first: asked often
         raise TypeError(f"{name} carries a forward-mode tangent, and cusru has no forward-mode derivative: use reverse mode")
+    if type(obj) is not torch.Tensor:
+        if type(obj).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise TypeError(f"{name} is a {_type(obj)}, which is more than its memory: {_TRACEABLE}, or pass the tensor within")
+        if torch.nn.parameter.is_lazy(obj):
+            raise TypeError(f"{name} is a {_type(obj)}: its module must run once before it has memory")
     check_torch(obj, name)
     try:
         pointer, shape, strides = obj.data_ptr(), tuple(obj.shape), obj.stride()
     except Exception as error:
-        raise TypeError(f"{name} is a torch tensor without memory of its own (inside a transform?): {error}") from error
+        raise TypeError(f"{name} is a torch tensor without memory of its own ({error}); in a transform {_TRACEABLE}") from error
+    if not pointer and torch._is_functional_tensor(obj):  # an empty one's pointer is 0 in any case
+        raise TypeError(f"{name} is a torch tensor without memory of its own; in a transform {_TRACEABLE}")
     if stream is not None and stream != torch.cuda.current_stream(device[1]).cuda_stream:
         with torch.cuda.device(device[1]):  # torch exports from the current device only
             _export(obj.detach(), name, device, stream)
@@ -239,9 +248,64 @@ def _has_tangent(torch: Any, obj: Any) -> bool:
         return False
 
 
+_TRACEABLE = "call cusru.torch.sru, which can be traced and transformed"
+
+
+def untraceable(function: _Function) -> _Function:
+    """torch.compile breaks its graph where it meets `function`, which runs as it is: it compiles no frame from there down."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **keywords: Any) -> Any:
+        if getattr(sys.modules.get("torch.compiler"), "is_dynamo_compiling", bool)():  # so only in what it makes of this frame
+            watcher = _watched_by(None)  # a break, and from here on it does not look
+            try:
+                return call(*args, **keywords)
+            finally:
+                _watched_by(watcher)
+        return function(*args, **keywords)
+
+    return _break_at(call)  # type: ignore[no-any-return]
+
+
+def _break_at(function: Any) -> Any:
+    """What torch.compiler.disable marks a function with. It would import torch._dynamo, and be one more frame in the way."""
+    function._torchdynamo_disable = True
+    function._torchdynamo_disable_msg = _TRACEABLE
+    return function
+
+
+@_break_at
+def _watched_by(watcher: Any) -> Any:
+    """Set what torch.compile sees this thread's frames with, None: nothing; what it was. (It skips this frame: no tensor.)"""
+    return sys.modules["torch._C._dynamo.eval_frame"].set_eval_frame(watcher)
+
+
+def refuse_tracers() -> None:
+    """Where torch records all that is done with its tensors, what a kernel does to their memory would be a constant."""
+    for module, question, tracer in _TRACERS:
+        ask = getattr(sys.modules.get(module), question, None)
+        if ask is not None and ask():
+            raise TypeError(f"{tracer} cannot record cusru.sru_forward and sru_backward, only their results: {_TRACEABLE}")
+
+
+_TRACERS = (
+    ("torch.jit", "is_tracing", "torch.jit.trace"),
+    ("torch.fx.experimental.proxy_tensor", "get_proxy_mode", "make_fx (or torch.export)"),
+)
+
+
 def check_writable(array: Array) -> None:
     if array.readonly:
         raise ValueError(f"{array.name} is read-only ({array.framework}); it must be writable")
+    if array.framework == "torch" and array.source.is_inference() and not sys.modules["torch"].is_inference_mode_enabled():
+        raise ValueError(f"{array.name} is an inference tensor, which torch lets nobody write outside torch.inference_mode()")
+
+
+def mark_written(arrays: Iterable[Array]) -> None:
+    """Tell those who saved a tensor for a backward that it is no longer what they saved, as torch's own `out=` does."""
+    for array in arrays:
+        if array.framework == "torch":
+            sys.modules["torch"].autograd.graph.increment_version(array.source)
 
 
 def check_torch(obj: Any, name: str) -> None:
