@@ -191,6 +191,8 @@ def _read_numpy(obj: np.ndarray, name: str, device: tuple[str, int], stream: int
     dtype = _name(obj.dtype)
     if allowed and dtype not in allowed:
         raise _bad_dtype(name, dtype, allowed)
+    if type(obj) is not np.ndarray and isinstance(obj, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, and cusru would not see its mask: pass {name}.filled(...), or {name}.data")
     if not obj.dtype.isnative:
         raise TypeError(f"{name} has dtype {obj.dtype.str}: a byte order that is not this machine's")
     strides = _in_elements(obj, name)

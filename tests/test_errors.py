@@ -85,8 +85,8 @@ BAD = {  # changed arguments, the error, and what its message says
     "flag a float": (dict(bidirectional=1.0), TypeError, ["bidirectional", r"1\.0"]),
     "flag None": (dict(bidirectional=None), TypeError, ["bidirectional", "None"]),
     "flag a list": (dict(bidirectional=[]), TypeError, ["bidirectional", r"\[\]"]),
-    "flag an array": (dict(bidirectional=np.array([True, False])), TypeError, ["bidirectional", "array"]),
-    "flag an array of one": (dict(bidirectional=np.array(1)), TypeError, ["bidirectional", "array"]),
+    "flag an array": (dict(bidirectional=np.array([True, False])), TypeError, ["bidirectional", "array|tensor"]),
+    "flag an array of one": (dict(bidirectional=np.array(1)), TypeError, ["bidirectional", "array|tensor"]),
     "bias a number": (dict(bias=1.0), TypeError, ["bias", "float"]),
     "scale_x a string": (dict(scale_x="1"), TypeError, ["scale_x", "str"]),
     "scale_x beyond a float": (dict(scale_x=10**400), ValueError, ["scale_x"]),
@@ -180,6 +180,13 @@ def test_bad_input_names_the_argument_and_writes_nothing(
     assert all((a == 7).all() for a in out)
 
 
+@pytest.mark.parametrize("name", ["u", "x", "bias", "c0", "mask_pad"])
+def test_a_masked_array_is_refused_for_its_mask_would_be_ignored(name: str) -> None:
+    masked = np.ma.array(inputs()[name], mask=True)
+    raises(TypeError, [rf"\b{name}\b", "masked", rf"{name}\.filled"], forward, **{name: masked})
+    raises(TypeError, [rf"\b{name}\b", "masked", rf"{name}\.filled"], backward, **{name: masked})
+
+
 BAD_BACKWARD = {
     "no c": (dict(c=None), ValueError, [r"\bc\b", "save"]),
     "c of another length": (dict(save_every=2), ValueError, [r"\bc\b", r"\(4, 3, 6\)", r"\(2, 3, 6\)", "ceil"]),
@@ -213,6 +220,7 @@ BAD_OUT = {
     "of another dtype": ([None, empty(L, B, D, dtype="f8"), None], TypeError, [r"out\.c", "float64", "float32"]),
     "read-only": ([None, None, read_only()], ValueError, [r"out\.c_last", "read-only"]),
     "a list": ([[1.0], None, None], TypeError, [r"out\.h", "list"]),
+    "a masked array": ([np.ma.array(empty(L, B, D), mask=True), None, None], TypeError, [r"out\.h", "masked"]),
     "on another device": ([Elsewhere(2), None, None], ValueError, [r"out\.h", "cuda:0", "cpu"]),
     "overlapping itself": ([np.broadcast_to(empty(1, B, D), (L, B, D)), None, None], ValueError, [r"out\.h"]),
     "a window over itself": (
