@@ -16,6 +16,7 @@ from cusru.dlpack import Array
 
 ACTIVATIONS, CANDIDATES = tuple(raw_kernels.ACTIVATIONS), tuple(raw_kernels.CANDIDATES)
 MASK_TARGETS = ("state", "gate")
+DTYPES = tuple(raw_kernels.STATES)
 
 
 class Output(NamedTuple):
@@ -36,6 +37,7 @@ class Gradients(NamedTuple):
     c0: Any
 
 
+@dlpack.untraceable
 def sru_forward(
     u: Any,
     x: Any = None,
@@ -85,7 +87,8 @@ def sru_forward(
         bidirectional: D is even, and the second half of the columns runs backward in time.
         save_every: S: `c[j]` is the state after the last processed step of the time block [j*S, min((j+1)*S, L)).
             None: no state is saved (inference).
-        out: (h, c, c_last) to write into, None where cusru is to allocate; those very objects are returned.
+        out: (h, c, c_last) to write into, None where cusru is to allocate; those very objects are returned. (torch's autograd
+            learns of it, as from torch's own ``out=``.)
         workspace: bytes on u's device, at least ``workspace_size("forward", ...)`` of them; else cusru allocates.
         stream: anything with ``__cuda_stream__``, or an integer handle. Default: the current stream of CuPy or torch if
             `u` is theirs, else CuPy's. The call returns before the kernels have run: an array that belongs to another
@@ -96,7 +99,8 @@ def sru_forward(
 
     Raises:
         ValueError: a shape, a device, an option, or an `out` that cannot be written; names the argument.
-        TypeError: a dtype, an object that is no array, or a torch tensor that requires grad while grad mode is on.
+        TypeError: a dtype, an object that is no array, a flag that is none; a torch tensor that requires grad while grad mode
+            is on, or any in a function that torch traces (`cusru.torch.sru` is for both; torch.compile breaks its graph here).
         ImportError, RuntimeError: device arrays without CuPy or without a working CUDA.
     """
     problem = check(
@@ -118,6 +122,7 @@ def sru_forward(
     )
 
 
+@dlpack.untraceable
 def sru_backward(
     grad_h: Any,
     grad_c_last: Any,
@@ -168,6 +173,7 @@ def sru_backward(
     return Gradients(*_run(problem, {n: a and (a.shape, a.dtype) for n, a in given.items()}, out, workspace))
 
 
+@dlpack.untraceable
 def workspace_size(
     direction: str,
     u: Any,
@@ -258,6 +264,13 @@ def check_options(activation: Any, candidate: Any, mask_target: Any) -> None:
     _one_of("mask_target", mask_target, MASK_TARGETS)
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """A bool, of Python's or NumPy's, or 0 or 1: anything else that has a truth, such as "False", says something else by it."""
+    if isinstance(value, bool | np.bool_) or (isinstance(value, int | np.integer) and value in (0, 1)):
+        return bool(value)
+    raise TypeError(f"{name} must be a bool, or 0 or 1; got {value!r}")
+
+
 def is_number(name: str, value: Any) -> bool:
     """Whether value is a real number, of Python's or NumPy's (an array of one element is none)."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.generic):
@@ -296,6 +309,7 @@ def check(
 ) -> Problem:  # fmt: skip
     """All that can be said about the arguments before any memory is read. A dlpack.Array stands for itself."""
     check_options(activation, candidate, mask_target)
+    bidirectional = check_flag("bidirectional", bidirectional)
     save_every = check_save_every(save_every, direction)
 
     by_value = is_number("scale_x", scale_x)
@@ -309,13 +323,19 @@ def check(
 
     device = dlpack.device_of(u, "u")
     for name, value in objects.items():
-        _same_device(name, dlpack.device_of(value, name), device)
+        if (where := dlpack.device_of(value, name)) != device:
+            raise _other_device(name, where, device)
     handle = dlpack.stream_handle(stream, u, device) if device[0] == "cuda" else None
-    given = {name: dlpack.borrow(value, name, handle, device) for name, value in objects.items()}
-
-    a = given["u"]
-    if a.dtype not in raw_kernels.STATES:
-        raise TypeError(f"u has dtype {a.dtype}; allowed are {', '.join(raw_kernels.STATES)}")
+    a = dlpack.borrow(u, "u", handle, device, DTYPES)
+    state = raw_kernels.STATES[a.dtype]
+    own, either = (a.dtype,), tuple(dict.fromkeys((a.dtype, state)))
+    dtypes = {"u": own, "x": own, "grad_h": own, "c": (state,), "mask_pad": ("bool", "uint8")}
+    given = {n: dlpack.borrow(a if n == "u" else o, n, handle, device, dtypes.get(n, either)) for n, o in objects.items()}
+    frameworks = {a.framework for a in given.values() if a.owner is not None}  # None: the description of a tracer's tensor
+    if "torch" in frameworks:
+        dlpack.refuse_tracers()
+    if not frameworks <= {"numpy", "torch"} and device == dlpack.CPU:
+        dlpack.one_cpu(given.values())
     if len(a.shape) != 4 or a.shape[3] not in (3, 4):
         raise ValueError(f"u has shape {a.shape}; expected (L, B, D, 3) or (L, B, D, 4)")
     length, batch, width, k = a.shape
@@ -325,32 +345,29 @@ def check(
         raise ValueError(f"bidirectional needs an even D, half of it for each direction; u has shape {a.shape}, D = {width}")
 
     problem = Problem(
-        direction, length, batch, width, k, a.dtype, raw_kernels.STATES[a.dtype], activation, candidate, mask_target,
-        bool(bidirectional), save_every, float(scale_x) if by_value else 1.0, device, handle, given, dict(given),
+        direction, length, batch, width, k, a.dtype, state, activation, candidate, mask_target,
+        bidirectional, save_every, float(scale_x) if by_value else 1.0, device, handle, given, dict(given),
     )  # fmt: skip
-    own, either = (problem.dtype,), tuple(dict.fromkeys((problem.dtype, problem.state)))
     plane, steps = (batch, width), (length, batch, width)
     parameter = {2: (2, width), 1: (2 * width,)}
-    allowed: dict[str, tuple[tuple[str, ...], dict[int, tuple[int, ...]]]] = {  # a shape by its rank: a tracer's L meets only L
-        "u": (own, {4: a.shape}),
-        "x": (own, {3: steps}),
-        "bias": (either, parameter),
-        "weight_c": (either, {**parameter, 4: (*steps, 2)}),
-        "c0": (either, {2: plane}),
-        "mask_c": (either, {2: plane}),
-        "mask_pad": (("bool", "uint8"), {2: (length, batch)}),
-        "grad_h": (own, {3: steps}),
-        "grad_c_last": (either, {2: plane}),
-        "c": ((problem.state,), {3: (problem.blocks, *plane)}),
+    allowed: dict[str, dict[int, tuple[int, ...]]] = {  # by rank: a tracer's L meets only L
+        "u": {4: a.shape},
+        "x": {3: steps},
+        "bias": parameter,
+        "weight_c": {**parameter, 4: (*steps, 2)},
+        "c0": {2: plane},
+        "mask_c": {2: plane},
+        "mask_pad": {2: (length, batch)},
+        "grad_h": {3: steps},
+        "grad_c_last": {2: plane},
+        "c": {3: (problem.blocks, *plane)},
     }
     for name, array in given.items():
         if name == "scale_x":
-            _check_dtype(array, either)
             if np.prod(array.shape, dtype=object) != 1:
                 raise ValueError(f"scale_x has shape {array.shape}; expected a number or an array of one element")
             continue
-        dtypes, shapes = allowed[name]
-        _check_dtype(array, dtypes)
+        shapes = allowed[name]
         if array.shape != shapes.get(len(array.shape)):
             why = f": ceil(L / save_every) = {problem.blocks} saved states, L = {length}, save_every = {save_every}"
             raise ValueError(
@@ -362,16 +379,9 @@ def check(
     return problem
 
 
-def _same_device(name: str, device: tuple[str, int], of_u: tuple[str, int]) -> None:
-    if device != of_u:
-        raise ValueError(
-            f"{name} is on {dlpack.device_name(device)} and u on {dlpack.device_name(of_u)}; all arrays must share one device"
-        )
-
-
-def _check_dtype(array: Array, allowed: tuple[str, ...]) -> None:
-    if array.dtype not in allowed:
-        raise TypeError(f"{array.name} has dtype {array.dtype}; allowed here: {', '.join(allowed)}")
+def _other_device(name: str, device: tuple[str, int], of_u: tuple[str, int]) -> ValueError:
+    where, its = dlpack.device_name(device), dlpack.device_name(of_u)
+    return ValueError(f"{name} is on {where} and u on {its}; all arrays must share one device")
 
 
 def _in_rows(flat: Array) -> Array:
@@ -392,14 +402,13 @@ def _run(problem: Problem, results: dict[str, Any], out: Any, workspace: Any) ->
         label = f"out.{name}"
         if wanted is None:
             raise ValueError(f"{label} must be None: this call has no such result")
-        _same_device(label, dlpack.device_of(objects[name], label), problem.device)
-        array = dlpack.borrow(objects[name], label, problem.stream, problem.device)
+        if (where := dlpack.device_of(objects[name], label)) != problem.device:
+            raise _other_device(label, where, problem.device)
         shape, dtype = wanted
-        _check_dtype(array, (dtype,))
+        array = dlpack.borrow(objects[name], label, problem.stream, problem.device, (dtype,))
         if array.shape != shape:
             raise ValueError(f"{label} has shape {array.shape}; expected {shape}")
-        if array.readonly:
-            raise ValueError(f"{label} is read-only ({array.framework}); it must be writable")
+        dlpack.check_writable(array)
         if dlpack.overlaps_itself(array):
             raise ValueError(f"{label} overlaps itself: two of its elements share memory (strides {array.strides})")
         arrays[name] = array
@@ -407,6 +416,8 @@ def _run(problem: Problem, results: dict[str, Any], out: Any, workspace: Any) ->
     written = [*arrays.values(), *([scratch] if workspace is not None and scratch is not None else [])]
     if pair := dlpack.overlapping(written, problem.given.values()):
         raise ValueError(f"{pair[0].name} overlaps {pair[1].name}; what is written must share no memory with anything else")
+    if problem.given["u"].framework != "torch" and any(a.framework == "torch" for a in written):
+        dlpack.refuse_tracers()  # else asked already
 
     with raw_kernels.current(problem.device, problem.stream):
         for name, wanted in results.items():
@@ -414,6 +425,7 @@ def _run(problem: Problem, results: dict[str, Any], out: Any, workspace: Any) ->
                 order = _memory_order(problem.given["u"]) if name == "u" else None
                 shape, dtype = wanted
                 arrays[name] = dlpack.empty(name, shape, dtype, problem.device, problem.given["u"].framework, order)
+        dlpack.mark_written(written)  # before they are, for an error on the way may leave them half written
         in_rows = {n: _in_rows(a) if n in ("bias", "weight_c") and len(a.shape) == 1 else a for n, a in arrays.items()}
         if problem.device[0] == "cpu" and not raw_kernels.simulated():
             _run_numpy(problem, in_rows)
@@ -449,14 +461,13 @@ def _memory_order(u: Array) -> tuple[int, ...] | None:
 def _workspace(problem: Problem, workspace: Any) -> Array | None:
     if workspace is None:
         return None
-    _same_device("workspace", dlpack.device_of(workspace, "workspace"), problem.device)
-    array = dlpack.borrow(workspace, "workspace", problem.stream, problem.device)
-    _check_dtype(array, ("uint8", "int8"))
+    if (where := dlpack.device_of(workspace, "workspace")) != problem.device:
+        raise _other_device("workspace", where, problem.device)
+    array = dlpack.borrow(workspace, "workspace", problem.stream, problem.device, ("uint8", "int8"))
     needed = raw_kernels.workspace_size(problem)
     if len(array.shape) != 1 or (array.shape[0] > 1 and array.strides[0] != 1) or array.shape[0] < needed:
         raise ValueError(f"workspace has shape {array.shape}, strides {array.strides}; expected at least {needed} bytes in a row")
-    if array.readonly:
-        raise ValueError(f"workspace is read-only ({array.framework}); it must be writable")
+    dlpack.check_writable(array)
     return array
 
 

@@ -11,13 +11,16 @@ import contextlib
 import ctypes
 import functools
 import math
-import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_Allowed = tuple[str, ...] | None  # dtypes
 
 CPU = ("cpu", 0)
 INSTALL = "pip install 'cusru[cuda13]' (with a CUDA 12 driver: pip install 'cusru[cuda12]')"
@@ -75,7 +78,8 @@ def device_of(obj: Any, name: str) -> tuple[str, int]:
     """Where the array is: ("cpu", 0) or ("cuda", index)."""
     if isinstance(obj, Array):
         return obj.device
-    framework = _framework(obj)
+    kind_of_array: Any = type(obj)
+    framework = _framework_of(kind_of_array)
     if framework == "numpy":
         return CPU
     if framework == "cupy" and not sys.modules["cupy"].cuda.runtime.is_hip:
@@ -88,15 +92,39 @@ def device_of(obj: Any, name: str) -> tuple[str, int]:
     if not hasattr(obj, "__dlpack__") or not hasattr(obj, "__dlpack_device__"):
         raise _no_array(obj, name)
     try:
-        kind, index = obj.__dlpack_device__()
+        kind, index = map(int, obj.__dlpack_device__())
     except Exception as error:
         if _is_traced(obj):
             raise _no_array(obj, name) from error
         if framework == "jax" and obj.is_deleted():
             raise RuntimeError(f"{name} is a JAX array that was deleted, or donated to a jitted function") from error
+        if framework == "jax" and len(obj.devices()) > 1:
+            where = ", ".join(sorted(map(_jax_device, obj.devices())))
+            raise ValueError(f"{name} lies on several devices ({where}); cusru runs on one: call it for each shard") from error
         where = getattr(obj, "device", "unknown")
         raise ValueError(f"{name} has no device that DLPack knows ({where}): {error}") from error
-    return _device(int(kind), int(index), name)
+    return _device(kind, index, name)
+
+
+def one_cpu(arrays: Iterable[Array]) -> None:
+    """Refuse arrays of one framework on several of its CPU devices: DLPack calls each of JAX's the first."""
+    first: dict[str, tuple[str, str]] = {}
+    for array in arrays:
+        if array.framework in _CPU_DEVICES and array.device == CPU:
+            where = _CPU_DEVICES[array.framework](array.source)
+            name_of_first, its = first.setdefault(array.framework, (array.name, where))
+            if where != its:
+                raise ValueError(f"{array.name} is on {where} and {name_of_first} on {its}; all arrays must share one device")
+
+
+def _jax_device(device: Any) -> str:
+    return f"{device.platform}:{device.id}"
+
+
+_CPU_DEVICES: dict[str, Callable[[Any], str]] = {  # of the frameworks that have several
+    "jax": lambda obj: _jax_device(next(iter(obj.devices()))),
+    "tensorflow": lambda obj: obj.device.rpartition("device:")[2].lower(),
+}
 
 
 def stream_handle(stream: Any, u: Any, device: tuple[str, int]) -> int:
@@ -122,22 +150,32 @@ def stream_handle(stream: Any, u: Any, device: tuple[str, int]) -> int:
     return int(handle)
 
 
-def borrow(obj: Any, name: str, stream: int | None = None, device: tuple[str, int] | None = None) -> Array:
+def borrow(
+    obj: Any,
+    name: str,
+    stream: int | None = None,
+    device: tuple[str, int] | None = None,
+    allowed: _Allowed = None,
+) -> Array:
     """Read an array where it lies. One on a device is ready for the work that `stream` gets from now on.
 
     `device` is what `device_of` said, if it has been asked. `stream=None` stands for the producer's own current stream (torch,
     CuPy), else for CuPy's; on a CPU it has no meaning. The producer's side of the handshake is its current stream: call this
-    before entering `stream`'s scope.
+    before entering `stream`'s scope. `allowed` are the dtypes to take, None: any; the dtype is looked at before all that depends
+    on it, the producer's own export included.
     """
     if isinstance(obj, Array):
+        if allowed and obj.dtype not in allowed:
+            raise _bad_dtype(name, obj.dtype, allowed)
         return obj
     device = device or device_of(obj, name)
-    framework = _framework(obj)
+    kind_of_array: Any = type(obj)
+    framework = _framework_of(kind_of_array)
     if device[0] == "cuda":
         _cupy(proven=framework == "cupy")
     else:
         stream = None
-    array = _READERS.get(framework, _read_capsule)(obj, name, device, stream)
+    array = _READERS.get(framework, _read_capsule)(obj, name, device, stream, allowed)
     if not array.pointer and array.size:
         raise TypeError(f"{name} holds no memory: {_type(obj)} of shape {array.shape} (a fake or traced tensor?)")
     if array.pointer % array.itemsize and array.size:
@@ -145,15 +183,26 @@ def borrow(obj: Any, name: str, stream: int | None = None, device: tuple[str, in
     return array
 
 
-def _read_numpy(obj: np.ndarray, name: str, device: tuple[str, int], stream: int | None) -> Array:
+def _bad_dtype(name: str, dtype: str, allowed: tuple[str, ...]) -> TypeError:
+    return TypeError(f"{name} has dtype {dtype}; allowed here: {', '.join(allowed)}")
+
+
+def _read_numpy(obj: np.ndarray, name: str, device: tuple[str, int], stream: int | None, allowed: _Allowed) -> Array:
+    dtype = _name(obj.dtype)
+    if allowed and dtype not in allowed:
+        raise _bad_dtype(name, dtype, allowed)
+    if type(obj) is not np.ndarray and isinstance(obj, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, and cusru would not see its mask: pass {name}.filled(...), or {name}.data")
     if not obj.dtype.isnative:
         raise TypeError(f"{name} has dtype {obj.dtype.str}: a byte order that is not this machine's")
     strides = _in_elements(obj, name)
-    return Array(name, obj.ctypes.data, obj.shape, strides, _name(obj.dtype), device, not obj.flags.writeable, "numpy", obj, obj)
+    return Array(name, obj.ctypes.data, obj.shape, strides, dtype, device, not obj.flags.writeable, "numpy", obj, obj)
 
 
-def _read_cupy(obj: Any, name: str, device: tuple[str, int], stream: int | None) -> Array:
+def _read_cupy(obj: Any, name: str, device: tuple[str, int], stream: int | None, allowed: _Allowed) -> Array:
     dtype = _name(obj.dtype)
+    if allowed and dtype not in allowed:
+        raise _bad_dtype(name, dtype, allowed)
     if stream is not None and stream != sys.modules["cupy"].cuda.get_current_stream(device[1]).ptr:
         # only the handshake matters here, and CuPy exports no bfloat16; it orders the current device's current stream
         with sys.modules["cupy"].cuda.Device(device[1]):
@@ -161,24 +210,33 @@ def _read_cupy(obj: Any, name: str, device: tuple[str, int], stream: int | None)
     return Array(name, obj.data.ptr, obj.shape, _in_elements(obj, name), dtype, device, False, "cupy", obj, obj)
 
 
-def _read_torch(obj: Any, name: str, device: tuple[str, int], stream: int | None) -> Array:
+def _read_torch(obj: Any, name: str, device: tuple[str, int], stream: int | None, allowed: _Allowed) -> Array:
     torch = sys.modules["torch"]
+    dtype = _name_in_torch(obj.dtype)
+    if allowed and dtype not in allowed:
+        raise _bad_dtype(name, dtype, allowed)
     if obj.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             f"{name} requires grad, and a kernel call is not recorded for autograd: call cusru.torch.sru, which is, or pass "
             f"{name}.detach()"
         )
-    if _has_tangent(torch, obj):
+    if getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0 and _has_tangent(torch, obj):  # the level first: asked often
         raise TypeError(f"{name} carries a forward-mode tangent, and cusru has no forward-mode derivative: use reverse mode")
+    if type(obj) is not torch.Tensor:
+        if type(obj).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise TypeError(f"{name} is a {_type(obj)}, which is more than its memory: {_TRACEABLE}, or pass the tensor within")
+        if torch.nn.parameter.is_lazy(obj):
+            raise TypeError(f"{name} is a {_type(obj)}: its module must run once before it has memory")
     check_torch(obj, name)
     try:
         pointer, shape, strides = obj.data_ptr(), tuple(obj.shape), obj.stride()
     except Exception as error:
-        raise TypeError(f"{name} is a torch tensor without memory of its own (inside a transform?): {error}") from error
+        raise TypeError(f"{name} is a torch tensor without memory of its own ({error}); in a transform {_TRACEABLE}") from error
+    if not pointer and torch._is_functional_tensor(obj):  # an empty one's pointer is 0 in any case
+        raise TypeError(f"{name} is a torch tensor without memory of its own; in a transform {_TRACEABLE}")
     if stream is not None and stream != torch.cuda.current_stream(device[1]).cuda_stream:
         with torch.cuda.device(device[1]):  # torch exports from the current device only
             _export(obj.detach(), name, device, stream)
-    dtype = str(obj.dtype).removeprefix("torch.")
     return Array(name, pointer, shape, strides, dtype, device, False, "torch", obj, obj)
 
 
@@ -192,6 +250,66 @@ def _has_tangent(torch: Any, obj: Any) -> bool:
         return False
 
 
+_TRACEABLE = "call cusru.torch.sru, which can be traced and transformed"
+
+
+def untraceable(function: _Function) -> _Function:
+    """torch.compile breaks its graph where it meets `function`, which runs as it is: it compiles no frame from there down."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **keywords: Any) -> Any:
+        if getattr(sys.modules.get("torch.compiler"), "is_dynamo_compiling", bool)():  # so only in what it makes of this frame
+            watcher = _watched_by(None)  # a break, and from here on it does not look
+            try:
+                return call(*args, **keywords)
+            finally:
+                _watched_by(watcher)
+        return function(*args, **keywords)
+
+    return _break_at(call)  # type: ignore[no-any-return]
+
+
+def _break_at(function: Any) -> Any:
+    """What torch.compiler.disable marks a function with. It would import torch._dynamo, and be one more frame in the way."""
+    function._torchdynamo_disable = True
+    function._torchdynamo_disable_msg = _TRACEABLE
+    return function
+
+
+@_break_at
+def _watched_by(watcher: Any) -> Any:
+    """Set what torch.compile sees this thread's frames with, None: nothing; what it was. (It skips this frame: no tensor.)"""
+    return sys.modules["torch._C._dynamo.eval_frame"].set_eval_frame(watcher)
+
+
+def refuse_tracers() -> None:
+    """Where torch records all that is done with its tensors, what a kernel does to their memory would be a constant."""
+    for module, question, tracer in _TRACERS:
+        ask = getattr(sys.modules.get(module), question, None)
+        if ask is not None and ask():
+            raise TypeError(f"{tracer} cannot record cusru.sru_forward and sru_backward, only their results: {_TRACEABLE}")
+
+
+_TRACERS = (
+    ("torch.jit", "is_tracing", "torch.jit.trace"),
+    ("torch.fx.experimental.proxy_tensor", "get_proxy_mode", "make_fx (or torch.export)"),
+)
+
+
+def check_writable(array: Array) -> None:
+    if array.readonly:
+        raise ValueError(f"{array.name} is read-only ({array.framework}); it must be writable")
+    if array.framework == "torch" and array.source.is_inference() and not sys.modules["torch"].is_inference_mode_enabled():
+        raise ValueError(f"{array.name} is an inference tensor, which torch lets nobody write outside torch.inference_mode()")
+
+
+def mark_written(arrays: Iterable[Array]) -> None:
+    """Tell those who saved a tensor for a backward that it is no longer what they saved, as torch's own `out=` does."""
+    for array in arrays:
+        if array.framework == "torch":
+            sys.modules["torch"].autograd.graph.increment_version(array.source)
+
+
 def check_torch(obj: Any, name: str) -> None:
     """That a tensor of torch is what its strides say."""
     torch = sys.modules["torch"]
@@ -201,8 +319,11 @@ def check_torch(obj: Any, name: str) -> None:
         raise TypeError(f"{name} is a lazily conjugated or negated view: pass {name}.resolve_conj().resolve_neg()")
 
 
-def _read_capsule(obj: Any, name: str, device: tuple[str, int], stream: int | None) -> Array:
+def _read_capsule(obj: Any, name: str, device: tuple[str, int], stream: int | None, allowed: _Allowed) -> Array:
     framework = _framework(obj)
+    # first, for JAX cannot export every dtype that it has, and TensorFlow aborts the process over its strings
+    if allowed and framework != "other" and obj.dtype.name not in allowed:
+        raise _bad_dtype(name, obj.dtype.name, allowed)
     if device[0] == "cuda" and stream is None:
         stream = stream_handle(None, obj, device)
     capsule = _export(obj, name, device, stream)
@@ -213,6 +334,8 @@ def _read_capsule(obj: Any, name: str, device: tuple[str, int], stream: int | No
     dtype = kind if (kind, tensor.bits) == ("bool", 8) else f"{kind}{tensor.bits}"
     if tensor.lanes != 1:
         dtype += f"x{tensor.lanes}"
+    if allowed and dtype not in allowed:
+        raise _bad_dtype(name, dtype, allowed)
     device = _device(tensor.device_type, tensor.device_id, name)
     readonly = readonly or framework in ("jax", "tensorflow")  # whose arrays are values: XLA may share or fold them
     pointer = (tensor.data or 0) + tensor.byte_offset
@@ -283,6 +406,9 @@ def give(array: Array, u: Array) -> Any:
         # JAX would round float64 to float32 where its flag is off: u came as float64, so this goes back as that.
         x64 = getattr(jax if hasattr(jax, "enable_x64") else jax.experimental, "enable_x64")  # noqa: B009
         with x64(True) if array.dtype == "float64" else contextlib.nullcontext():
+            where = next(iter(u.source.devices()))
+            if where.platform == "cpu" and where.id:  # not the first of JAX's CPU devices: this copies
+                return jax.dlpack.from_dlpack(export, device=where)
             return jax.dlpack.from_dlpack(export)
     if u.framework == "tensorflow":
         if array.device[0] == "cuda":  # its import knows no streams
@@ -290,7 +416,12 @@ def give(array: Array, u: Array) -> Any:
         capsule = export.__dlpack__()
         if array.strides == _compact(array.shape):
             _peek(capsule).strides = None  # it checks them more strictly than need be where an extent is 0
-        return sys.modules["tensorflow"].experimental.dlpack.from_dlpack(capsule)
+        tensorflow = sys.modules["tensorflow"]
+        result = tensorflow.experimental.dlpack.from_dlpack(capsule)
+        if array.device != CPU or result.device == u.source.device:
+            return result
+        with tensorflow.device(u.source.device):
+            return tensorflow.identity(result)
     if u.framework == "other" and hasattr(u.source, "__array_namespace__"):
         namespace = u.source.__array_namespace__()
         if hasattr(namespace, "from_dlpack"):
@@ -503,13 +634,21 @@ def _in_elements(obj: Any, name: str) -> tuple[int, ...]:
 
 @functools.lru_cache(64)
 def _itemsize(dtype: str) -> int:
-    bits = re.search(r"\d+", dtype)
-    return max(int(bits[0]) // 8, 1) if bits else 1
+    """Of a dtype that NumPy has, and so of each that cusru takes; else 1: whoever borrows one looks at no more than its name."""
+    try:
+        return max(np.dtype(_storage(dtype)).itemsize, 1)
+    except TypeError:
+        return 1
 
 
 @functools.lru_cache(64)
 def _name(dtype: np.dtype[Any]) -> str:
     return dtype.name  # NumPy composes it anew each time
+
+
+@functools.lru_cache(64)
+def _name_in_torch(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.lru_cache(64)
@@ -576,13 +715,16 @@ def _device(kind: int, index: int, name: str) -> tuple[str, int]:
     return CPU if _DEVICES[kind] == "cpu" else ("cuda", index)
 
 
+_TRACED = {("jax", "Tracer"), ("tensorflow", "SymbolicTensor"), ("keras", "KerasTensor"), ("torch", "Proxy")}
+
+
 def _is_traced(obj: Any) -> bool:
-    return any(base.__name__ == "Tracer" and base.__module__.startswith("jax") for base in type(obj).__mro__)
+    return any((base.__module__.partition(".")[0], base.__name__) in _TRACED for base in type(obj).__mro__)
 
 
 def _no_array(obj: Any, name: str) -> TypeError:
     if _is_traced(obj):
-        return TypeError(f"{name} is a traced value ({_type(obj)}): it has no memory while jit, grad or vmap traces")
+        return TypeError(f"{name} is a traced value ({_type(obj)}): it has no memory while jit, grad, vmap or the like trace")
     hint = ": pass its .value()" if type(obj).__name__.endswith("Variable") else ""  # TensorFlow's
     return TypeError(f"{name} must be an array (NumPy's, or one that speaks DLPack), not {_type(obj)}{hint}")
 

@@ -4,11 +4,13 @@ import contextlib
 import ctypes
 import gc
 import itertools
+import os
 import subprocess
 import sys
 import textwrap
 import threading
 import types
+import warnings
 import weakref
 
 import numpy as np
@@ -307,6 +309,33 @@ def test_torch_view_may_be_empty_or_scalar():
     assert expanded.strides == (0, 1)
 
 
+@pytest.mark.parametrize(
+    "dtype", ["complex64", "complex32", "float8_e4m3fn", "float4_e2m1fn_x2", "int4", "uint4", "bits8", "bool"]
+)
+def test_torch_dtypes_that_nobody_takes_are_named(dtype):
+    torch = need("torch", "torch")
+    if not hasattr(torch, dtype):
+        pytest.skip(f"this torch has no {dtype}")
+    memory = torch.from_numpy(np.zeros(25, np.uint8)[1:])  # off the alignment of those wider than a byte
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = [torch.empty(3, dtype=getattr(torch, dtype)), memory.view(getattr(torch, dtype))]
+    if dtype == "complex64":
+        tensors.append(tensors[0].conj())
+    for tensor in tensors:
+        with pytest.raises(TypeError, match=rf"bias has dtype {dtype}; allowed here: float32, float64"):
+            dlpack.borrow(tensor, "bias", allowed=("float32", "float64"))
+
+
+def test_torch_quantised_tensors_are_refused_by_their_dtype():
+    torch = need("torch", "torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8)
+    with pytest.raises(TypeError, match=r"bias has dtype qint8; allowed here: float32"):
+        dlpack.borrow(quantised, "bias", allowed=("float32",))
+
+
 # ---- JAX --------------------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +406,69 @@ def test_jax_deleted_or_no_array():
         dlpack.device_of(jax.random.key(0), "u")
 
 
+@pytest.mark.parametrize(
+    "dtype", ["int2", "int4", "uint4", "float4_e2m1fn", "float8_e4m3fn", "float8_e5m2", "complex64", "int32"]
+)
+def test_jax_dtypes_that_nobody_takes_are_named(dtype):
+    jax = need("jax", "jax")
+    if not hasattr(jax.numpy, dtype):
+        pytest.skip(f"this JAX has no {dtype}")
+    with pytest.raises(TypeError, match=rf"bias has dtype {dtype}; allowed here: float32, float64"):
+        dlpack.borrow(jax.numpy.zeros(3, dtype), "bias", allowed=("float32", "float64"))
+
+
+def test_jax_has_several_cpus():
+    """Uncommitted arrays are no exception: on GPUs theirs is another memory, and simulated devices are there to behave alike."""
+    need("jax", "jax")
+    code = """
+        import jax, numpy as np, cusru
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+        def refused(*words, **arguments):
+            try:
+                cusru.sru_forward(**arguments)
+            except ValueError as error:
+                assert all(word in str(error) for word in words), error
+            else:
+                raise AssertionError(words)
+
+        cpus = jax.devices()
+        assert len(cpus) == 4
+        host = np.random.default_rng(0).standard_normal((4, 3, 6, 3)).astype("f4")
+        want = cusru.sru_forward(host)
+        one = NamedSharding(Mesh(np.array(cpus[2:3]), "a"), PartitionSpec("a"))
+        for where in (*cpus, one):
+            u = jax.device_put(host, where)
+            got = cusru.sru_forward(u, c0=jax.device_put(np.zeros((3, 6), "f4"), where))
+            gradients = cusru.sru_backward(got.h, got.c_last, got.c, u)
+            assert {tuple(a.devices()) for a in (*got, gradients.u)} == {tuple(u.devices())}
+            (got.h + u[..., 0]).block_until_ready()  # JAX itself refuses committed arrays of two devices
+            for a, b in zip(got, want, strict=True):
+                np.testing.assert_array_equal(a, b)
+        with jax.default_device(cpus[3]):
+            assert cusru.sru_forward(jax.numpy.ones((4, 3, 6, 3))).h.devices() == {cpus[3]}
+        with jax.enable_x64(True):
+            u = jax.device_put(host.astype("f8"), cpus[1])
+            assert cusru.sru_forward(u).h.devices() == {cpus[1]}
+            assert cusru.sru_forward(u).h.dtype == "float64"
+
+        u, bias = jax.device_put(host, cpus[1]), np.zeros((2, 6), "f4")
+        cusru.sru_forward(u, bias=bias)  # NumPy's are the host's
+        cusru.sru_forward(host, bias=jax.device_put(bias, cpus[1]))
+        refused("bias is on cpu:0 and u on cpu:1", u=u, bias=jax.device_put(bias, cpus[0]))
+        refused("bias is on cpu:0 and u on cpu:1", u=u, bias=jax.numpy.zeros((2, 6)))
+        refused("bias is on cpu:1 and u on cpu:0", u=jax.numpy.asarray(host), bias=jax.device_put(bias, cpus[1]))
+        at_2, at_3 = (jax.device_put(bias, cpu) for cpu in cpus[2:])
+        refused("weight_c is on cpu:3 and bias on cpu:2", u=host, bias=at_2, weight_c=at_3)
+        for spec in (PartitionSpec("a"), PartitionSpec()):
+            spread = NamedSharding(Mesh(np.array(cpus), "a"), spec)
+            refused("u lies on several devices (cpu:0, cpu:1, cpu:2, cpu:3)", u=jax.device_put(host, spread))
+            refused("x lies on several devices", u=u, x=jax.device_put(host[..., 0], spread))
+    """
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment)
+
+
 # ---- TensorFlow -------------------------------------------------------------------------------------------------------
 
 
@@ -406,6 +498,57 @@ def test_tensorflow_variable():
         dlpack.device_of(tf.Variable([1.0]), "u")
 
 
+def test_tensorflow_dtypes_that_nobody_takes_are_named():
+    tf = need("tensorflow", "tensorflow")
+    allowed = ("float32", "bool")
+    made = [tf.zeros(3, dtype) for dtype in ("complex64", "int32", "float16", "int4", "qint8")]
+    made += [tf.cast(tf.zeros(3), "float8_e5m2")]
+    made += [tf.constant(["text"]), tf.Variable([1.0]).handle]
+    made += [tf.data.experimental.to_variant(tf.data.Dataset.range(3))]
+    for tensor in made:
+        with pytest.raises(TypeError, match=rf"bias has dtype {tensor.dtype.name}; allowed here: float32, bool"):
+            dlpack.borrow(tensor, "bias", allowed=allowed)
+    assert dlpack.borrow(tf.constant([True]), "mask_pad", allowed=("bool", "uint8")).size == 1
+
+
+def test_tensorflow_traced():
+    tf = need("tensorflow", "tensorflow")
+    seen = []
+
+    @tf.function(autograph=False)
+    def inside(value):
+        with pytest.raises(TypeError, match=r"u is a traced value.*SymbolicTensor"):
+            dlpack.device_of(value, "u")
+        seen.append(value)
+        return value
+
+    inside(tf.zeros(3))
+    assert seen
+
+
+def test_tensorflow_has_several_cpus():
+    need("tensorflow", "tensorflow")
+    code = """
+        import tensorflow as tf, cusru
+        (cpu,) = tf.config.list_physical_devices("CPU")
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+        on = []
+        for i in range(2):
+            with tf.device(f"CPU:{i}"):
+                on.append((tf.ones((4, 3, 6, 3)), tf.zeros((2, 6))))
+        for u, bias in on:
+            got = cusru.sru_forward(u, bias=bias)
+            assert {a.device for a in got} == {u.device}
+        try:
+            cusru.sru_forward(on[1][0], bias=on[0][1])
+        except ValueError as error:
+            assert "bias is on cpu:0 and u on cpu:1" in str(error), error
+        else:
+            raise AssertionError
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
 # a stand-in where TensorFlow is not installed: what matters is what its functions are given
 def test_tensorflow_takes_an_unversioned_capsule_without_a_stream(monkeypatch):
     if "tensorflow" in sys.modules:
@@ -413,12 +556,16 @@ def test_tensorflow_takes_an_unversioned_capsule_without_a_stream(monkeypatch):
     taken = []
 
     class Tensor(Producer):
+        dtype, device = np.dtype("float32"), (1, 0)
+
         def __dlpack__(self):
             return super().__dlpack__()
 
+    result = types.SimpleNamespace(device=Tensor.device)
+
     def from_dlpack(capsule):
         taken.append(capsule)
-        return "result"
+        return result
 
     experimental = types.SimpleNamespace(dlpack=types.SimpleNamespace(from_dlpack=from_dlpack))
     monkeypatch.setitem(sys.modules, "tensorflow", types.SimpleNamespace(Tensor=Tensor, experimental=experimental))
@@ -427,7 +574,7 @@ def test_tensorflow_takes_an_unversioned_capsule_without_a_stream(monkeypatch):
     u = dlpack.borrow(source, "u")
     assert (u.framework, u.readonly) == ("tensorflow", True)
     made = dlpack.empty("h", (0, 3), "bfloat16", CPU, "tensorflow")
-    assert dlpack.give(made, u) == "result"
+    assert dlpack.give(made, u) is result
     assert _capsule_name(taken[0]) == b"dltensor"
     tensor = dlpack._peek(taken[0])
     assert (tensor.code, tensor.bits, tensor.data) == (4, 16, made.pointer)
@@ -525,6 +672,16 @@ def test_borrowing_leaks_nothing():
 )
 def test_capsule_dtypes(code, name):
     assert dlpack.borrow(Producer(np.zeros(2), versioned=True, typecode=code), "x").dtype == name
+
+
+def test_a_capsules_dtype_comes_before_its_address():
+    for code, name in (((2, 32, 4), "float32x4"), ((10, 8, 1), "dlpack10_8"), ((5, 64, 1), "complex64"), ((0, 4, 1), "int4")):
+        producer = Producer(np.zeros(9, np.uint8)[1:], versioned=True, typecode=code)
+        with pytest.raises(TypeError, match=rf"x has dtype {name}; allowed here: float32"):
+            dlpack.borrow(producer, "x", allowed=("float32",))
+    producer = Producer(np.zeros(9, np.uint8)[1:], versioned=True, typecode=(2, 32, 1))
+    with pytest.raises(ValueError, match=r"x starts at an address that is not aligned to its dtype float32"):
+        dlpack.borrow(producer, "x", allowed=("float32",))
 
 
 def test_capsule_read_only_and_version():

@@ -79,6 +79,14 @@ BAD = {  # changed arguments, the error, and what its message says
     "float mask_pad": (dict(mask_pad=empty(L, B)), TypeError, ["mask_pad", "float32", "bool", "uint8"]),
     "u a list": (dict(u=[1.0, 2.0]), TypeError, [r"\bu\b", "list"]),
     "u None": (dict(u=None), TypeError, [r"\bu\b", "None"]),
+    "flag a string": (dict(bidirectional="False"), TypeError, ["bidirectional", "'False'", "bool"]),
+    "flag 2": (dict(bidirectional=2), TypeError, ["bidirectional", "2", "0 or 1"]),
+    "flag -1": (dict(bidirectional=-1), TypeError, ["bidirectional", "-1"]),
+    "flag a float": (dict(bidirectional=1.0), TypeError, ["bidirectional", r"1\.0"]),
+    "flag None": (dict(bidirectional=None), TypeError, ["bidirectional", "None"]),
+    "flag a list": (dict(bidirectional=[]), TypeError, ["bidirectional", r"\[\]"]),
+    "flag an array": (dict(bidirectional=np.array([True, False])), TypeError, ["bidirectional", "array|tensor"]),
+    "flag an array of one": (dict(bidirectional=np.array(1)), TypeError, ["bidirectional", "array|tensor"]),
     "bias a number": (dict(bias=1.0), TypeError, ["bias", "float"]),
     "scale_x a string": (dict(scale_x="1"), TypeError, ["scale_x", "str"]),
     "scale_x beyond a float": (dict(scale_x=10**400), ValueError, ["scale_x"]),
@@ -109,6 +117,49 @@ BAD = {  # changed arguments, the error, and what its message says
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("flag", [True, 1, np.True_, np.int8(1), np.uint64(1)])
+def test_a_flag_is_a_bool_or_0_or_1(flag: Any) -> None:
+    for given, meant in ((flag, True), (type(flag)(0), False)):
+        for got, want in zip(forward_of_seed(bidirectional=given), forward_of_seed(bidirectional=meant), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def forward_of_seed(**options: Any) -> Any:
+    return cusru.sru_forward(np.random.default_rng(1).standard_normal((L, B, D, 3)), **options)
+
+
+def off_its_alignment(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that begins one byte behind an aligned address."""
+    memory = np.zeros(int(np.prod(shape)) * np.dtype(dtype).itemsize + 1, np.uint8)
+    return np.ndarray(shape, dtype, memory, 1)
+
+
+DTYPES_OF = {"mask_pad": ["?", "u1"], "workspace": ["u1", "i1"], "u": ["f4", "f8", "e"]}  # those that are taken; else f4
+NUMPY_DTYPES = ["f4", "f8", "i1", "i4", "u8", "c8", "c16", "M8[ns]", "m8[s]", "S7", "U5", "V3", "O", "f4,i2", "g", "e"]
+SHAPES = dict(
+    u=(L, B, D, 3), x=(L, B, D), bias=(2, D), weight_c=(2, D), c0=(B, D), mask_c=(B, D), mask_pad=(L, B), scale_x=(1,),
+    out=(L, B, D), workspace=(4096,), grad_h=(L, B, D), grad_c_last=(B, D), c=(L, B, D),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dtype"), [(n, d) for n in SHAPES for d in NUMPY_DTYPES if d not in DTYPES_OF.get(n, ["f4"])])
+def test_a_dtype_is_looked_at_before_addresses_and_strides(name: str, dtype: str) -> None:
+    arrays = [np.zeros(SHAPES[name], [("first", "u1"), ("it", dtype)])["it"]]  # strides that are no whole elements
+    if dtype != "O":
+        arrays.append(off_its_alignment(SHAPES[name], dtype))
+    call = backward if name in ("grad_h", "grad_c_last", "c") else forward
+    taken = np.dtype(DTYPES_OF.get(name, ["f4"])[0]).name
+    for array in arrays:
+        words = [rf"\b{name}", "has dtype", re.escape(array.dtype.name), f"allowed here: .*{taken}"]
+        raises(TypeError, words, call, **{name: [array, None, None] if name == "out" else array})
+
+
+def test_a_dtype_that_is_taken_is_taken_at_its_alignment_alone() -> None:
+    raises(ValueError, ["mask_c", "not aligned", "float32"], forward, mask_c=off_its_alignment((B, D), "f4"))
+    raises(ValueError, ["mask_c", "whole elements"], forward, mask_c=np.zeros((B, D), "u1,f4")["f1"])
+    forward(mask_pad=off_its_alignment((L, B), "?"))
+
+
 def raises(error: type[Exception], words: list[str], call: Any, args: tuple[Any, ...] = (), **changes: Any) -> None:
     with pytest.raises(error) as caught:
         call(*args, **changes)
@@ -127,6 +178,13 @@ def test_bad_input_names_the_argument_and_writes_nothing(
     out = results(direction)
     raises(error, words, forward if direction == "forward" else backward, **changes, out=out)
     assert all((a == 7).all() for a in out)
+
+
+@pytest.mark.parametrize("name", ["u", "x", "bias", "c0", "mask_pad"])
+def test_a_masked_array_is_refused_for_its_mask_would_be_ignored(name: str) -> None:
+    masked = np.ma.array(inputs()[name], mask=True)
+    raises(TypeError, [rf"\b{name}\b", "masked", rf"{name}\.filled"], forward, **{name: masked})
+    raises(TypeError, [rf"\b{name}\b", "masked", rf"{name}\.filled"], backward, **{name: masked})
 
 
 BAD_BACKWARD = {
@@ -162,6 +220,7 @@ BAD_OUT = {
     "of another dtype": ([None, empty(L, B, D, dtype="f8"), None], TypeError, [r"out\.c", "float64", "float32"]),
     "read-only": ([None, None, read_only()], ValueError, [r"out\.c_last", "read-only"]),
     "a list": ([[1.0], None, None], TypeError, [r"out\.h", "list"]),
+    "a masked array": ([np.ma.array(empty(L, B, D), mask=True), None, None], TypeError, [r"out\.h", "masked"]),
     "on another device": ([Elsewhere(2), None, None], ValueError, [r"out\.h", "cuda:0", "cpu"]),
     "overlapping itself": ([np.broadcast_to(empty(1, B, D), (L, B, D)), None, None], ValueError, [r"out\.h"]),
     "a window over itself": (
