@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field

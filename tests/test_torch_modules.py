@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import os
 import pickle
@@ -26,7 +27,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from cusru.torch import SRU, SRUCell, sru  # noqa: E402
+from cusru.torch import SRU, SRUCell, classic, sru  # noqa: E402
 
 L, B, I, H = 9, 4, 6, 5
 LENGTHS = torch.tensor([9, 5, 5, 1])
@@ -711,6 +712,26 @@ BAD_MODELS = {
 def test_a_bad_model_names_the_argument(case):
     given, words = BAD_MODELS[case]
     raises(ValueError, words, SRU, **given)
+
+
+FLAGS = {
+    kind: [name for name, parameter in inspect.signature(kind).parameters.items() if parameter.annotation in (bool, "bool")]
+    for kind in (SRU, SRUCell, classic.SRU, classic.SRUCell)
+}
+
+
+@pytest.mark.parametrize(("kind", "flag"), [(kind, flag) for kind, flags in FLAGS.items() for flag in flags])
+def test_a_flag_is_a_bool_or_0_or_1(kind, flag):
+    assert len(FLAGS[SRU]) > 8
+    for value in ("False", None, 2, 0.0, np.zeros(2, bool), torch.tensor(False)):
+        with pytest.raises(TypeError, match=f"{flag} must be a bool"):
+            kind(I, H, **{flag: value})
+    for value in (False, True):
+        states = []
+        for same in (value, int(value), np.bool_(value)):
+            torch.manual_seed(0)
+            states.append(kind(I, H, **{flag: same}).state_dict())
+        assert all(torch.equal(s[n], states[0][n]) for s in states for n in states[0])
 
 
 def test_a_custom_module_that_returns_something_else_is_named():

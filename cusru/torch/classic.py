@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cusru.api import check_flag
 from cusru.torch.legacy import refuse
-from cusru.torch.modules import _check_probability, _check_tensors, _number, _size, _to_parameter
+from cusru.torch.modules import _check_probability, _check_tensors, _flags, _number, _size, _to_parameter
 from cusru.torch.operator import SAVE_EVERY, sru
 
 __all__ = ["SRU", "SRUCell"]
@@ -67,6 +68,9 @@ class SRUCell(nn.Module):
         _check_probability("dropout", dropout)
         _check_probability("rnn_dropout", rnn_dropout)
         highway_bias = _number("highway_bias", highway_bias)
+        bidirectional, use_tanh, use_relu, use_selu = _flags(
+            bidirectional=bidirectional, use_tanh=use_tanh, use_relu=use_relu, use_selu=use_selu
+        )
         _check_later("SRUCell", later)
         if use_relu and use_selu:
             raise ValueError("use_relu and use_selu exclude one another: give one")
@@ -185,6 +189,7 @@ class SRU(nn.Module):
     ) -> None:
         super().__init__()
         num_layers = _size("num_layers", num_layers)
+        (bidirectional,) = _flags(bidirectional=bidirectional)  # the cells look at the others
         _check_later("SRU", later)
         self.n_in = input_size
         self.n_out = hidden_size
@@ -227,7 +232,7 @@ class SRU(nn.Module):
         for i, rnn in enumerate(self.rnn_lst):
             h, c = rnn(h, None if c0 is None else c0[i])
             last.append(c)
-        return (h, torch.stack(last)) if return_hidden else h
+        return (h, torch.stack(last)) if check_flag("return_hidden", return_hidden) else h
 
 
 def _check_later(name: str, later: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ from typing import Any, ParamSpec, cast
 
 from torch import Tensor, nn
 
+from cusru.api import check_flag
+
 P = ParamSpec("P")
 PAGE = "docs/migrating-from-sru.md"
 
@@ -42,7 +44,7 @@ def takes_old_arguments(init: Callable[P, None]) -> Callable[P, None]:
         activations = []
         for name, value in old.items():
             if name in _ACTIVATIONS:
-                activations += [name] * bool(value)
+                activations += [name] * check_flag(name, value)
             elif name in _GONE:
                 refuse(name, value, _GONE[name])
             else:

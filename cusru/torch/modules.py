@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from cusru.api import check_flag
 from cusru.dlpack import check_torch
 from cusru.torch.legacy import adopt_transform_module, rename_weights, takes_old_arguments, warn_of_load
 from cusru.torch.operator import SAVE_EVERY, sizes_of, sru, type_name
@@ -87,6 +88,10 @@ class SRUCell(nn.Module):
         super().__init__()
         input_size, hidden_size = _size("input_size", input_size), _size("hidden_size", hidden_size)
         n_proj = _integer("n_proj", n_proj)
+        bidirectional, use_tanh, has_skip_term, layer_norm, rescale, v1, amp_recurrence_fp16, normalize_after = _flags(
+            bidirectional=bidirectional, use_tanh=use_tanh, has_skip_term=has_skip_term, layer_norm=layer_norm, rescale=rescale,
+            v1=v1, amp_recurrence_fp16=amp_recurrence_fp16, normalize_after=normalize_after,
+        )  # fmt: skip
         _check_probability("dropout", dropout)
         _check_probability("rnn_dropout", rnn_dropout)
         highway_bias = _number("highway_bias", highway_bias)
@@ -407,6 +412,14 @@ class SRU(nn.Module):
         super().__init__()
         input_size, hidden_size = _size("input_size", input_size), _size("hidden_size", hidden_size)
         num_layers = _size("num_layers", num_layers)
+        bidirectional, use_tanh, layer_norm, has_skip_term, amp_recurrence_fp16 = _flags(
+            bidirectional=bidirectional, use_tanh=use_tanh, layer_norm=layer_norm, has_skip_term=has_skip_term,
+            amp_recurrence_fp16=amp_recurrence_fp16,
+        )  # fmt: skip
+        nn_rnn_compatible_return, proj_input_to_hidden_first, batch_first = _flags(
+            nn_rnn_compatible_return=nn_rnn_compatible_return, proj_input_to_hidden_first=proj_input_to_hidden_first,
+            batch_first=batch_first,
+        )  # fmt: skip
         of_layers = isinstance(projection_size, list | tuple)
         given: Any = projection_size if of_layers else [projection_size] * num_layers
         n_proj = [_integer("projection_size", size) for size in given]
@@ -565,6 +578,10 @@ class SRU(nn.Module):
 
     def make_backward_compatible(self) -> None:
         """Does nothing, for callers of sru's method: the models that needed it name modules that sru 2.6.0 has not either."""
+
+
+def _flags(**given: Any) -> list[bool]:
+    return [check_flag(name, value) for name, value in given.items()]
 
 
 def _integer(name: str, value: Any) -> int:

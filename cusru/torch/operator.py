@@ -115,11 +115,11 @@ def _sru(
         if value is not None and value.requires_grad and torch.is_grad_enabled():
             raise TypeError(_NO_GRADIENT.format(name))
     api.check_options(activation, candidate, mask_target)
-    every = api.check_save_every(save_every)
+    every, bidirectional = api.check_save_every(save_every), api.check_flag("bidirectional", bidirectional)
     if every is None and torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in given.values()):
         raise ValueError("save_every=None keeps no states, and the backward needs them: give 1 or more, or use torch.no_grad()")
     arguments: tuple[Any, ...] = (
-        *given.values(), scale_x, scale, activation, candidate, mask_target, bool(bidirectional), every or 0
+        *given.values(), scale_x, scale, activation, candidate, mask_target, bidirectional, every or 0
     )  # fmt: skip
     traced = torch.jit.is_tracing()
     if (traced or torch.compiler.is_compiling()) and torch.onnx.is_in_onnx_export():
