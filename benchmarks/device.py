@@ -40,7 +40,7 @@ from benchmarks.workload import PASSES, Floor, Workload, stream
 from cusru import __main__ as about
 
 ROOT = Path(__file__).parent.parent
-SECONDS = {"tests": 150, "sanitizer": 75, "bandwidth": 15, "table": 115, "peers": 105}  # what one leaves, the next may use
+SECONDS = {"tests": 220, "sanitizer": 40, "bandwidth": 10, "table": 105, "peers": 85}  # what one leaves, the next may use
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 PICTURE = "bandwidth.png"
 PEER_CASES = ("square", "wide", "narrow")
@@ -66,11 +66,12 @@ def tests(simulate: bool, seconds: float) -> Iterator[Row]:
     run = subprocess.Popen(command, cwd=ROOT, env=wide, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert run.stdout
     tail: list[str] = []
+    ended = "PASSED|FAILED|ERROR|SKIPPED"
     for line in run.stdout:
         tail = [*tail[-60:], line.rstrip()]
-        if found := re.match(r"(?:FAILED|ERROR) (tests/\S+) - (.*)", line):  # of the summary at the end
+        if found := re.match(r"(?:FAILED|ERROR) (tests/.+?) - (.*)", line):  # of the summary at the end
             yield {"test": found[1], "reason": found[2]}
-        elif found := re.search(r"\] (PASSED|FAILED|ERROR|SKIPPED) (tests/\S+)|(tests/\S+) (PASSED|FAILED|ERROR|SKIPPED)", line):
+        elif found := re.search(rf"\] ({ended}) (tests/.+?)\s*$|^(tests/.+?) ({ended})\b", line):
             yield {"test": found[2] or found[3], "outcome": (found[1] or found[4]).lower()}
     if status := run.wait():
         yield {"failed": f"pytest exited with {status}", "tail": tail}

@@ -697,6 +697,8 @@ def test_the_tests_step_reads_pytest_with_and_without_workers(monkeypatch: pytes
         "tests/test_a.py::test_b[gpu] PASSED                    [  1%]",
         "[gw1] [  2%] FAILED tests/test_a.py::test_c[gpu-x] ",
         "tests/test_a.py::test_d SKIPPED (no CUDA device)       [  3%]",
+        "tests/test_a.py::test_d[no c0] PASSED                  [  3%]",
+        "[gw1] [  2%] PASSED tests/test_a.py::test_c[over a long block] ",
         "[gw0] [ 50%] ERROR tests/test_a.py::test_e ",
         "===== short test summary info =====",
         "FAILED tests/test_a.py::test_c[gpu-x] - AssertionError: h differs",
@@ -707,10 +709,11 @@ def test_the_tests_step_reads_pytest_with_and_without_workers(monkeypatch: pytes
     rows = list(device.tests(simulate=True, seconds=10))
     assert [(row["test"], row["outcome"]) for row in rows if "outcome" in row] == [
         ("tests/test_a.py::test_b[gpu]", "passed"), ("tests/test_a.py::test_c[gpu-x]", "failed"),
-        ("tests/test_a.py::test_d", "skipped"), ("tests/test_a.py::test_e", "error"),
+        ("tests/test_a.py::test_d", "skipped"), ("tests/test_a.py::test_d[no c0]", "passed"),
+        ("tests/test_a.py::test_c[over a long block]", "passed"), ("tests/test_a.py::test_e", "error"),
     ]  # fmt: skip
-    assert rows[4] == {"test": "tests/test_a.py::test_c[gpu-x]", "reason": "AssertionError: h differs"}
-    assert rows[5]["failed"] == "pytest exited with 1"
+    assert rows[6] == {"test": "tests/test_a.py::test_c[gpu-x]", "reason": "AssertionError: h differs"}
+    assert rows[7]["failed"] == "pytest exited with 1"
 
 
 def test_a_sanitizer_s_finding_fails_the_step() -> None:
