@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 import cusru
-from cusru import dlpack, raw_kernels, reference, simulator
+from cusru import dlpack, raw_kernels, reference
 
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "float16": 1e-3, "bfloat16": 5e-3}  # of a result held in that dtype
 CHECKED = 16  # of the D columns, for every batch
@@ -208,6 +208,8 @@ def look_around() -> tuple[Cpu | Gpu, dict[str, str], list[str]]:
     }
     simulated = raw_kernels.simulated()
     if simulated:
+        from cusru import simulator
+
         simulator.compiler()
     gpu: Gpu | None = None
     trouble = ""
@@ -216,7 +218,7 @@ def look_around() -> tuple[Cpu | Gpu, dict[str, str], list[str]]:
     try:
         cupy = importlib.import_module("cupy")
         versions["CuPy"] = cupy.__version__
-        dlpack._check_version(cupy.__version__)
+        dlpack.check_cupy_version(cupy.__version__)
         runtime, nvrtc = cupy.cuda.runtime, cupy.cuda.nvrtc
         versions["CUDA"] = f"driver {_version(runtime.driverGetVersion())}, runtime {_version(runtime.runtimeGetVersion())}"
         versions["CUDA"] += ", NVRTC {}.{}".format(*nvrtc.getVersion())

@@ -166,8 +166,7 @@ def borrow(
     on it, the producer's own export included.
     """
     if isinstance(obj, Array):
-        if allowed and obj.dtype not in allowed:
-            raise _bad_dtype(name, obj.dtype, allowed)
+        _check_dtype(name, obj.dtype, allowed)
         return obj
     device = device or device_of(obj, name)
     kind_of_array: Any = type(obj)
@@ -184,14 +183,14 @@ def borrow(
     return array
 
 
-def _bad_dtype(name: str, dtype: str, allowed: tuple[str, ...]) -> TypeError:
-    return TypeError(f"{name} has dtype {dtype}; allowed here: {', '.join(allowed)}")
+def _check_dtype(name: str, dtype: str, allowed: _Allowed) -> None:
+    if allowed and dtype not in allowed:
+        raise TypeError(f"{name} has dtype {dtype}; allowed here: {', '.join(allowed)}")
 
 
 def _read_numpy(obj: np.ndarray, name: str, device: tuple[str, int], stream: int | None, allowed: _Allowed) -> Array:
     dtype = _name(obj.dtype)
-    if allowed and dtype not in allowed:
-        raise _bad_dtype(name, dtype, allowed)
+    _check_dtype(name, dtype, allowed)
     if type(obj) is not np.ndarray and isinstance(obj, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, and cusru would not see its mask: pass {name}.filled(...), or {name}.data")
     if not obj.dtype.isnative:
@@ -202,8 +201,7 @@ def _read_numpy(obj: np.ndarray, name: str, device: tuple[str, int], stream: int
 
 def _read_cupy(obj: Any, name: str, device: tuple[str, int], stream: int | None, allowed: _Allowed) -> Array:
     dtype = _name(obj.dtype)
-    if allowed and dtype not in allowed:
-        raise _bad_dtype(name, dtype, allowed)
+    _check_dtype(name, dtype, allowed)
     if stream is not None and stream != sys.modules["cupy"].cuda.get_current_stream(device[1]).ptr:
         # only the handshake matters here, and CuPy exports no bfloat16; it orders the current device's current stream
         with sys.modules["cupy"].cuda.Device(device[1]):
@@ -214,8 +212,7 @@ def _read_cupy(obj: Any, name: str, device: tuple[str, int], stream: int | None,
 def _read_torch(obj: Any, name: str, device: tuple[str, int], stream: int | None, allowed: _Allowed) -> Array:
     torch = sys.modules["torch"]
     dtype = _name_in_torch(obj.dtype)
-    if allowed and dtype not in allowed:
-        raise _bad_dtype(name, dtype, allowed)
+    _check_dtype(name, dtype, allowed)
     if obj.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             f"{name} requires grad, and a kernel call is not recorded for autograd: call cusru.torch.sru, which is, or pass "
@@ -259,10 +256,11 @@ def untraceable(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def call(*args: Any, **keywords: Any) -> Any:
-        if getattr(sys.modules.get("torch.compiler"), "is_dynamo_compiling", bool)():  # so only in what it makes of this frame
+        # True only in what torch.compile makes of this frame; where there is no torch, bool() is False.
+        if getattr(sys.modules.get("torch.compiler"), "is_dynamo_compiling", bool)():
             watcher = _watched_by(None)  # a break, and from here on it does not look
             try:
-                return call(*args, **keywords)
+                return call(*args, **keywords)  # this very frame again, as it is
             finally:
                 _watched_by(watcher)
         return function(*args, **keywords)
@@ -273,7 +271,7 @@ def untraceable(function: _Function) -> _Function:
 def _break_at(function: Any) -> Any:
     """What torch.compiler.disable marks a function with. It would import torch._dynamo, and be one more frame in the way."""
     function._torchdynamo_disable = True
-    function._torchdynamo_disable_msg = _TRACEABLE
+    function._torchdynamo_disable_msg = _TRACEABLE  # read by torch from 2.8 on: before, its error does not say what to call
     return function
 
 
@@ -323,8 +321,8 @@ def check_torch(obj: Any, name: str) -> None:
 def _read_capsule(obj: Any, name: str, device: tuple[str, int], stream: int | None, allowed: _Allowed) -> Array:
     framework = _framework(obj)
     # first, for JAX cannot export every dtype that it has, and TensorFlow aborts the process over its strings
-    if allowed and framework != "other" and obj.dtype.name not in allowed:
-        raise _bad_dtype(name, obj.dtype.name, allowed)
+    if framework != "other":
+        _check_dtype(name, obj.dtype.name, allowed)
     if device[0] == "cuda" and stream is None:
         stream = stream_handle(None, obj, device)
     capsule = _export(obj, name, device, stream)
@@ -335,8 +333,7 @@ def _read_capsule(obj: Any, name: str, device: tuple[str, int], stream: int | No
     dtype = kind if (kind, tensor.bits) == ("bool", 8) else f"{kind}{tensor.bits}"
     if tensor.lanes != 1:
         dtype += f"x{tensor.lanes}"
-    if allowed and dtype not in allowed:
-        raise _bad_dtype(name, dtype, allowed)
+    _check_dtype(name, dtype, allowed)
     device = _device(tensor.device_type, tensor.device_id, name)
     readonly = readonly or framework in ("jax", "tensorflow")  # whose arrays are values: XLA may share or fold them
     pointer = (tensor.data or 0) + tensor.byte_offset
@@ -689,14 +686,14 @@ def _cupy(proven: bool) -> Any:
         import cupy
     except ImportError as error:
         raise ImportError(f"arrays on a CUDA device need CuPy: {INSTALL}") from error
-    _check_version(cupy.__version__)
+    check_cupy_version(cupy.__version__)
     if not proven:
         _check_cuda()
     return cupy
 
 
 @functools.cache  # of success: an exception is not cached
-def _check_version(version: str) -> None:
+def check_cupy_version(version: str) -> None:
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < (14, 2):
         raise ImportError(f"this is CuPy {version}, and cusru needs 14.2 or later: {INSTALL}")
 

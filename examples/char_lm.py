@@ -628,7 +628,7 @@ def main(arguments: list[str] | None = None) -> int:
         return run(make_parser().parse_args(arguments))
     except MemoryError:
         what: Any = "not enough memory; a smaller --batch, --length or --width needs less"
-    except (Problem, RuntimeError, ValueError) as error:  # cusru's, of a backend that the environment asks for
+    except (Problem, RuntimeError) as error:  # cusru's, of a backend that the environment asks for
         what = error
     except OSError as error:  # of the output: a reader that left, a full disk. The checkpoint has been saved
         what = f"cannot write what there is to say: {error.strerror or error}"

@@ -50,6 +50,7 @@ def test_import_pulls_in_no_framework():
     assert not set(HEAVY) & set(loaded)
 
 
+@pytest.mark.xdist_group("time")
 def test_import_takes_under_a_fifth_of_a_second():
     """Beyond NumPy's own."""
     best_time("import numpy", "import cusru")
@@ -75,6 +76,7 @@ h, c = cusru.torch.SRU(16, 16, 2, dropout=0.1)(torch.randn(20, 4, 16))
 """
 
 
+@pytest.mark.xdist_group("time")
 def test_import_of_cusru_torch_and_a_model_s_first_step_take_under_a_fifth_of_a_second():
     """Beyond torch's own import."""
     need("torch")

@@ -24,6 +24,7 @@ import zipfile
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason='torch is missing: pip install ".[torch]"')
@@ -241,13 +242,21 @@ def test_a_load_that_is_not_strict_names_each_parameter_that_it_leaves():
     assert loaded(model, whole) == []
     for name, _ in model.named_parameters():
         (said,) = loaded(model, {n: value for n, value in whole.items() if n != name})
-        assert f"{name} is not in the state dict, and is left as initialised" in said
+        assert f"{name} is not in the state dict, and keeps the values it had: random ones, unless loaded before" in said
     several = [n for n, _ in model.named_parameters() if "rnn_lst.1" in n or n.endswith("0.bias")]
     said = loaded(model, {n: value for n, value in whole.items() if n not in several})
     assert len(said) == 2  # one for each cell
     assert all(any(name in text for text in said) for name in several)
     assert "encoder.rnn_lst.1.weight_proj, encoder.rnn_lst.1.weight, " in said[1]
     assert len(loaded(model, {})) == 3
+
+
+def test_a_parameter_that_another_hook_renames_is_not_missed():
+    cell = torch.nn.utils.parametrizations.weight_norm(SRUCell(6, 6), "weight")
+    state = cell.state_dict()
+    names = {"original0": "weight_g", "original1": "weight_v"}  # of the older weight_norm
+    state = {names.get(name.rpartition(".")[2], name): value for name, value in state.items()}
+    assert loaded(cell, state) == []
 
 
 def test_what_is_no_parameter_or_known_without_being_loaded_is_not_named():
@@ -421,17 +430,13 @@ def test_n_proj_is_projection_size_and_the_sizes_have_their_old_names():
     cell = SRUCell(n_in=6, n_out=5, n_proj=2)
     assert (cell.input_size, cell.hidden_size, cell.projection_size) == (6, 5, 2)
     custom = nn.Linear(6, 20)
-    with (
-        pytest.warns(UserWarning, match="reset_parameters")
-        if not hasattr(custom, "reset_parameters")
-        else warnings.catch_warnings()
-    ):
-        assert SRUCell(6, 5, transform_module=custom).custom_m is custom
+    assert SRUCell(6, 5, transform_module=custom).custom_m is custom
     assert SRUCell(6, 5, projection_size=2).weight_proj.shape == (6, 2)
     assert [cell.projection_size for cell in SRU(6, 5, 3, projection_size=[2, 0, 3]).rnn_lst] == [2, 0, 3]
 
 
 REFUSED = {
+    "weight_norm, an array": (dict(weight_norm=np.ones(2)), ValueError, "weight_norm=ndarray.*gain"),
     "weight_norm": (dict(weight_norm=True), ValueError, "weight_norm=True.*gain"),
     "is_input_normalized": (dict(is_input_normalized=True), ValueError, "is_input_normalized=True.*leave it out"),
     "custom_u": (dict(custom_u=nn.Identity()), ValueError, "custom_u=Identity.*custom_m"),
@@ -609,9 +614,12 @@ def test_the_modules_of_sru_are_there_or_named(installed):
     assert version.__version__ == importlib.import_module("sru").__version__ == "2.6.0"
     assert importlib.import_module("sru").version is version
     for name in ("ops", "cuda_functional", "sru_functional", "other"):
-        with pytest.raises(ModuleNotFoundError, match=rf"sru\.{name} .*docs/migrating-from-sru\.md") as caught:
+        with pytest.raises(ModuleNotFoundError, match=rf"sru\.{name} .*docs/migrating-from-sru\.md"):
             importlib.import_module(f"sru.{name}")
-        assert caught.value.name == f"sru.{name}"
+        with pytest.raises(ModuleNotFoundError, match=rf"sru\.{name} .*docs/migrating-from-sru\.md"):
+            exec(f"from sru import {name}")
+        with pytest.raises(ModuleNotFoundError, match=rf"sru\.{name} .*docs/migrating-from-sru\.md"):
+            exec(f"from sru.{name} import anything")
     with pytest.raises(ModuleNotFoundError, match="No module named 'nosuchmodule'"):
         importlib.import_module("nosuchmodule")
 

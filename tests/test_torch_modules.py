@@ -615,6 +615,8 @@ def test_a_parameter_that_is_computed_is_computed_once_a_call():
 
 def test_sizes_that_numpy_counted_are_compiled_too():
     torch._dynamo.reset()
+    old = classic.SRU(np.int64(I), np.int64(H), np.int32(1))
+    assert {type(getattr(old, n)) for n in ("n_in", "n_out", "depth", "out_size")} == {int}
     layers = SRU(np.int64(I), np.int64(H), np.int32(1), projection_size=np.int64(3), highway_bias=np.float32(-1)).eval()
     assert {type(getattr(layers, n)) for n in ("input_size", "hidden_size", "output_size", "num_layers")} == {int}
     x = torch.randn(L, B, I)
@@ -699,6 +701,9 @@ BAD_MODELS = {
     "a half": (dict(input_size=3, hidden_size=2.5), ["hidden_size", "2.5"]),
     "no layers": (dict(input_size=3, hidden_size=4, num_layers=0), ["num_layers", "0"]),
     "dropout of 1": (dict(input_size=3, hidden_size=4, dropout=1.0), ["dropout", "1.0"]),
+    "dropout of one layer": (dict(input_size=3, hidden_size=4, num_layers=1, dropout="a"), ["dropout", "'a'"]),
+    "rnn_dropout no number": (dict(input_size=3, hidden_size=4, rnn_dropout="a"), ["rnn_dropout", "'a'"]),
+    "projections for other layers": (dict(input_size=3, hidden_size=4, projection_size=[2, 2, 2]), ["projection_size", "3", "2"]),
     "dropout no number": (dict(input_size=3, hidden_size=4, dropout="a"), ["dropout", "'a'"]),
     "negative dropout": (dict(input_size=3, hidden_size=4, rnn_dropout=-0.1), ["rnn_dropout", "-0.1"]),
     "negative weight_c_init": (dict(input_size=3, hidden_size=4, weight_c_init=-1), ["weight_c_init", "-1"]),
@@ -718,9 +723,11 @@ FLAGS = {
     kind: [name for name, parameter in inspect.signature(kind).parameters.items() if parameter.annotation in (bool, "bool")]
     for kind in (SRU, SRUCell, classic.SRU, classic.SRUCell)
 }
+OLD_FLAGS = [(kind, flag) for kind in FLAGS for flag in ("use_relu", "use_selu")]
+OLD_FLAGS += [(kind, "use_tanh") for kind in (classic.SRU, classic.SRUCell)]
 
 
-@pytest.mark.parametrize(("kind", "flag"), [(kind, flag) for kind, flags in FLAGS.items() for flag in flags])
+@pytest.mark.parametrize(("kind", "flag"), [(kind, flag) for kind, flags in FLAGS.items() for flag in flags] + OLD_FLAGS)
 def test_a_flag_is_a_bool_or_0_or_1(kind, flag):
     assert len(FLAGS[SRU]) > 8
     for value in ("False", None, 2, 0.0, np.zeros(2, bool), torch.tensor(False)):

@@ -29,7 +29,10 @@ from typing import NamedTuple
 import numpy as np
 
 multiprocessors: int = 132  # of the GPU that launches are planned for
-seed: int = int(os.environ.get("CUSRU_SIMULATE_SEED", "0"))
+try:
+    seed: int = int(os.environ.get("CUSRU_SIMULATE_SEED", "0"))
+except ValueError:
+    raise ValueError(f"CUSRU_SIMULATE_SEED is {os.environ['CUSRU_SIMULATE_SEED']!r}; it must be an integer") from None
 
 _HERE = pathlib.Path(__file__).parent
 _KINDS = 4  # reads, writes, reads and writes of workspace: as in cuda_on_cpu.h

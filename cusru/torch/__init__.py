@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -44,10 +44,12 @@ def install_as_sru() -> None:
     modules.__dict__.update(SRU=SRU, SRUCell=SRUCell, __getattr__=_not_in_sru)
     version.__dict__.update(__version__=_SRU_VERSION)
     sys.modules |= {"sru": package, "sru.modules": modules, "sru.version": version}
-    sys.meta_path.append(_Rest())
+    sys.meta_path.append(_Refused())
     if "cuda_functional" not in sys.modules:
+        from cusru.torch import classic
+
         original = _module("cuda_functional")
-        original.__dict__.update(__all__=["SRU", "SRUCell"], __getattr__=_of_cuda_functional)
+        original.__dict__.update(SRU=classic.SRU, SRUCell=classic.SRUCell, __getattr__=_not_in_cuda_functional)
         sys.modules["cuda_functional"] = original
 
 
@@ -66,16 +68,14 @@ def _not_in_sru(name: str) -> Any:
     raise AttributeError(f"cusru.torch, in the place of the sru package {_SRU_VERSION}, has no {name} ({PAGE})")
 
 
-def _of_cuda_functional(name: str) -> Any:
-    if name in ("SRU", "SRUCell"):
-        return getattr(importlib.import_module("cusru.torch.classic"), name)
+def _not_in_cuda_functional(name: str) -> Any:
     if name.startswith("SRU_"):
         raise ImportError(f"{name}: call cusru.torch.sru in its place ({PAGE})", name="cuda_functional")
     raise AttributeError(f"cusru.torch, in the place of cuda_functional, has no {name} ({PAGE})")
 
 
-class _Rest:
-    """A finder, the last on sys.meta_path: it says what became of the modules of sru that are not there."""
+class _Refused(MetaPathFinder):
+    """The last on sys.meta_path: it says what became of the modules of sru that are not there."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> None:
@@ -86,4 +86,5 @@ class _Rest:
             what = "call cusru.torch.sru in the place of its functions"
         elif name == "sru.sru_functional":
             what = "for a model that sru 2.0 to 2.3 saved whole, save its state dict with that version"
-        raise ModuleNotFoundError(f"{name} is not in cusru.torch, which stands in for sru here: {what} ({PAGE})", name=name)
+        # without its name, by which `from sru import ops` would take it for a mere absence
+        raise ModuleNotFoundError(f"{name} is not in cusru.torch, which stands in for sru here: {what} ({PAGE})")

@@ -11,6 +11,8 @@ from importlib.machinery import BuiltinImporter, ModuleSpec, SourceFileLoader
 from types import CodeType, ModuleType
 from typing import Any, NoReturn
 
+from cusru.torch import install_as_sru
+
 USAGE = """\
 usage: python -m cusru.torch SCRIPT [ARGUMENT ...]
        python -m cusru.torch -m MODULE [ARGUMENT ...]
@@ -38,8 +40,6 @@ def main() -> None:
         _exit_for_usage(f"{arguments[0]} is neither a script nor -m or -c (options of python go before -m cusru.torch)")
     else:
         rest = arguments
-
-    from cusru.torch import install_as_sru
 
     install_as_sru()
     _let_other_processes_find_it()

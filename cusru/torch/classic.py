@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cusru.api import check_flag
+from cusru.torch import checks
 from cusru.torch.legacy import refuse
-from cusru.torch.modules import _check_probability, _check_tensors, _flags, _number, _size, _to_parameter
+from cusru.torch.modules import to_parameter
 from cusru.torch.operator import SAVE_EVERY, sru
 
 __all__ = ["SRU", "SRUCell"]
@@ -64,11 +65,10 @@ class SRUCell(nn.Module):
         **later: Any,
     ) -> None:
         super().__init__()
-        n_in, n_out = _size("n_in", n_in), _size("n_out", n_out)
-        _check_probability("dropout", dropout)
-        _check_probability("rnn_dropout", rnn_dropout)
-        highway_bias = _number("highway_bias", highway_bias)
-        bidirectional, use_tanh, use_relu, use_selu = _flags(
+        n_in, n_out = checks.size("n_in", n_in), checks.size("n_out", n_out)
+        dropout, rnn_dropout = checks.probability("dropout", dropout), checks.probability("rnn_dropout", rnn_dropout)
+        highway_bias = checks.number("highway_bias", highway_bias)
+        bidirectional, use_tanh, use_relu, use_selu = checks.flags(
             bidirectional=bidirectional, use_tanh=use_tanh, use_relu=use_relu, use_selu=use_selu
         )
         _check_later("SRUCell", later)
@@ -76,8 +76,8 @@ class SRUCell(nn.Module):
             raise ValueError("use_relu and use_selu exclude one another: give one")
         self.n_in = n_in
         self.n_out = n_out
-        self.dropout = float(dropout)
-        self.rnn_dropout = float(rnn_dropout)
+        self.dropout = dropout
+        self.rnn_dropout = rnn_dropout
         self.bidirectional = bidirectional
         self.activation_type = 3 if use_selu else 2 if use_relu else 1 if use_tanh else 0
         width = 2 * n_out if bidirectional else n_out
@@ -115,13 +115,11 @@ class SRUCell(nn.Module):
             h: (L, B, D), or (B, D) for one step, in the parameters' dtype.
             c: (B, D), float32, or float64 for that: the state after the last step.
         """
-        _check_tensors(input, c0, None)
+        checks.inputs(self, input, c0)
         if input.dim() != 2 and input.dim() != 3:
             raise ValueError(f"input has shape {list(input.shape)}; expected (L, B, n_in) or (B, n_in)")
         if input.size(-1) != self.n_in:
             raise ValueError(f"input has shape {list(input.shape)}; expected a last size of n_in = {self.n_in}")
-        if input.dtype != self.weight.dtype and not torch.is_autocast_enabled(input.device.type):
-            raise TypeError(f"input has dtype {input.dtype}, and the parameters {self.weight.dtype}")
         batch, width = input.size(-2), self.bias.numel() // 2
         if c0 is not None and list(c0.shape) != [batch, width]:
             raise ValueError(f"c0 has shape {list(c0.shape)}; expected {[batch, width]}, (B, D)")
@@ -136,9 +134,9 @@ class SRUCell(nn.Module):
         h, c = sru(
             u,
             steps.to(u.dtype) if u.size(-1) == 3 else None,
-            bias=_to_parameter(self.bias, u.dtype),
-            c0=_to_parameter(c0, u.dtype),
-            mask_c=_to_parameter(mask, u.dtype),
+            bias=to_parameter(self.bias, u.dtype),
+            c0=to_parameter(c0, u.dtype),
+            mask_c=to_parameter(mask, u.dtype),
             activation=_ACTIVATIONS[self.activation_type],
             mask_target="state",
             bidirectional=self.bidirectional,
@@ -188,8 +186,10 @@ class SRU(nn.Module):
         **later: Any,
     ) -> None:
         super().__init__()
-        num_layers = _size("num_layers", num_layers)
-        (bidirectional,) = _flags(bidirectional=bidirectional)  # the cells look at the others
+        input_size, hidden_size = checks.size("input_size", input_size), checks.size("hidden_size", hidden_size)
+        num_layers = checks.size("num_layers", num_layers)
+        dropout, rnn_dropout = checks.probability("dropout", dropout), checks.probability("rnn_dropout", rnn_dropout)
+        (bidirectional,) = checks.flags(bidirectional=bidirectional)  # the cells look at the others
         _check_later("SRU", later)
         self.n_in = input_size
         self.n_out = hidden_size
@@ -222,7 +222,7 @@ class SRU(nn.Module):
         Returns:
             h: (L, B, D) of the last layer; and, with `return_hidden`, c: (num_layers, B, D), the states after the last step.
         """
-        _check_tensors(input, c0, None)
+        checks.tensors(input, c0)
         if input.dim() != 3:
             raise ValueError(f"input has shape {list(input.shape)}; expected 3 dimensions, (L, B, input_size)")
         expected = [len(self.rnn_lst), input.size(1), self.out_size]

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, cast
 
+import numpy as np
 from torch import Tensor, nn
 
 from cusru.api import check_flag
@@ -60,8 +61,8 @@ def takes_old_arguments(init: Callable[P, None]) -> Callable[P, None]:
 
 
 def refuse(name: str, value: Any, what_to_do: str) -> None:
-    """Raise ValueError unless the value is one that switches the argument off."""
-    if not isinstance(value, nn.Module | list | tuple) and not value:
+    """Raise ValueError unless the value is one that switches the argument off: None, False or 0."""
+    if value is None or (isinstance(value, bool | np.bool_ | int | float) and not value):
         return
     shown = value if isinstance(value, bool | int | float | str) else type(value).__name__
     raise ValueError(f"{name}={shown} is not supported: {what_to_do} ({PAGE})")
@@ -114,10 +115,11 @@ def warn_of_load(module: nn.Module, names: Iterable[str], state_dict: dict[str, 
     """Say which of the parameters are not in the state dict. Whether it was to be strict is not known here."""
     missing = [prefix + name for name in names if prefix + name not in state_dict]
     if missing:
-        are = "is" if len(missing) == 1 else "are"
-        more = f"{', '.join(missing)} {are} not in the state dict, and {are} left as initialised" + (more and f"; {more}")
+        verbs = ("is not", "keeps the values it had") if len(missing) == 1 else ("are not", "keep the values they had")
+        kept = f"{', '.join(missing)} {verbs[0]} in the state dict, and {verbs[1]}: random ones, unless loaded before"
+        more = kept + (more and f"; {more}")
     if more:
-        warnings.warn(f"{type(module).__name__}: {more} ({PAGE})", stacklevel=3)
+        warnings.warn(f"{type(module).__name__}: {more} ({PAGE})", stacklevel=1)
 
 
 def adopt_transform_module(cell: Any) -> None:

@@ -8,8 +8,6 @@ and m the dropout mask, drops out on the gate: h = s + m * r * (activation(c) - 
 # No `from __future__ import annotations` here: torch.jit.script reads these annotations.
 import copy
 import math
-import numbers
-import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -18,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from cusru.api import check_flag
-from cusru.dlpack import check_torch
+from cusru.torch import checks
 from cusru.torch.legacy import adopt_transform_module, rename_weights, takes_old_arguments, warn_of_load
-from cusru.torch.operator import SAVE_EVERY, sizes_of, sru, type_name
+from cusru.torch.operator import SAVE_EVERY, sizes_of, sru
 
 
 class SRUCell(nn.Module):
@@ -86,24 +83,23 @@ class SRUCell(nn.Module):
         weight_c_init: float | None = None,
     ) -> None:
         super().__init__()
-        input_size, hidden_size = _size("input_size", input_size), _size("hidden_size", hidden_size)
-        n_proj = _integer("n_proj", n_proj)
-        bidirectional, use_tanh, has_skip_term, layer_norm, rescale, v1, amp_recurrence_fp16, normalize_after = _flags(
+        input_size, hidden_size = checks.size("input_size", input_size), checks.size("hidden_size", hidden_size)
+        n_proj = checks.integer("n_proj", n_proj)
+        bidirectional, use_tanh, has_skip_term, layer_norm, rescale, v1, amp_recurrence_fp16, normalize_after = checks.flags(
             bidirectional=bidirectional, use_tanh=use_tanh, has_skip_term=has_skip_term, layer_norm=layer_norm, rescale=rescale,
             v1=v1, amp_recurrence_fp16=amp_recurrence_fp16, normalize_after=normalize_after,
         )  # fmt: skip
-        _check_probability("dropout", dropout)
-        _check_probability("rnn_dropout", rnn_dropout)
-        highway_bias = _number("highway_bias", highway_bias)
+        dropout, rnn_dropout = checks.probability("dropout", dropout), checks.probability("rnn_dropout", rnn_dropout)
+        highway_bias = checks.number("highway_bias", highway_bias)
         if weight_c_init is not None:
-            weight_c_init = _number("weight_c_init", weight_c_init)
+            weight_c_init = checks.number("weight_c_init", weight_c_init)
             if weight_c_init < 0:
                 raise ValueError(f"weight_c_init must be at least 0, or None; got {weight_c_init}")
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.output_size = hidden_size * 2 if bidirectional else hidden_size
-        self.dropout = float(dropout)
-        self.rnn_dropout = float(rnn_dropout)
+        self.dropout = dropout
+        self.rnn_dropout = rnn_dropout
         self.bidirectional = bidirectional
         self.has_skip_term = has_skip_term
         self.highway_bias = highway_bias
@@ -188,7 +184,7 @@ class SRUCell(nn.Module):
             c: (B, D), float32, or float64 for that: the state after the last step.
         """
         if not torch.jit.is_scripting():
-            self._check(input, c0, mask_pad)
+            checks.inputs(self, input, c0, mask_pad, is_own=self.custom_m is None)
         if input.dim() != 2 and input.dim() != 3:
             raise ValueError(f"input has shape {list(input.shape)}; expected (L, B, input_size) or (B, input_size)")
         shape = _sizes(input)
@@ -221,21 +217,6 @@ class SRUCell(nn.Module):
             h = self._normalized(h)
         return h, c
 
-    def _check(self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> None:
-        """What torch's own errors would not name. Parameters are looked at where they are plain: one that a parametrisation or a
-        wrapper computes is not computed for this."""
-        _check_tensors(input, c0, mask_pad)
-        bias, weight = self._parameters.get("bias"), self._parameters.get("weight")
-        for name, a in (("input", input), ("c0", c0), ("mask_pad", mask_pad)):
-            if a is not None and bias is not None and a.device != bias.device:
-                raise ValueError(f"{name} is on {a.device}, and the parameters on {bias.device}")
-        for name, a in (("input", input if self.custom_m is None else None), ("c0", c0)):
-            if a is not None and not a.is_floating_point():
-                raise TypeError(f"{name} has dtype {a.dtype}; expected a floating-point one")
-        autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
-        if weight is not None and input.dtype != weight.dtype and not autocast:
-            raise TypeError(f"input has dtype {input.dtype}, and the parameters {weight.dtype}")
-
     def _normalized(self, a: Tensor) -> Tensor:
         """layer_norm of the tensor as it lies in memory: it would copy another."""
         assert self.layer_norm is not None
@@ -266,11 +247,11 @@ class SRUCell(nn.Module):
         x: Tensor | None = None
         if self.has_skip_term and k == 3:
             x = residual.reshape(length, batch, width).to(dtype)
-        bias = _to_parameter(own_bias, dtype)
-        weight_c = _to_parameter(V.reshape(length, batch, width, 2) if V.dim() > 1 else V, dtype)
-        c0_ = _to_parameter(c0, dtype)
-        mask_c = _to_parameter(mask_c, dtype)
-        scale_val = _to_parameter(scale_val, dtype)
+        bias = to_parameter(own_bias, dtype)
+        weight_c = to_parameter(V.reshape(length, batch, width, 2) if V.dim() > 1 else V, dtype)
+        c0_ = to_parameter(c0, dtype)
+        mask_c = to_parameter(mask_c, dtype)
+        scale_val = to_parameter(scale_val, dtype)
         activation = "identity"
         if self.activation_type == 1:
             activation = "tanh"
@@ -340,9 +321,9 @@ class SRUCell(nn.Module):
     ) -> None:
         """torch's, for state dicts of sru 3.0 too; `state_dict` is load_state_dict's own copy, which children see next."""
         more = rename_weights(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)  # its hooks may rename too
         names = [name for name, _ in self.named_parameters() if not (self.v1 and name == "weight_c")]  # which is 0 by then
         warn_of_load(self, names, state_dict, prefix, more)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -410,20 +391,21 @@ class SRU(nn.Module):
         batch_first: bool = False,
     ) -> None:
         super().__init__()
-        input_size, hidden_size = _size("input_size", input_size), _size("hidden_size", hidden_size)
-        num_layers = _size("num_layers", num_layers)
-        bidirectional, use_tanh, layer_norm, has_skip_term, amp_recurrence_fp16 = _flags(
+        input_size, hidden_size = checks.size("input_size", input_size), checks.size("hidden_size", hidden_size)
+        num_layers = checks.size("num_layers", num_layers)
+        dropout, rnn_dropout = checks.probability("dropout", dropout), checks.probability("rnn_dropout", rnn_dropout)
+        bidirectional, use_tanh, layer_norm, has_skip_term, amp_recurrence_fp16 = checks.flags(
             bidirectional=bidirectional, use_tanh=use_tanh, layer_norm=layer_norm, has_skip_term=has_skip_term,
             amp_recurrence_fp16=amp_recurrence_fp16,
         )  # fmt: skip
-        nn_rnn_compatible_return, proj_input_to_hidden_first, batch_first = _flags(
+        nn_rnn_compatible_return, proj_input_to_hidden_first, batch_first = checks.flags(
             nn_rnn_compatible_return=nn_rnn_compatible_return, proj_input_to_hidden_first=proj_input_to_hidden_first,
             batch_first=batch_first,
         )  # fmt: skip
         of_layers = isinstance(projection_size, list | tuple)
         given: Any = projection_size if of_layers else [projection_size] * num_layers
-        n_proj = [_integer("projection_size", size) for size in given]
-        if len(n_proj) < num_layers:
+        n_proj = [checks.integer("projection_size", size) for size in given]
+        if len(n_proj) != num_layers:
             raise ValueError(f"projection_size has {len(n_proj)} numbers; expected one for each of the {num_layers} layers")
         if isinstance(custom_m, list | tuple | nn.ModuleList) and len(custom_m) < num_layers:
             raise ValueError(f"custom_m has {len(custom_m)} modules; expected one for each of the {num_layers} layers")
@@ -481,9 +463,9 @@ class SRU(nn.Module):
         return cell
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.input_to_hidden is not None:  # of the cells each speaks for itself
             warn_of_load(self, ["input_to_hidden.weight"], state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def reset_parameters(self) -> None:
         for rnn in self.rnn_lst:
@@ -509,7 +491,7 @@ class SRU(nn.Module):
         if not torch.jit.is_scripting():
             if isinstance(input, PackedSequence):
                 return self._forward_packed(input, c0, mask_pad)
-            _check_tensors(input, c0, mask_pad)
+            checks.tensors(input, c0, mask_pad)
         if input.dim() != 3:
             raise ValueError(f"input has shape {list(input.shape)}; expected 3 dimensions, (L, B, input_size)")
         if not self.batch_first:
@@ -524,7 +506,7 @@ class SRU(nn.Module):
     def _forward_packed(self, input: PackedSequence, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Any, Tensor]:
         if mask_pad is not None:
             raise ValueError("mask_pad cannot be given with a PackedSequence, whose lengths say what is padding")
-        _check_tensors(input.data, c0, mask_pad)
+        checks.tensors(input.data, c0, mask_pad)
         if input.data.dim() != 2:
             raise ValueError(f"input packs data of shape {list(input.data.shape)}; expected 2 dimensions, (steps, input_size)")
         padded, lengths = pad_packed_sequence(input)
@@ -580,45 +562,6 @@ class SRU(nn.Module):
         """Does nothing, for callers of sru's method: the models that needed it name modules that sru 2.6.0 has not either."""
 
 
-def _flags(**given: Any) -> list[bool]:
-    return [check_flag(name, value) for name, value in given.items()]
-
-
-def _integer(name: str, value: Any) -> int:
-    """As a Python int: torch.compile takes no NumPy one for a constant."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, not {type_name(value)}") from None
-
-
-def _size(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(type(value), "__index__") or operator.index(value) < 1:
-        raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
-    return operator.index(value)
-
-
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, not {type_name(value)}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite; got {value!r}")
-    return value if isinstance(value, int | float) else float(value)
-
-
-def _check_probability(name: str, value: Any) -> None:
-    if not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
-        raise ValueError(f"{name} must be a probability, at least 0 and below 1; got {value!r}")
-
-
-def _check_tensors(input: Any, c0: Any, mask_pad: Any) -> None:
-    for name, a in (("input", input), ("c0", c0), ("mask_pad", mask_pad)):
-        if not isinstance(a, Tensor) and (a is not None or name == "input"):
-            raise TypeError(f"{name} must be a torch.Tensor, not {type_name(a)}")
-        if a is not None and not torch.compiler.is_compiling():
-            check_torch(a, name)
-
-
 def _sizes(a: Tensor) -> list[int]:
     if not torch.jit.is_scripting() and torch.jit.is_tracing():
         return sizes_of(a)
@@ -637,7 +580,7 @@ def _as_padding(mask_pad: Tensor, input: Tensor) -> Tensor:
     return mask_pad if mask_pad.dtype == torch.bool else mask_pad != 0
 
 
-def _to_parameter(a: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def to_parameter(a: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """In the dtype of u or of the state, which is what the recurrence takes."""
     state = torch.float64 if dtype == torch.float64 else torch.float32
     if a is None or a.dtype == dtype or a.dtype == state:

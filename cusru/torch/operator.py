@@ -64,7 +64,7 @@ def sru(
 
     Args:
         u: (L, B, D, k), k = 3 or 4: the projected input, float64, float32, float16 or bfloat16. The state is kept in float64
-            for float64 and in float32 for the others.
+            for float64 and in float32 for the others; candidate and state may reach half that dtype's largest number.
         x: (L, B, D), u's dtype: the skip input, with k = 3; absent: no skip.
         bias: (2, D) or (2*D,): forget row, reset row. Parameters, `c0` and `mask_c` are in u's dtype or the state's.
         weight_c: (2, D) or (2*D,): v of SRU v2; or per step (L, B, D, 2); absent: SRU v1.
@@ -381,13 +381,13 @@ def _unfold(a: Tensor, axis: int, size: int, directions: int, width: int) -> Ten
 
 
 def _library() -> torch.library.Library:
-    """The one that holds the operators. The namespace keeps it, for an import after the first (of cusru under test, say) to
-    replace it: torch would refuse a second definition."""
+    """The one that holds the operators. The namespace keeps it, so that to import cusru again, after it was removed from
+    sys.modules, replaces them: torch would refuse a second definition."""
     namespace = torch.ops.cusru
-    if (earlier := vars(namespace).get("library")) is not None:
+    if (earlier := vars(namespace).get("_library")) is not None:
         earlier._destroy()
-    namespace.library = torch.library.Library("cusru", "DEF")
-    return namespace.library
+    namespace._library = torch.library.Library("cusru", "DEF")
+    return namespace._library
 
 
 def _define(
@@ -395,7 +395,8 @@ def _define(
     backward: Callable[..., Any], setup_context: Callable[..., Any] | None,
 ) -> None:  # fmt: skip
     """The autograd is for those who call the operator itself: TorchScript, and graphs that were exported."""
-    library.define(f"{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
+    as_traced = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)  # newer: torch's own default
+    library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, as_traced))
     _KERNELS[name] = run
     library.impl(name, lambda *arguments: _KERNELS[name](*arguments), "CompositeExplicitAutograd")
     torch.library.register_fake(f"cusru::{name}", without_memory, lib=library)

@@ -1,0 +1,76 @@
+"""What the modules ask of their arguments; errors name the argument."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cusru.api import check_flag
+from cusru.dlpack import check_torch
+from cusru.torch.operator import type_name
+
+# ---- of a constructor ------------------------------------------------------------------------------------------------
+
+
+def flags(**given: Any) -> list[bool]:
+    return [check_flag(name, value) for name, value in given.items()]
+
+
+def integer(name: str, value: Any) -> int:
+    """As a Python int: torch.compile takes no NumPy one for a constant."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {type_name(value)}") from None
+
+
+def size(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(type(value), "__index__") or operator.index(value) < 1:
+        raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
+    return operator.index(value)
+
+
+def number(name: str, value: Any) -> float:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, not {type_name(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value!r}")
+    return value if isinstance(value, int | float) else float(value)
+
+
+def probability(name: str, value: Any) -> float:
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
+        raise ValueError(f"{name} must be a probability, at least 0 and below 1; got {value!r}")
+    return float(value)
+
+
+# ---- of a call -------------------------------------------------------------------------------------------------------
+
+
+def tensors(input: Any, c0: Any, mask_pad: Any = None) -> None:
+    for name, a in (("input", input), ("c0", c0), ("mask_pad", mask_pad)):
+        if not isinstance(a, Tensor) and (a is not None or name == "input"):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type_name(a)}")
+        if a is not None and not torch.compiler.is_compiling():
+            check_torch(a, name)
+
+
+def inputs(cell: nn.Module, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None = None, is_own: bool = True) -> None:
+    """What torch's own errors would not name; `is_own`: the cell's own weight is what input meets. Parameters are looked at where
+    they are plain: one that a parametrisation or a wrapper computes is not computed for this."""
+    tensors(input, c0, mask_pad)
+    bias, weight = cell._parameters.get("bias"), cell._parameters.get("weight")
+    for name, a in (("input", input), ("c0", c0), ("mask_pad", mask_pad)):
+        if a is not None and bias is not None and a.device != bias.device:
+            raise ValueError(f"{name} is on {a.device}, and the parameters on {bias.device}")
+    for name, a in (("input", input if is_own else None), ("c0", c0)):
+        if a is not None and not a.is_floating_point():
+            raise TypeError(f"{name} has dtype {a.dtype}; expected a floating-point one")
+    autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
+    if weight is not None and input.dtype != weight.dtype and not autocast:
+        raise TypeError(f"input has dtype {input.dtype}, and the parameters {weight.dtype}")
