@@ -272,14 +272,21 @@ def test_gates_that_are_nearly_open_or_shut_keep_their_digits(dynamo: bool, tmp_
 # ---- what the export leaves alone ----------------------------------------------------------------------------------
 
 
+ONES = ("two directions", "one layer, k = 3, rescaled", "projected first, batch first")
+
+
 @both_exporters
-def test_an_example_of_one_step_and_one_sample_is_as_good(dynamo: bool, tmp_path: Path) -> None:
-    model, layouts = module_of("two directions")
-    exported = Exported(model, inputs_of(model, layouts, 1, 1), layouts, tmp_path / "model.onnx", dynamo)
+@pytest.mark.parametrize("example", [(1, 1), (1, 3), (3, 1)], ids=str)
+@pytest.mark.parametrize("name", ONES)
+def test_an_example_of_one_step_or_one_sample_is_as_good(
+    name: str, example: tuple[int, int], dynamo: bool, tmp_path: Path
+) -> None:
+    model, layouts = module_of(name)
+    exported = Exported(model, inputs_of(model, layouts, *example), layouts, tmp_path / "model.onnx", dynamo)
     for length, batch in SIZES:
         inputs = inputs_of(model, layouts, length, batch)
         with torch.no_grad():
-            assert_close(exported(inputs), model(**inputs), torch.float32)
+            assert_close(exported(inputs), model(**inputs), MODULES[name][3])
 
 
 @pytest.mark.parametrize("opset", [11, 13, 17])

@@ -270,3 +270,48 @@ def test_version_is_the_installed_one_and_in_the_changelog():
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("cusru is not installed: this is a bare checkout (pip install .)")
     assert installed == cusru.__version__
+
+
+ONE_LOADER = """
+import sys
+from importlib.machinery import PathFinder
+
+class One:  # as a frozen program's: one for all modules, to which nothing can be added
+    __slots__ = ()
+    @staticmethod
+    def create_module(spec):
+        return None
+    @staticmethod
+    def exec_module(module):
+        exec(compile(open(module.__spec__.origin).read(), module.__spec__.origin, "exec"), module.__dict__)
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        spec = PathFinder.find_spec(name, path) if name.startswith("torch._dynamo") else None
+        if spec is not None and str(spec.origin).endswith(".py"):
+            spec.loader = one
+            return spec
+
+one = One()
+"""
+
+
+def test_a_loader_that_is_shared_by_all_modules_stays_as_it_is():
+    need("torch")
+    python(
+        f"{ONE_LOADER}\nimport torch\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        "import cusru.torch\n"
+        "import importlib.util\n"
+        "assert importlib.util.find_spec('torch._dynamo').origin and 'torch._dynamo' not in sys.modules\n"
+        "import torch._dynamo\n"
+        "assert torch._dynamo.__spec__.loader is torch._dynamo.__loader__ is one\n"
+        "u = torch.randn(5, 2, 4, 3)\n"
+        "assert torch.equal(torch.compile(cusru.torch.sru, fullgraph=True, backend='eager')(u)[0], cusru.torch.sru(u)[0])\n"
+    )
+
+
+def test_a_compiler_that_is_blocked_is_not_asked_for():
+    need("torch")
+    python(f"import sys, torch\nsys.modules['torch._dynamo'] = None\n{FIRST_STEP}")

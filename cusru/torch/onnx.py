@@ -52,7 +52,7 @@ def sru_forward(
     if x is not None:
         s = _times(s, scale) if scale_x is None else s * _to(scale_x, state).reshape(())
     if s is not None:
-        h = h + (1 - (r if mask_target == "state" else gate)) * s
+        h = h + (_one(r) - (r if mask_target == "state" else gate)) * s
     if pad is not None:
         h = h.masked_fill(pad, 0)
     return _to(h, u.dtype), c.new_empty(0), c_last
@@ -82,7 +82,13 @@ def _reverse_second_half(a: Tensor) -> Tensor:
 
 def _sigmoid(a: Tensor) -> Tensor:
     """Not ONNX's Sigmoid, whose error in onnxruntime is relative to 1 and not to itself: a gate nearly shut would lose digits."""
-    return torch.reciprocal(1 + torch.exp(-a))
+    return torch.reciprocal(_one(a) + torch.exp(-a))
+
+
+def _one(a: Tensor) -> Tensor:
+    """As a tensor: of Python's numbers the exporter on torch.export makes tensors, late, and then takes the one sample or the one
+    step of an example for the size that is always there."""
+    return torch.ones((), dtype=a.dtype, device=a.device)
 
 
 def _activate(c: Tensor, activation: str) -> Tensor:
@@ -92,7 +98,7 @@ def _activate(c: Tensor, activation: str) -> Tensor:
         return c.relu()
     if activation == "selu":  # onnxruntime has ONNX's in float32 alone, and ONNX has no expm1
         below = c.clamp(max=0)
-        expm1 = torch.tanh(below / 2) * (torch.exp(below) + 1)
+        expm1 = torch.tanh(_times(below, 0.5)) * (torch.exp(below) + _one(c))
         return _times(c.clamp(min=0), SELU_SCALE) + _times(expm1, SELU_SCALE * SELU_ALPHA)
     return c
 
@@ -100,10 +106,10 @@ def _activate(c: Tensor, activation: str) -> Tensor:
 def _times(a: Tensor, number: float) -> Tensor:
     """The exporter on torch.export rounds Python's floats to float32: exact are integers and powers of 2."""
     if a.dtype != torch.float64 or not math.isfinite(number):
-        return a * number
+        return a * torch.full((), number, dtype=a.dtype, device=a.device)
     mantissa, exponent = math.frexp(number)
     numerator = torch.full((), int(mantissa * 2**53), dtype=torch.int64, device=a.device)
-    return a * (numerator.to(a.dtype) * 2.0 ** (exponent - 53))
+    return a * (numerator.to(a.dtype) * torch.full((), 2.0 ** (exponent - 53), dtype=a.dtype, device=a.device))
 
 
 # ---- the walk over time --------------------------------------------------------------------------------------------
@@ -113,7 +119,7 @@ def _times(a: Tensor, number: float) -> Tensor:
 
 def _step(c: Tensor, forget: Tensor, z: Tensor, v: Tensor | None = None) -> Tensor:
     """f * c + (1 - f) * z, with 1 - f = 1 / (1 + exp(forget + v * c)), which keeps its digits where the gate is nearly open."""
-    return c + (z - c) / (1 + torch.exp(forget if v is None else forget + v * c))
+    return c + (z - c) / (_one(c) + torch.exp(forget if v is None else forget + v * c))
 
 
 def _scan(c: Tensor, forget: Tensor, z: Tensor, v: Tensor | None, per_step: bool) -> tuple[Tensor, Tensor, Tensor]:
