@@ -13,7 +13,7 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -298,15 +298,14 @@ _TRACERS = (
 def check_writable(array: Array) -> None:
     if array.readonly:
         raise ValueError(f"{array.name} is read-only ({array.framework}); it must be writable")
-    if array.framework == "torch" and array.source.is_inference() and not sys.modules["torch"].is_inference_mode_enabled():
+    if array.source is not None and not may_be_written(array.source):
         raise ValueError(f"{array.name} is an inference tensor, which torch lets nobody write outside torch.inference_mode()")
 
 
-def mark_written(arrays: Iterable[Array]) -> None:
+def mark_written(obj: Any) -> None:
     """Tell those who saved a tensor for a backward that it is no longer what they saved, as torch's own `out=` does."""
-    for array in arrays:
-        if array.framework == "torch":
-            sys.modules["torch"].autograd.graph.increment_version(array.source)
+    if _framework(obj) == "torch":
+        sys.modules["torch"].autograd.graph.increment_version(obj)
 
 
 def check_torch(obj: Any, name: str) -> None:
@@ -355,7 +354,194 @@ def _export(obj: Any, name: str, device: tuple[str, int], stream: int | None) ->
         raise kind(f"{name}: {_type(obj)} could not be exported through DLPack: {error}") from error
 
 
+# ---- plain arrays, as fast as they can be read -----------------------------------------------------------------------
+
+_Key = tuple[Any, ...]  # (shape, strides, dtype, device, address modulo 16) as its framework writes them
+_Plain = tuple[str, tuple[str, int], int | None, list[int], tuple[_Key | None, ...]]
+
+
+def read_plain(objects: list[Any], addresses: bool, stream: Any) -> _Plain | None:
+    """The arrays' framework, their device, the stream to work on (None: CuPy's current one), their addresses (0 for None), and
+    a key of all else that is known of each; NumPy's addresses only if asked for, since that takes long.
+
+    None where they are more than arrays of one framework, `stream` is not its current one, or torch records what is done:
+    `borrow` sees to these, and says what is wrong."""
+    kind: Any = type(objects[0])
+    reader = _plain_reader(kind)
+    return reader(objects, addresses, stream) if reader else None
+
+
+def _plain_numpy(objects: list[Any], addresses: bool, stream: Any) -> _Plain | None:
+    found: list[int] = []
+    keys: list[_Key | None] = []
+    for a in objects:
+        if a is None:
+            found.append(0)
+            keys.append(None)
+            continue
+        if type(a) is not np.ndarray or not a.flags.aligned:
+            return None
+        address = a.ctypes.data if addresses else 0
+        found.append(address)
+        keys.append((a.shape, a.strides, a.dtype, 0, address & 15))
+    return "numpy", CPU, None, found, tuple(keys)
+
+
+def _plain_cupy(objects: list[Any], addresses: bool, stream: Any) -> _Plain | None:
+    array = sys.modules["cupy"].ndarray
+    found: list[int] = []
+    keys: list[_Key | None] = []
+    for a in objects:
+        if a is None:
+            found.append(0)
+            keys.append(None)
+            continue
+        if type(a) is not array:
+            return None
+        data = a.data
+        address = data.ptr
+        if not address:
+            return None
+        found.append(address)
+        keys.append((a.shape, a.strides, a.dtype, data.device_id, address & 15))
+    device = "cuda", objects[0].data.device_id
+    if stream is not None:
+        current = sys.modules["cupy"].cuda.get_current_stream(device[1]).ptr
+        if stream_handle(stream, objects[0], device) != current:
+            return None
+    return "cupy", device, None, found, tuple(keys)
+
+
+def _plain_torch(objects: list[Any], addresses: bool, stream: Any) -> _Plain | None:
+    torch = sys.modules["torch"]
+    if watched_by_torch():
+        return None
+    tensor, parameter, recorded = torch.Tensor, torch.nn.Parameter, torch.is_grad_enabled()
+    found: list[int] = []
+    keys: list[_Key | None] = []
+    for a in objects:
+        if a is None:
+            found.append(0)
+            keys.append(None)
+            continue
+        kind = type(a)
+        if (kind is not tensor and kind is not parameter) or (recorded and a.requires_grad) or a.is_neg():
+            return None
+        address = a.data_ptr()
+        if not address:
+            return None
+        found.append(address)
+        keys.append((a.shape, a.stride(), a.dtype, a.device, address & 15))
+    device = objects[0].device
+    if device.type == "cpu":
+        return "torch", CPU, None, found, tuple(keys)
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    index = device.index
+    handle = torch._C._cuda_getCurrentRawStream(index)
+    if stream is not None and stream_handle(stream, objects[0], ("cuda", index)) != handle:
+        return None
+    return "torch", ("cuda", index), handle, found, tuple(keys)
+
+
+def watched_by_torch() -> bool:
+    """Whether a mode, a trace or a transform of torch's looks at what is done with tensors at this moment."""
+    torch = sys.modules["torch"]
+    c = torch._C
+    return bool(
+        c._len_torch_dispatch_stack()
+        or c._len_torch_function_stack()
+        or c._is_tracing()
+        or c._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+_PLAIN_READERS = {("numpy", "ndarray"): _plain_numpy, ("cupy", "ndarray"): _plain_cupy, ("torch", "Tensor"): _plain_torch}
+
+
+@functools.lru_cache(256)
+def _plain_reader(kind: type) -> Callable[[list[Any], bool, Any], _Plain | None] | None:
+    """For a framework's own class, which no subclass is."""
+    for (framework, name), reader in _PLAIN_READERS.items():
+        if kind is getattr(sys.modules.get(framework), name, None):
+            return None if framework == "cupy" and sys.modules["cupy"].cuda.runtime.is_hip else reader
+    return None
+
+
+def describe(name: str, framework: str, key: _Key, device: tuple[str, int]) -> Array:
+    """The array of a key, without its memory. Raises where `borrow` would."""
+    shape, strides, dtype, where, offset = key
+    if framework == "torch" and not isinstance(dtype, str):
+        dtype = _name_in_torch(dtype)
+        where = CPU if where.type == "cpu" else (where.type, where.index)
+    elif not isinstance(dtype, str):
+        if not dtype.isnative:
+            raise TypeError(f"{name} has dtype {dtype.str}: a byte order that is not this machine's")
+        strides, dtype = _whole_elements(strides, shape, dtype.itemsize, name), _name(dtype)
+        where = device[0], where
+    if where != device:
+        raise ValueError(f"{name} is on {device_name(where)}")
+    array = Array(name, offset, tuple(shape), tuple(strides), dtype, device, False, framework, None, None)
+    if offset % array.itemsize:
+        raise ValueError(f"{name} starts at an address that is not aligned to its dtype {dtype}")
+    return array
+
+
+def key_of(array: Array) -> _Key:
+    """A borrowed array's, which says the same of it in every framework."""
+    return array.shape, array.strides, array.dtype, array.device, array.pointer & 15
+
+
+def without_memory(
+    name: str, shape: tuple[int, ...], dtype: str, device: tuple[str, int], order: tuple[int, ...] | None = None
+) -> Array:
+    """What `empty` and `new` make, before it is made."""
+    return Array(name, 0, shape, _compact(shape, order), dtype, device, False, "other", None, None)
+
+
+def may_be_written(obj: Any) -> bool:
+    """Of a plain array."""
+    if _framework(obj) == "torch":
+        return not obj.is_inference() or sys.modules["torch"].is_inference_mode_enabled()
+    return not isinstance(obj, np.ndarray) or obj.flags.writeable
+
+
+def as_numpy(obj: Any) -> Any:
+    """A plain CPU array as NumPy's, bfloat16 as its bits in uint16."""
+    if obj is None:
+        return None
+    if type(obj) is not np.ndarray:
+        torch = sys.modules["torch"]
+        obj = obj.detach() if obj.requires_grad else obj
+        obj = obj.view(torch.int16).numpy().view(np.uint16) if obj.dtype == torch.bfloat16 else obj.numpy()
+    return obj.view(np.uint16) if obj.dtype.name == "bfloat16" else obj
+
+
 # ---- out -----------------------------------------------------------------------------------------------------------
+
+
+def new(
+    framework: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, order: tuple[int, ...] | None,
+    device: tuple[str, int],
+) -> tuple[Any, int]:  # fmt: skip
+    """New compact memory as an array of NumPy's, CuPy's or torch's own, and its address."""
+    if framework == "torch":
+        torch = sys.modules["torch"]
+        tensor = torch.empty_strided(shape, strides, dtype=getattr(torch, dtype), device=_torch_device(device))
+        return tensor, tensor.data_ptr()
+    made = empty("", shape, dtype, device, framework, order)
+    return _typed(made), made.pointer
+
+
+def scratch(framework: str, nbytes: int, device: tuple[str, int]) -> tuple[Any, int]:
+    """Bytes from the allocator that knows the stream of an array of this framework."""
+    return new(framework if framework == "torch" else "numpy", (nbytes,), (1,), "uint8", None, device)
+
+
+@functools.lru_cache(64)
+def _torch_device(device: tuple[str, int]) -> Any:
+    return sys.modules["torch"].device(*device) if device != CPU else sys.modules["torch"].device("cpu")
 
 
 def empty(
@@ -372,10 +558,7 @@ def empty(
     """
     shape = tuple(shape)
     order = tuple(range(len(shape))) if strides_order is None else tuple(strides_order)
-    laid_out = tuple(shape[axis] for axis in order)
-    strides = [0] * len(shape)
-    for axis, stride in zip(order, _compact(laid_out), strict=True):
-        strides[axis] = stride
+    laid_out, strides = tuple([shape[axis] for axis in order]), _compact(shape, order)
     storage = np.dtype(_storage(dtype))
     owner: Any
     if device[0] == "cpu":
@@ -389,7 +572,7 @@ def empty(
         pointer = owner.data.ptr
     if strides_order is not None:
         owner = owner.transpose([order.index(axis) for axis in range(len(shape))])
-    return Array(name, pointer, shape, tuple(strides), dtype, device, False, like_framework, owner, owner)
+    return Array(name, pointer, shape, strides, dtype, device, False, like_framework, owner, owner)
 
 
 def give(array: Array, u: Array) -> Any:
@@ -424,6 +607,11 @@ def give(array: Array, u: Array) -> Any:
         namespace = u.source.__array_namespace__()
         if hasattr(namespace, "from_dlpack"):
             return namespace.from_dlpack(export)
+    return _typed(array)
+
+
+def _typed(array: Array) -> Any:
+    """NumPy's or CuPy's array over what `empty` made."""
     return array.owner.view(_bfloat16()) if array.dtype == "bfloat16" else array.owner
 
 
@@ -456,7 +644,7 @@ def overlaps(a: Array, b: Array) -> bool:
     """Whether two arrays share a byte. Exact, unless that takes too long: then True when their bounds meet."""
     if a.device != b.device or not a.size or not b.size:
         return False
-    (a_low, a_high), (b_low, b_high) = _bounds(a), _bounds(b)
+    (a_low, a_high), (b_low, b_high) = bounds(a), bounds(b)
     if a_high <= b_low or b_high <= a_low:
         return False
     try:  # nothing is read: views of device memory do as well
@@ -468,11 +656,11 @@ def overlaps(a: Array, b: Array) -> bool:
 
 def overlapping(written: list[Array], read: Iterable[Array]) -> tuple[Array, Array] | None:
     """The first array to be written that shares a byte with another, read or written, and that other."""
-    others = [(b, *_bounds(b)) for b in read if b.size]
+    others = [(b, *bounds(b)) for b in read if b.size]
     for a in written:
         if not a.size:
             continue
-        low, high = _bounds(a)
+        low, high = bounds(a)
         for b, b_low, b_high in others:
             if b_low < high and low < b_high and overlaps(a, b):
                 return a, b
@@ -499,7 +687,7 @@ def overlaps_itself(a: Array) -> bool:
     return len(np.unique(offsets)) < a.size
 
 
-def _bounds(a: Array) -> tuple[int, int]:
+def bounds(a: Array) -> tuple[int, int]:
     """The first byte of a, and the one after its last."""
     low, high = 0, 1
     for stride, extent in zip(a.strides, a.shape, strict=True):
@@ -613,21 +801,25 @@ def _view(a: Array, typestr: str, readonly: bool) -> np.ndarray:
     return np.asarray(_Memory(interface, a.owner))
 
 
-def _compact(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, stride = [], 1
-    for extent in reversed(shape):
-        strides.append(stride)
-        stride *= max(extent, 1)
-    return tuple(reversed(strides))
+def _compact(shape: tuple[int, ...], order: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Strides without gaps, the axes in this order in memory, outermost first; None: C order."""
+    strides, stride = [0] * len(shape), 1
+    for axis in reversed(range(len(shape)) if order is None else order):
+        strides[axis] = stride
+        stride *= max(shape[axis], 1)
+    return tuple(strides)
 
 
 def _in_elements(obj: Any, name: str) -> tuple[int, ...]:
     """NumPy's or CuPy's strides, which are in bytes, in elements."""
-    itemsize = obj.itemsize or 1
-    for step, extent in zip(obj.strides, obj.shape, strict=True):
-        if step % itemsize and extent > 1 and obj.size:
-            raise ValueError(f"{name} has strides of {obj.strides} bytes: not whole elements of {itemsize} bytes")
-    return tuple([step // itemsize for step in obj.strides])
+    return _whole_elements(obj.strides, obj.shape, obj.itemsize or 1, name)
+
+
+def _whole_elements(strides: tuple[int, ...], shape: tuple[int, ...], itemsize: int, name: str) -> tuple[int, ...]:
+    for step, extent in zip(strides, shape, strict=True):
+        if step % itemsize and extent > 1 and 0 not in shape:
+            raise ValueError(f"{name} has strides of {strides} bytes: not whole elements of {itemsize} bytes")
+    return tuple([step // itemsize for step in strides])
 
 
 @functools.lru_cache(64)

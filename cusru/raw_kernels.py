@@ -1,8 +1,4 @@
-"""From a checked call to a launched kernel: the plan, the specialisation, the compiled RawKernel, the argument struct.
-
-A plan has a numeric half (which sums are formed, in which order: from shape, dtype and options, so that every memory layout
-gives the same bits) and a memory half (columns per thread, vector accesses: from strides and alignment). The kernels stand
-in `kernels/sru.cuh`; docs/performance.md says what each choice costs in bytes and registers."""
+"""The kernels of `kernels/sru.cuh`: what each is compiled for, its source, the compiled RawKernel, its launch."""
 
 from __future__ import annotations
 
@@ -12,25 +8,20 @@ import itertools
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cusru import dlpack
-from cusru.dlpack import Array
-
-if TYPE_CHECKING:
-    from cusru.api import Problem
+from cusru.arguments import STATES
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Specialisations: what is fixed when a kernel is compiled. The numbers are the enums of sru.cuh and numbers.cuh.
 
 TYPES = {"float64": "double", "float32": "float", "float16": "Half", "bfloat16": "Bfloat"}
 STORAGE = {"float64": "f8", "float32": "f4", "float16": "u2", "bfloat16": "u2"}
-STATES = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}
 SKIPS = {"none": 0, "x": 1, "projected": 2}
 ACTIVATIONS = {"identity": 0, "tanh": 1, "relu": 2, "selu": 3}
 CANDIDATES = {"identity": 0, "tanh": 1}
@@ -120,198 +111,20 @@ def specialisations() -> Iterator[Specialisation]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The plan
-
-
-class Plan(NamedTuple):
-    kernel: Specialisation
-    group: int  #: numeric: batches whose parameter gradients one thread of the backward sums
-    rows: int  #: numeric: threads along the batch, ceil(B / group)
-    sums: int  #: parameter gradients per column that go through the workspace: 0, 2 or 4
-    grad_u_packed: bool  #: memory: grad_u is written as vectors of k values
-    partial_bytes: int
-    checkpoint_bytes: int
-
-
-def plan(problem: Problem, results: dict[str, Array] | None = None, multiprocessors: int = 1) -> Plan:
-    """Without `results` (and their layout) the memory half is the scalar one; sizes do not depend on it."""
-    backward = problem.direction == "backward"
-    recompute = backward and problem.block != 1
-    given = problem.arrays
-    if "weight_c" not in given:
-        weight = "none"
-    elif not problem.step_weight:
-        weight = "column"
-    else:
-        weight = "step" if given["weight_c"].dtype == problem.dtype else "step_state"
-
-    # Partial sums take rows * sums states for L * B * 10 values of traffic; 32 steps or more a thread keep them under 5%.
-    group = max(1, min(-(-32 // max(problem.length, 1)), problem.batch)) if backward else 1
-    rows = -(-problem.batch // group)
-    sums = 2 * ("bias" in given) + 2 * (weight == "column") if backward else 0
-    state_bytes = np.dtype(problem.state).itemsize
-    tiles = -(-min(problem.block or 1, problem.length) // TILE)
-    checkpoints = max(tiles - 1, 0) * problem.batch * problem.width * state_bytes if recompute else 0
-
-    columns, packed, grad_u_packed = 1, False, False
-    if results is not None:
-        columns, packed, grad_u_packed = _memory_half(problem, results, recompute, rows, multiprocessors)
-    skip = "projected" if problem.k == 4 else "x" if "x" in given else "none"
-    kernel = Specialisation(
-        problem.direction, problem.dtype, skip, problem.activation, problem.candidate, weight, columns, packed, recompute
-    )
-    return Plan(kernel, group, rows, sums, grad_u_packed, rows * sums * problem.width * state_bytes, checkpoints)
-
-
-def _memory_half(
-    problem: Problem, results: dict[str, Array], recompute: bool, rows: int, multiprocessors: int
-) -> tuple[int, bool, bool]:
-    """Columns per thread, and whether u and grad_u are accessed as vectors of whole columns."""
-    arrays = problem.arrays
-    directions = 2 if problem.bidirectional else 1
-    u, grad_u = arrays["u"], results.get("u")
-    streams = [a for n, a in {**arrays, **results}.items() if len(a.shape) == 3]  # (L or blocks, B, D): x, h, c, grad_h, ...
-    weights = [a["weight_c"] for a in (arrays, results) if problem.step_weight and "weight_c" in a]
-
-    columns = wide(problem.dtype, recompute)
-    # Four warps for each multiprocessor come before vectors: a warp alone on its scheduler waits for its own arithmetic.
-    enough = rows * problem.width // columns >= 4 * 32 * multiprocessors
-    if (
-        columns > 1
-        and enough
-        and problem.width % (columns * directions) == 0
-        and all(_aligned(a, columns, 1) for a in streams)
-        and all(_aligned(a, columns, 2) for a in weights)
-    ):
-        packed = _aligned(u, columns, problem.k)
-        grad_u_packed = grad_u is not None and _aligned(grad_u, columns, problem.k)
-        if (packed or _aligned(u, columns, 1)) and (grad_u is None or grad_u_packed or _aligned(grad_u, columns, 1)):
-            return columns, packed, grad_u_packed
-    packed = problem.k == 4 and _aligned(u, 1, 4)
-    return 1, packed, grad_u is not None and _aligned(grad_u, 1, problem.k)
-
-
-def _aligned(array: Array, columns: int, unit: int) -> bool:
-    """Whether each `columns` neighbouring columns of `unit` values lie in a row, at addresses that vectors may have."""
-    size = array.itemsize
-    *outer, column = array.strides[:3]
-    if unit > 1 and array.strides[3] != 1:
-        return False
-    if columns > 1 and column != unit:
-        return False
-    width = access_width(columns * unit * size)
-    inner = array.strides[3:] if unit == 1 else ()
-    steps = [s for s, extent in zip((*outer, *inner), (*array.shape[:2], *array.shape[3:]), strict=False) if extent > 1]
-    if columns == 1:
-        steps.append(column)
-    return array.pointer % width == 0 and all(s * size % width == 0 for s in steps)
-
-
-def access_width(size: int) -> int:
-    """The widest access, up to 16 bytes, of which `size` is a multiple."""
-    return next(width for width in (16, 8, 4, 2, 1) if size % width == 0)
-
-
-ALIGNMENT = 16
-
-
-def workspace_size(problem: Problem) -> int:
-    """Bytes. It depends on the numeric half of the plan only."""
-    return _workspace_size(plan(problem))
-
-
-def _workspace_size(chosen: Plan) -> int:
-    """A workspace may begin at any address, so there is room to align it."""
-    size = _rounded(chosen.partial_bytes) + chosen.checkpoint_bytes
-    return size + ALIGNMENT - 1 if size else 0
-
-
-def _rounded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Arguments: struct Args of sru.cuh
-
-ARRAY = np.dtype([("data", "u8"), ("time", "i8"), ("batch", "i8"), ("column", "i8"), ("row", "i8")])
-INPUTS = ("u", "x", "bias", "weight_c", "c0", "mask_c", "mask_pad", "scale_x")
-ARGS = np.dtype(
-    [(name, ARRAY) for name in (*INPUTS, "h", "c", "c_last", "grad_h", "grad_c_last")]
-    + [(f"grad_{name}", ARRAY) for name in ("u", "x", "bias", "weight_c", "c0")]
-    + [(name, "u8") for name in ("partials", "checkpoints")]
-    + [(name, "i8") for name in ("length", "batch", "width", "save_every", "group", "rows", "sums")]
-    + [("scale", "f8"), ("flags", "i8")]
-)
-AXES = {  # which axes of the kernel's (time, batch, column, row) an argument has, in its own order
-    "bias": (3, 2),
-    "c0": (1, 2),
-    "mask_c": (1, 2),
-    "mask_pad": (0, 1),
-    "scale_x": (),
-    "c_last": (1, 2),
-    "grad_c_last": (1, 2),
-    "grad_bias": (3, 2),
-    "grad_c0": (1, 2),
-}
-NARROW = {"bias": 1, "weight_c": 2, "c0": 4, "mask_c": 8, "scale_x": 16, "grad_c_last": 32}
-BIDIRECTIONAL, MASK_GATE, GRAD_U_PACKED = 64, 128, 256
-
-
-def _describe(name: str, array: Array) -> tuple[int, ...]:
-    axes = AXES.get(name, (0, 1, 2, 3))
-    if name in ("weight_c", "grad_weight_c") and len(array.shape) == 2:
-        axes = (3, 2)
-    strides = [0, 0, 0, 0]
-    for axis, stride in zip(axes, array.strides, strict=False):
-        strides[axis] = stride * array.itemsize
-    return (array.pointer, *strides)
-
-
-def arguments(problem: Problem, results: dict[str, Array], chosen: Plan, workspace: int) -> np.ndarray:
-    """The struct that the kernels take by value, as CuPy passes one: an array of one element."""
-    args = np.zeros((), ARGS)
-    backward = problem.direction == "backward"
-    for name, array in problem.arrays.items():
-        args[name] = _describe(name, array)
-    for name, array in results.items():
-        name = f"grad_{name}" if backward else name
-        args[name] = _describe(name, array)
-    args["partials"] = workspace
-    args["checkpoints"] = workspace + _rounded(chosen.partial_bytes)
-    args["length"], args["batch"], args["width"] = problem.length, problem.batch, problem.width
-    args["save_every"] = problem.block or 1
-    args["group"], args["rows"], args["sums"] = chosen.group, chosen.rows, chosen.sums
-    args["scale"] = problem.scale_x
-    flags = BIDIRECTIONAL * problem.bidirectional + MASK_GATE * (problem.mask_target == "gate")
-    flags += GRAD_U_PACKED * chosen.grad_u_packed
-    for name, flag in NARROW.items():
-        if name in problem.arrays and problem.arrays[name].dtype == problem.dtype != problem.state:
-            flags += flag
-    args["flags"] = flags
-    return args
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Running
 
 
-def run(problem: Problem, results: dict[str, Array], workspace: Array | None) -> None:
-    """Launch the kernels of one call, inside `current(...)`. Nothing here waits for the device."""
-    device = problem.device[1]
-    launch, multiprocessors = _machine(problem.device)
-    chosen = plan(problem, results, multiprocessors)
-    needed = _workspace_size(chosen)
-    if needed and workspace is None:
-        workspace = dlpack.empty("workspace", (needed,), "uint8", problem.device, "numpy")
-    base = _rounded(workspace.pointer) if workspace else 0
-    args = arguments(problem, results, chosen, base)
+class Launch(NamedTuple):
+    kernel: Specialisation
+    grid: tuple[int]
+    block: tuple[int]
 
-    kernel = chosen.kernel
-    threads = chosen.rows * (problem.width // kernel.columns)
-    if threads:
-        launch(kernel, device, -(-threads // kernel.threads), args)
-    if chosen.sums and problem.width:
-        launch(Specialisation("reduce", problem.dtype), device, -(-chosen.sums * problem.width // 32), args)
+
+def run(launches: Iterable[Launch], args: np.ndarray, device: tuple[str, int]) -> None:
+    """Start the kernels of one call, inside `current(...)`. Nothing here waits for the device."""
+    start = _launch if device[0] == "cuda" else _simulate
+    for kernel, grid, block in launches:
+        start(kernel, device[1], grid, block, args)
 
 
 _SIMULATE = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("", "0", "false", "no", "off"), False)
@@ -326,15 +139,6 @@ def simulated() -> bool:
         raise ValueError(
             f"CUSRU_SIMULATE is {value!r}; allowed are 1, true, yes and on, or 0, false, no, off and nothing at all"
         ) from None
-
-
-def _machine(device: tuple[str, int]) -> tuple[Callable[[Specialisation, int, int, np.ndarray], None], int]:
-    """What launches a kernel for arrays on `device`, and its number of multiprocessors."""
-    if device[0] == "cuda":
-        return _launch, _multiprocessors(device[1])
-    from cusru import simulator
-
-    return _simulate, simulator.multiprocessors
 
 
 @functools.cache
@@ -387,14 +191,24 @@ def _compiled(kernel: Specialisation, device: int) -> Any:
     return _kernels[key]
 
 
-def _launch(kernel: Specialisation, device: int, blocks: int, args: np.ndarray) -> None:
-    _compiled(kernel, device)((blocks,), (kernel.threads,), (args,))
+def _launch(kernel: Specialisation, device: int, grid: tuple[int], block: tuple[int], args: np.ndarray) -> None:
+    raw = _kernels.get((kernel, device)) or _compiled(kernel, device)
+    raw(grid, block, (args,))
 
 
-def _simulate(kernel: Specialisation, device: int, blocks: int, args: np.ndarray) -> None:
+def _simulate(kernel: Specialisation, device: int, grid: tuple[int], block: tuple[int], args: np.ndarray) -> None:
     from cusru import simulator
 
-    simulator.load(source(), kernel.entry, kernel.macros)(blocks, kernel.threads, args)
+    simulator.load(source(), kernel.entry, kernel.macros)(*grid, *block, args)
+
+
+def multiprocessors(device: tuple[str, int]) -> int:
+    """Of the device that runs the kernels of arrays on `device`."""
+    if device[0] == "cuda":
+        return _multiprocessors(device[1])
+    from cusru import simulator
+
+    return simulator.multiprocessors
 
 
 @functools.cache
@@ -414,16 +228,27 @@ class _Handle:
         return (0, self.handle)
 
 
-@contextlib.contextmanager
-def current(device: tuple[str, int], stream: int | None) -> Iterator[None]:
-    """Make the device and the stream CuPy's current ones: allocations, launches and exports belong to them."""
+def current(device: tuple[str, int], stream: int | None) -> contextlib.AbstractContextManager[Any]:
+    """Make the device and the stream (None: its current one) CuPy's current ones: allocations, launches and exports belong to
+    them. Nothing is switched that is so already."""
     if device[0] == "cpu":
-        yield
-        return
+        return _NOTHING
     import cupy
 
-    handle = stream or 0
-    with cupy.cuda.Device(device[1]):  # first: CuPy takes a stream from outside for the current device's
-        outside = cupy.cuda.get_current_stream(device[1])
-        with outside if outside.ptr == handle else cupy.cuda.Stream.from_external(_Handle(handle)):
-            yield
+    number = device[1]
+    switched = cupy.cuda.runtime.getDevice() != number
+    if stream is None or stream == cupy.cuda.get_current_stream(number).ptr:
+        return cupy.cuda.Device(number) if switched else _NOTHING
+    return _switched(number, stream)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _switched(device: int, stream: int) -> Iterator[None]:
+    import cupy
+
+    # the device first: CuPy takes a stream from outside for the current device's
+    with cupy.cuda.Device(device), cupy.cuda.Stream.from_external(_Handle(stream)):
+        yield

@@ -13,7 +13,7 @@ import pytest
 from conftest import missing
 
 import cusru
-from cusru import dlpack, raw_kernels, simulator
+from cusru import arguments, dlpack, raw_kernels, simulator
 
 cupy = pytest.importorskip("cupy", reason='needs CuPy: pip install "cusru[cuda13]"')
 
@@ -82,13 +82,14 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
             (struct,) = args
             assert isinstance(struct, np.ndarray), "CuPy takes a struct as an array of one element, and refuses np.void"
             assert struct.size == 1
-            assert struct.nbytes == raw_kernels.ARGS.itemsize
+            assert struct.nbytes == arguments.ARGS.itemsize
             driver.launches.append((self.name, driver.devices[-1], driver.streams[-1], *grid, *block))
             self.kernel(*grid, *block, struct)
 
     monkeypatch.setattr(cupy, "RawKernel", RawKernel)
     monkeypatch.setattr(cupy, "empty", driver.empty)
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 2)
+    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: driver.devices[-1])
     monkeypatch.setattr(cupy.cuda, "Device", lambda index: driver.scope(driver.devices, index))
     monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda device=0: driver.scope(driver.streams, driver.streams[-1]))
 

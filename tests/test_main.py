@@ -171,7 +171,7 @@ def test_every_spelling_of_yes_and_no_is_understood(simulated, monkeypatch):
     u = np.ones((3, 2, 4, 3), "f4")
     used = []
     monkeypatch.setattr(cusru.raw_kernels, "run", lambda *_: used.append("simulator"))
-    monkeypatch.setattr(cusru.api, "_run_numpy", lambda *_: used.append("NumPy"))
+    monkeypatch.setattr(cusru.call, "_run_numpy", lambda *_: used.append("NumPy"))
     spellings = ("1", "true", "True", "YES", "on", " 1 ") if simulated else ("0", "false", "FALSE", "No", "off", "", " ")
     for value in spellings:
         monkeypatch.setenv("CUSRU_SIMULATE", value)

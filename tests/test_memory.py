@@ -19,7 +19,7 @@ import strategies
 from conftest import missing
 
 import cusru
-from cusru import raw_kernels, reference
+from cusru import arguments, raw_kernels, reference
 
 L, B, D = 70, 3, 8
 
@@ -220,17 +220,17 @@ def test_the_struct_of_arguments_is_the_kernels_own() -> None:
         declared = re.findall(r"(?:Array|char\*|long long|double)\s+([\w,\s]+);", braces(f"struct {struct}"))
         return [name.strip() for names in declared for name in names.split(",")]
 
-    assert fields("Args") == list(raw_kernels.ARGS.names)
+    assert fields("Args") == list(arguments.ARGS.names)
     assert braces("struct Array").split()[:2] == ["char*", "data;"]
-    assert fields("Array")[:5] == list(raw_kernels.ARRAY.names)
-    assert all(raw_kernels.ARRAY[name].itemsize == 8 for name in raw_kernels.ARRAY.names)
-    assert raw_kernels.ARGS.itemsize <= 4096, "more than a kernel may take by value"
+    assert fields("Array")[:5] == list(arguments.ARRAY.names)
+    assert all(arguments.ARRAY[name].itemsize == 8 for name in arguments.ARRAY.names)
+    assert arguments.ARGS.itemsize <= 4096, "more than a kernel may take by value"
 
     def enum(name: str) -> dict[str, int]:
         return {key: int(value) for key, value in re.findall(r"(\w+) = (\d+)", braces(f"enum {name}"))}
 
-    flags = {f"NARROW_{n.removesuffix('_c').removesuffix('_x').upper()}": f for n, f in raw_kernels.NARROW.items()}
-    flags |= {n: getattr(raw_kernels, n) for n in ("BIDIRECTIONAL", "MASK_GATE", "GRAD_U_PACKED")}
+    flags = {f"NARROW_{n.removesuffix('_c').removesuffix('_x').upper()}": f for n, f in arguments.NARROW.items()}
+    flags |= {n: getattr(arguments, n) for n in ("BIDIRECTIONAL", "MASK_GATE", "GRAD_U_PACKED")}
     assert enum("Flag") == flags
     assert list(enum("Activation").values()) == list(raw_kernels.ACTIVATIONS.values())
     assert [n.lower() for n in enum("Activation")] == list(raw_kernels.ACTIVATIONS)

@@ -15,7 +15,7 @@ import pytest
 from conftest import missing, scripted
 
 import cusru
-from cusru import api
+from cusru import call
 
 torch = pytest.importorskip("torch", reason='needs torch: pip install "cusru[torch]"')
 
@@ -98,7 +98,7 @@ def test_what_a_failed_launch_may_have_written_says_so(monkeypatch: pytest.Monke
         raise RuntimeError("half way")
 
     monkeypatch.delenv("CUSRU_SIMULATE", raising=False)
-    monkeypatch.setattr(api, "_run_numpy", fail)
+    monkeypatch.setattr(call, "_run_numpy", fail)
     h = torch.zeros(L, B, D)
     with pytest.raises(RuntimeError, match="half way"):
         forward(out=(h, None, None))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cusru.api import check_flag
 from cusru.dlpack import check_torch
+from cusru.problem import check_flag
 from cusru.torch.operator import type_name
 
 # ---- of a constructor ------------------------------------------------------------------------------------------------

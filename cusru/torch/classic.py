@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cusru.api import check_flag
+from cusru.problem import check_flag
 from cusru.torch import checks
 from cusru.torch.legacy import refuse
 from cusru.torch.modules import to_parameter

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, cast
 import numpy as np
 from torch import Tensor, nn
 
-from cusru.api import check_flag
+from cusru.problem import check_flag
 
 P = ParamSpec("P")
 PAGE = "docs/migrating-from-sru.md"

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import cusru
-from cusru import api, dlpack
+from cusru import dlpack, problem
+from cusru.arguments import OPERATORS
 from cusru.torch.compiler import when_loaded
 
 SAVE_EVERY = 32  # by default: states are then 0.4% of the bytes that a float32 training step moves
@@ -102,7 +103,7 @@ def _sru(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     given = dict(u=u, x=x, bias=bias, weight_c=weight_c, c0=c0, mask_c=mask_c, mask_pad=mask_pad)
     scale = 1.0
-    if api.is_number("scale_x", scale_x) or isinstance(scale_x, torch.SymFloat | torch.SymInt):
+    if problem.is_number("scale_x", scale_x) or isinstance(scale_x, torch.SymFloat | torch.SymInt):
         scale, scale_x = float(scale_x), None
     elif not isinstance(scale_x, Tensor):
         raise TypeError(f"scale_x must be a number or a tensor of one element, not {type_name(scale_x)}")
@@ -114,8 +115,8 @@ def _sru(
     for name, value in (("mask_c", mask_c), ("scale_x", scale_x)):
         if value is not None and value.requires_grad and torch.is_grad_enabled():
             raise TypeError(_NO_GRADIENT.format(name))
-    api.check_options(activation, candidate, mask_target)
-    every, bidirectional = api.check_save_every(save_every), api.check_flag("bidirectional", bidirectional)
+    problem.check_options(activation, candidate, mask_target)
+    every, bidirectional = problem.check_save_every(save_every), problem.check_flag("bidirectional", bidirectional)
     if every is None and torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in given.values()):
         raise ValueError("save_every=None keeps no states, and the backward needs them: give 1 or more, or use torch.no_grad()")
     arguments: tuple[Any, ...] = (
@@ -231,7 +232,9 @@ def _backward_without_memory(grad_h: Tensor, grad_c_last: Tensor | None, c: Tens
 def _check_without_memory(direction: str, arguments: dict[str, Any]) -> None:
     """The checks of cusru's functions for tensors of a tracer, which have all that is looked at but memory."""
     described = {n: _describe(n, a) if isinstance(a, Tensor) else a for n, a in arguments.items()}
-    api.check(direction, **described, stream=0)
+    options = problem.Options(*(described[name] for name in problem.Options._fields))
+    inputs = {n: described[n] for n in OPERATORS[direction].inputs if n in described}
+    problem.check(direction, inputs, options, 0)
 
 
 def _describe(name: str, a: Tensor) -> dlpack.Array:

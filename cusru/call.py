@@ -1,0 +1,341 @@
+"""One call: its arrays are read, what is known of such arrays is looked up or worked out, results are laid out, the recurrence
+runs.
+
+What depends on shapes, strides, alignment, dtypes, device and options alone is a `Ready`: a pure function of these, and kept.
+What belongs to the arrays themselves is looked at in every call: overlap, who may write, what torch records. The quick way is
+for arrays of one framework at its current stream, with nothing wrong; all else goes the careful way, which says what is wrong,
+in the order in which `problem.check` looks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cusru import dlpack, raw_kernels, reference
+from cusru.arguments import ARRAYS, BACKWARD, OPERATORS, Operator, fill
+from cusru.dlpack import Array
+from cusru.plan import ALIGNMENT, Plan, aligned, plan
+from cusru.problem import Checked, Options, Wanted, check, check_device, layout, wanted_results
+
+KEPT = 512  # signatures, of some 6 KB each
+BYTES = ("uint8", "int8")  # dtypes of a workspace
+
+_NAMES = tuple(ARRAYS)
+_SLOTS = {name: slot for slot, name in enumerate(_NAMES)}
+_SCALE = _SLOTS["scale_x"]
+
+
+class Fresh(NamedTuple):
+    """A result that cusru allocates."""
+
+    slot: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    order: tuple[int, ...] | None  # its axes as they lie in memory, outermost first; None: C order
+
+
+class Ready(NamedTuple):
+    """All of a call but its memory."""
+
+    operator: Operator
+    device: tuple[str, int]
+    framework: str  # u's
+    plan: Plan | None  # None: NumPy runs it
+    fresh: tuple[Fresh, ...]
+    spans: tuple[tuple[int, int], ...]  # of each array, from its address: the first byte, the one after the last; 0, 0: none
+    flat: tuple[int, ...]  # slots of parameters that are given as (2*D,)
+    options: dict[str, Any]  # of the reference
+
+
+class Call(NamedTuple):
+    """One that can run: its arrays by slots, None where a result is fresh, with their addresses."""
+
+    ready: Ready
+    objects: list[Any]
+    addresses: list[int]
+    scale: float
+    stream: int | None  # None: CuPy's current one
+    written: tuple[Any, ...]  # by the caller's leave
+
+
+def run(operator: Operator, inputs: Sequence[Any], options: Options, out: Any, workspace: Any, stream: Any) -> list[Any]:
+    """The results, in `out` or in fresh memory."""
+    call = look(operator, inputs, options, out, workspace, stream)
+    if call is not None:
+        results = start(call)
+        if results is not None:
+            return results
+    return _run_carefully(operator, inputs, options, out, workspace, stream)
+
+
+# ---- the quick way ---------------------------------------------------------------------------------------------------
+
+
+def look(
+    operator: Operator, inputs: Sequence[Any], options: Options, out: Any = None, workspace: Any = None, stream: Any = None,
+    like_inputs: bool = False, unwanted: tuple[str, ...] = (),
+) -> Call | None:  # fmt: skip
+    """The call, if nothing about it is out of the ordinary.
+
+    `like_inputs`: h lies in memory as u does, and a gradient as its input; else results are in C order, but for the gradient of u
+    on a device. `unwanted`: results that are left out."""
+    activation, candidate, mask_target, bidirectional, save_every = options
+    scale = inputs[_SCALE]
+    by_value = type(scale) is float or type(scale) is int
+    if scale is None or not (
+        type(activation) is type(candidate) is type(mask_target) is str  # a subclass may be equal to anything; True is no 1
+        and type(bidirectional) is bool
+        and (save_every is None or type(save_every) is int)
+    ):
+        return None
+    objects = list(inputs)
+    if by_value:
+        objects[_SCALE] = None
+    if out is None:
+        objects += (None,) * len(operator.results)
+    elif isinstance(out, tuple | list) and len(out) == len(operator.results):
+        objects += out
+    else:
+        return None
+    writes = out is not None or workspace is not None
+    objects.append(workspace)
+    try:
+        read = dlpack.read_plain(objects, writes, stream)
+        if read is None:
+            return None
+        framework, device, handle, addresses, layouts = read
+        if device[0] == "cuda":
+            multiprocessors = raw_kernels.multiprocessors(device)
+        elif raw_kernels.simulated():
+            multiprocessors = raw_kernels.multiprocessors(device)
+            if not writes and framework == "numpy":  # whose addresses nobody had asked for
+                _, _, _, addresses, layouts = dlpack.read_plain(objects, True, stream) or read
+        else:
+            multiprocessors = -1
+        ready = prepare(operator.direction, framework, device, multiprocessors, options, layouts, like_inputs, unwanted)
+        scale = float(scale) if by_value else 1.0
+    except Exception:  # the careful way says what it is
+        return None
+    written = tuple([a for a in objects[len(inputs) :] if a is not None]) if writes else ()
+    if written and not (_apart(addresses, ready.spans) and all(map(dlpack.may_be_written, written))):
+        return None
+    return Call(ready, objects, addresses, scale, handle, written)
+
+
+def _apart(addresses: Sequence[int], spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether no array begins before another ends."""
+    ends = sorted([(a + low, a + high) for a, (low, high) in zip(addresses, spans, strict=False) if high])
+    return all(end <= start for (_, end), (start, _) in pairwise(ends))
+
+
+@functools.lru_cache(KEPT)
+def prepare(
+    direction: str, framework: str, device: tuple[str, int], multiprocessors: int, options: Options,
+    layouts: tuple[Any, ...], like_inputs: bool, unwanted: tuple[str, ...],
+) -> Ready:  # fmt: skip
+    """What is known of a call by this signature, a pure function of it. Raises where anything is wrong, but not in the order in
+    which `check` would. multiprocessors = -1 stands for NumPy."""
+    operator, names = OPERATORS[direction], (*_NAMES[: len(layouts) - 1], "workspace")
+    given = {n: dlpack.describe(n, framework, key, device) for n, key in zip(names, layouts, strict=True) if key is not None}
+    workspace = given.pop("workspace", None)
+    inputs: dict[str, Any] = {name: given.get(name) for name in operator.inputs}
+    if inputs["scale_x"] is None:
+        inputs["scale_x"] = 1.0
+    checked = check(direction, inputs, options, 0)
+    problem, fresh = checked.problem, []
+    for name, wanted in wanted_results(checked).items():
+        if name in given:
+            check_result(given[name], wanted)
+        elif wanted is not None and name not in unwanted:
+            order = _memory_order(name, given, like_inputs)
+            given[name] = made = dlpack.without_memory(name, wanted.shape, wanted.dtype, device, order)
+            fresh.append(Fresh(_SLOTS[name], made.shape, made.strides, made.dtype, order))
+        else:
+            continue
+        problem.results[name] = layout(given[name])
+    chosen = plan(problem, max(multiprocessors, 0))
+    if workspace is not None:
+        dlpack.borrow(workspace, "workspace", allowed=BYTES)
+        check_workspace(workspace, chosen.workspace)
+    held = {_SLOTS[name]: array for name, array in given.items()}
+    spans = [_span(held.get(slot)) for slot in range(len(names) - 1)]
+    for one in fresh:
+        spans[one.slot] = 0, 0  # memory of its own
+    return Ready(
+        operator, device, framework, chosen if multiprocessors >= 0 else None, tuple(fresh), (*spans, _span(workspace)),
+        tuple([slot for slot, a in held.items() if len(a.shape) == 1 and slot != _SCALE]),
+        dict(
+            activation=problem.activation, candidate=problem.candidate, mask_target=problem.mask_target,
+            bidirectional=problem.bidirectional, save_every=problem.block,
+        ),
+    )  # fmt: skip
+
+
+def _span(array: Array | None) -> tuple[int, int]:
+    if array is None or not array.size:
+        return 0, 0
+    low, high = dlpack.bounds(array)
+    return low - array.pointer, high - array.pointer
+
+
+def _memory_order(name: str, given: dict[str, Array], like_inputs: bool) -> tuple[int, ...] | None:
+    """The axes of a fresh result, outermost first. The gradient of u lies as u does, so that a GEMM takes it as it is; on a CPU
+    it is always compact in C order, which JAX and TensorFlow insist on."""
+    if like_inputs:
+        like = given.get("u" if name == "h" else name.removeprefix("grad_"))
+        if like is None or name in ("c", "c_last"):
+            return None
+        strides = like.strides[:3] if name == "h" else like.strides
+    elif name == "grad_u" and (u := given["u"]).device[0] == "cuda" and u.framework in ("cupy", "torch"):
+        strides = u.strides
+    else:
+        return None
+    order = tuple(sorted(range(len(strides)), key=lambda axis: -abs(strides[axis])))
+    return None if order == tuple(range(len(strides))) else order
+
+
+def start(call: Call) -> list[Any] | None:
+    """Run it; the results. None, and nothing done, where fresh memory does not lie as a plan takes for granted."""
+    ready, objects, addresses, scale, stream, written = call
+    with raw_kernels.current(ready.device, stream):
+        for one in ready.fresh:
+            made, address = dlpack.new(ready.framework, one.shape, one.strides, one.dtype, one.order, ready.device)
+            if address % ALIGNMENT:
+                return None
+            objects[one.slot], addresses[one.slot] = made, address
+        for a in written:
+            dlpack.mark_written(a)
+        chosen = ready.plan
+        if chosen is None:
+            _run_numpy(ready, [dlpack.as_numpy(a) for a in objects[:-1]], scale)
+        else:
+            _launch(ready, chosen, addresses, scale)
+    return objects[-1 - len(ready.operator.results) : -1]
+
+
+def _launch(ready: Ready, chosen: Plan, addresses: list[int], scale: float) -> None:
+    """The last address is the workspace's, 0 where there is none yet."""
+    base = addresses[-1]
+    if chosen.workspace and not base:
+        _kept, base = dlpack.scratch(ready.framework, chosen.workspace, ready.device)
+    base = aligned(base)
+    args = fill(chosen.frame, addresses[:-1], base, base + aligned(chosen.partial_bytes), scale)
+    raw_kernels.run(chosen.launches, args, ready.device)
+
+
+def _run_numpy(ready: Ready, arrays: list[Any], scale: float) -> None:
+    for slot in ready.flat:
+        arrays[slot] = arrays[slot].reshape(2, arrays[slot].size // 2)
+    if arrays[_SCALE] is not None:
+        with np.errstate(all="ignore"):
+            scale = float(reference.widen(arrays[_SCALE], np.float64).reshape(-1)[0])
+    given, results = arrays[:_SCALE], arrays[-len(ready.operator.results) :]
+    named = dict(zip(ready.operator.results, results, strict=True))
+    if ready.operator is BACKWARD:
+        c, _, grad_h, grad_c_last = arrays[_SLOTS["c"] : _SLOTS["grad_u"]]
+        given = [grad_h, grad_c_last, c, *given]
+    compute: Any = reference.backward if ready.operator is BACKWARD else reference.forward
+    compute(*given, scale_x=scale, **named, **ready.options)
+
+
+# ---- the careful way -------------------------------------------------------------------------------------------------
+
+
+def _run_carefully(
+    operator: Operator, inputs: Sequence[Any], options: Options, out: Any, workspace: Any, stream: Any
+) -> list[Any]:  # fmt: skip
+    named = dict(zip(_NAMES, inputs, strict=False))
+    checked = check(operator.direction, {name: named[name] for name in operator.inputs}, options, stream)
+    problem, device, handle = checked.problem, checked.device, checked.stream
+    u = checked.arrays["u"]
+    results = wanted_results(checked)
+    fields = [name.removeprefix("grad_") for name in results]
+    objects = dict(zip(results, _members(out, fields), strict=True))
+    arrays: dict[str, Array] = {}
+    for name, wanted in results.items():
+        if objects[name] is not None:
+            label = f"out.{name.removeprefix('grad_')}"
+            if wanted is None:
+                raise ValueError(f"{label} must be None: this call has no such result")
+            check_device(label, dlpack.device_of(objects[name], label), device)
+            array = dlpack.borrow(objects[name], label, handle, device, (wanted.dtype,))
+            check_result(array, wanted)
+            arrays[name] = array
+    scratch = None
+    if workspace is not None:
+        check_device("workspace", dlpack.device_of(workspace, "workspace"), device)
+        scratch = dlpack.borrow(workspace, "workspace", handle, device, BYTES)
+        check_workspace(scratch, workspace_size(checked))
+    written = [*arrays.values(), *([] if scratch is None else [scratch])]
+    if pair := dlpack.overlapping(written, checked.arrays.values()):
+        raise ValueError(f"{pair[0].name} overlaps {pair[1].name}; what is written must share no memory with anything else")
+    if u.framework != "torch" and any(a.framework == "torch" for a in written):
+        dlpack.refuse_tracers()  # else asked already
+    on_numpy = device == dlpack.CPU and not raw_kernels.simulated()
+
+    layouts = [None if (a := checked.arrays.get(n) or arrays.get(n)) is None else dlpack.key_of(a) for n in operator.arrays]
+    with raw_kernels.current(device, handle):
+        ready = prepare(
+            operator.direction, u.framework, device, -1 if on_numpy else raw_kernels.multiprocessors(device),
+            Options(problem.activation, problem.candidate, problem.mask_target, problem.bidirectional, problem.save_every),
+            (*layouts, None), False, (),
+        )  # fmt: skip
+        for one in ready.fresh:
+            name = _NAMES[one.slot]
+            arrays[name] = dlpack.empty(name, one.shape, one.dtype, device, u.framework, one.order)
+        for array in written:
+            dlpack.mark_written(array.source)
+        held = {**checked.arrays, **arrays}
+        found = [held.get(name) for name in operator.arrays]
+        if ready.plan is None:
+            _run_numpy(ready, [None if a is None else a.numpy() for a in found], checked.scale)
+        else:
+            addresses = [0 if a is None else a.pointer for a in found]
+            _launch(ready, ready.plan, [*addresses, 0 if scratch is None else scratch.pointer], checked.scale)
+        return [
+            objects[name] if objects[name] is not None else dlpack.give(arrays[name], u) if name in arrays else None
+            for name in results
+        ]
+
+
+def _members(out: Any, names: list[str]) -> Sequence[Any]:
+    if out is None:
+        return [None] * len(names)
+    if not isinstance(out, Sequence) or isinstance(out, str | bytes):
+        raise TypeError(f"out must be a sequence of {len(names)} ({', '.join(names)}); got {type(out).__name__}")
+    if len(out) != len(names):
+        raise ValueError(
+            f"out has {len(out)} members; expected {len(names)} ({', '.join(names)}), None where cusru is to allocate"
+        )
+    return out
+
+
+def check_result(array: Array, wanted: Wanted | None) -> None:
+    if wanted is None or array.dtype != wanted.dtype:  # of which `_run_carefully` has words of its own
+        raise TypeError(f"{array.name} has dtype {array.dtype}")
+    if array.shape != wanted.shape:
+        raise ValueError(f"{array.name} has shape {array.shape}; expected {wanted.shape}")
+    dlpack.check_writable(array)
+    if dlpack.overlaps_itself(array):
+        raise ValueError(f"{array.name} overlaps itself: two of its elements share memory (strides {array.strides})")
+
+
+def check_workspace(array: Array, needed: int) -> None:
+    if len(array.shape) != 1 or (array.shape[0] > 1 and array.strides[0] != 1) or array.shape[0] < needed:
+        raise ValueError(f"workspace has shape {array.shape}, strides {array.strides}; expected at least {needed} bytes in a row")
+    dlpack.check_writable(array)
+
+
+def workspace_size(checked: Checked) -> int:
+    """Bytes, for all of the results that a call can have. It depends on shapes, dtypes and options only."""
+    problem = replace(checked.problem, results={})
+    for name, wanted in wanted_results(checked).items():
+        if wanted is not None:
+            problem.results[name] = layout(dlpack.without_memory(name, wanted.shape, wanted.dtype, checked.device))
+    return plan(problem, 1).workspace

@@ -1,0 +1,177 @@
+"""How a problem is laid out on a GPU: which kernel, how many threads, how much scratch memory, which sums in which order.
+
+Pure: sizes, options, layouts and the device's limits in, geometry out, no array and no device. A plan has a numeric half
+(which sums are formed, in which order: from shape, dtype and options, so that every memory layout gives the same bits) and
+a memory half (columns per thread, vector accesses: from strides and alignment). docs/performance.md says what each choice
+costs in bytes and registers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from cusru.arguments import BIDIRECTIONAL, GRAD_U_PACKED, ITEMSIZES, MASK_GATE, NARROW, Frame, frame
+from cusru.raw_kernels import REDUCE_THREADS, TILE, Launch, Specialisation, wide
+
+ALIGNMENT = 16  # bytes: the widest access
+
+
+class Layout(NamedTuple):
+    """An array without its memory."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  #: in elements
+    dtype: str
+    offset: int = 0  #: the address modulo ALIGNMENT
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZES[self.dtype]
+
+
+@dataclass(slots=True)
+class Problem:
+    """One checked call without its memory: sizes, options, and the layouts of its arrays by name (absent ones are not there)."""
+
+    direction: str
+    length: int
+    batch: int
+    width: int
+    k: int
+    dtype: str
+    state: str
+    activation: str
+    candidate: str
+    mask_target: str
+    bidirectional: bool
+    save_every: int | None
+    inputs: dict[str, Layout] = field(default_factory=dict)  # flat parameters as their two rows
+    results: dict[str, Layout] = field(default_factory=dict)  # those that are wanted, likewise
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.length // self.save_every) if self.save_every else 0
+
+    @property
+    def block(self) -> int | None:
+        """save_every, or L where that is less: it changes nothing, and fits the kernels' integers. (By itself, since the L of a
+        tracer must not be compared.)"""
+        return self.save_every and min(self.save_every, max(self.length, 1))
+
+    @property
+    def step_weight(self) -> bool:
+        return "weight_c" in self.inputs and len(self.inputs["weight_c"].shape) == 4
+
+
+class Plan(NamedTuple):
+    kernel: Specialisation
+    group: int  #: numeric: batches whose parameter gradients one thread of the backward sums
+    rows: int  #: numeric: threads along the batch, ceil(B / group)
+    sums: int  #: parameter gradients per column that go through the workspace: 0, 2 or 4
+    grad_u_packed: bool  #: memory: grad_u is written as vectors of k values
+    partial_bytes: int
+    checkpoint_bytes: int
+    launches: tuple[Launch, ...]  #: in turn
+    frame: Frame  #: the kernels' arguments but for addresses
+
+    @property
+    def workspace(self) -> int:
+        """Bytes, by the numeric half only. A workspace may begin at any address, so there is room to align it."""
+        size = aligned(self.partial_bytes) + self.checkpoint_bytes
+        return size + ALIGNMENT - 1 if size else 0
+
+
+def plan(problem: Problem, multiprocessors: int) -> Plan:
+    """For a device of so many multiprocessors; the workspace does not depend on it."""
+    given, wanted = problem.inputs, problem.results
+    backward = problem.direction == "backward"
+    recompute = backward and problem.block != 1
+    if "weight_c" not in given:
+        weight = "none"
+    elif not problem.step_weight:
+        weight = "column"
+    else:
+        weight = "step" if given["weight_c"].dtype == problem.dtype else "step_state"
+
+    # Partial sums take rows * sums states for L * B * 10 values of traffic; 32 steps or more a thread keep them under 5%.
+    group = max(1, min(-(-32 // max(problem.length, 1)), problem.batch)) if backward else 1
+    rows = -(-problem.batch // group)
+    sums = 2 * ("grad_bias" in wanted) + 2 * ("grad_weight_c" in wanted and weight == "column")
+    state_bytes = ITEMSIZES[problem.state]
+    tiles = -(-min(problem.block or 1, problem.length) // TILE)
+    checkpoints = max(tiles - 1, 0) * problem.batch * problem.width * state_bytes if recompute else 0
+
+    columns, packed, grad_u_packed = _memory_half(problem, recompute, rows, multiprocessors)
+    skip = "projected" if problem.k == 4 else "x" if "x" in given else "none"
+    kernel = Specialisation(
+        problem.direction, problem.dtype, skip, problem.activation, problem.candidate, weight, columns, packed, recompute
+    )
+    launches = []
+    if threads := rows * (problem.width // columns):
+        launches.append(_launch(kernel, threads))
+    if sums and problem.width:
+        launches.append(_launch(Specialisation("reduce", problem.dtype), sums * problem.width * (REDUCE_THREADS // 32)))
+    partials = rows * sums * problem.width * state_bytes
+    numbers = dict(
+        length=problem.length, batch=problem.batch, width=problem.width, save_every=problem.block or 1, group=group, rows=rows,
+        sums=sums,
+    )  # fmt: skip
+    flags = BIDIRECTIONAL * problem.bidirectional + MASK_GATE * (problem.mask_target == "gate") + GRAD_U_PACKED * grad_u_packed
+    flags += sum(f for n, f in NARROW.items() if n in given and given[n].dtype == problem.dtype != problem.state)
+    parts = frame({n: (a.strides, a.itemsize) for n, a in {**given, **wanted}.items()}, numbers, flags)
+    return Plan(kernel, group, rows, sums, grad_u_packed, partials, checkpoints, tuple(launches), parts)
+
+
+def _launch(kernel: Specialisation, threads: int) -> Launch:
+    return Launch(kernel, (-(-threads // kernel.threads),), (kernel.threads,))
+
+
+def _memory_half(problem: Problem, recompute: bool, rows: int, multiprocessors: int) -> tuple[int, bool, bool]:
+    """Columns per thread, and whether u and grad_u are accessed as vectors of whole columns."""
+    arrays = {**problem.inputs, **problem.results}
+    directions = 2 if problem.bidirectional else 1
+    u, grad_u = arrays["u"], arrays.get("grad_u")
+    streams = [a for a in arrays.values() if len(a.shape) == 3]  # (L or blocks, B, D): x, h, c, grad_h, ...
+    weights = [arrays[n] for n in ("weight_c", "grad_weight_c") if problem.step_weight and n in arrays]
+
+    columns = wide(problem.dtype, recompute)
+    # Four warps for each multiprocessor come before vectors: a warp alone on its scheduler waits for its own arithmetic.
+    enough = rows * problem.width // columns >= 4 * 32 * multiprocessors
+    if (
+        columns > 1
+        and enough
+        and problem.width % (columns * directions) == 0
+        and all(_vectors(a, columns, 1) for a in streams)
+        and all(_vectors(a, columns, 2) for a in weights)
+    ):
+        packed = _vectors(u, columns, problem.k)
+        grad_u_packed = grad_u is not None and _vectors(grad_u, columns, problem.k)
+        if (packed or _vectors(u, columns, 1)) and (grad_u is None or grad_u_packed or _vectors(grad_u, columns, 1)):
+            return columns, packed, grad_u_packed
+    packed = problem.k == 4 and _vectors(u, 1, 4)
+    return 1, packed, grad_u is not None and _vectors(grad_u, 1, problem.k)
+
+
+def _vectors(array: Layout, columns: int, unit: int) -> bool:
+    """Whether each `columns` neighbouring columns of `unit` values lie in a row, at addresses that vectors may have."""
+    size = array.itemsize
+    *outer, column = array.strides[:3]
+    if unit > 1 and array.strides[3] != 1:
+        return False
+    if columns > 1 and column != unit:
+        return False
+    width = access_width(columns * unit * size)
+    inner = array.strides[3:] if unit == 1 else ()
+    steps = [s for s, extent in zip((*outer, *inner), (*array.shape[:2], *array.shape[3:]), strict=False) if extent > 1]
+    if columns == 1:
+        steps.append(column)
+    return array.offset % width == 0 and all(s * size % width == 0 for s in steps)
+
+
+def access_width(size: int) -> int:
+    """The widest access, up to 16 bytes, of which `size` is a multiple."""
+    return next(width for width in (16, 8, 4, 2, 1) if size % width == 0)
+
+
+def aligned(address: int) -> int:
+    return -(-address // ALIGNMENT) * ALIGNMENT
