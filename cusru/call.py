@@ -30,16 +30,6 @@ _SLOTS = {name: slot for slot, name in enumerate(_NAMES)}
 _SCALE = _SLOTS["scale_x"]
 
 
-class Fresh(NamedTuple):
-    """A result that cusru allocates."""
-
-    slot: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: str
-    order: tuple[int, ...] | None  # its axes as they lie in memory, outermost first; None: C order
-
-
 class Ready(NamedTuple):
     """All of a call but its memory."""
 
@@ -47,9 +37,11 @@ class Ready(NamedTuple):
     device: tuple[str, int]
     framework: str  # u's
     plan: Plan | None  # None: NumPy runs it
-    fresh: tuple[Fresh, ...]
+    fresh: tuple[tuple[int, dlpack.Blank], ...]  # slots of results that cusru allocates
     spans: tuple[tuple[int, int], ...]  # of each array, from its address: the first byte, the one after the last; 0, 0: none
+    views: tuple[dlpack.View | None, ...]  # of each array, parameters in two rows: how NumPy would see a CPU's memory
     flat: tuple[int, ...]  # slots of parameters that are given as (2*D,)
+    bits: bool  # whether there is bfloat16 among them, which NumPy knows by its bits alone
     options: dict[str, Any]  # of the reference
 
 
@@ -154,8 +146,9 @@ def prepare(
             check_result(given[name], wanted)
         elif wanted is not None and name not in unwanted:
             order = _memory_order(name, given, like_inputs)
-            given[name] = made = dlpack.without_memory(name, wanted.shape, wanted.dtype, device, order)
-            fresh.append(Fresh(_SLOTS[name], made.shape, made.strides, made.dtype, order))
+            made = dlpack.blank(wanted.shape, wanted.dtype, order)
+            fresh.append((_SLOTS[name], made))
+            given[name] = Array(name, 0, made.shape, made.strides, made.dtype, device, False, framework, None, None)
         else:
             continue
         problem.results[name] = layout(given[name])
@@ -165,11 +158,19 @@ def prepare(
         check_workspace(workspace, chosen.workspace)
     held = {_SLOTS[name]: array for name, array in given.items()}
     spans = [_span(held.get(slot)) for slot in range(len(names) - 1)]
-    for one in fresh:
-        spans[one.slot] = 0, 0  # memory of its own
+    laid_out = {_SLOTS[name]: one for name, one in {**problem.inputs, **problem.results}.items()}
+    views = [
+        dlpack.View(one.shape, tuple([s * one.itemsize for s in one.strides]), dlpack.storage(one.dtype), spans[slot][0])
+        if (one := laid_out.get(slot))
+        else None
+        for slot in range(len(names) - 1)
+    ]
+    for slot, _ in fresh:
+        spans[slot] = 0, 0  # memory of its own
     return Ready(
         operator, device, framework, chosen if multiprocessors >= 0 else None, tuple(fresh), (*spans, _span(workspace)),
-        tuple([slot for slot, a in held.items() if len(a.shape) == 1 and slot != _SCALE]),
+        tuple(views), tuple([slot for slot, a in held.items() if len(a.shape) == 1 and slot != _SCALE]),
+        any(a.dtype == "bfloat16" for a in held.values()),
         dict(
             activation=problem.activation, candidate=problem.candidate, mask_target=problem.mask_target,
             bidirectional=problem.bidirectional, save_every=problem.block,
@@ -203,35 +204,40 @@ def _memory_order(name: str, given: dict[str, Array], like_inputs: bool) -> tupl
 def start(call: Call) -> list[Any] | None:
     """Run it; the results. None, and nothing done, where fresh memory does not lie as a plan takes for granted."""
     ready, objects, addresses, scale, stream, written = call
-    with raw_kernels.current(ready.device, stream):
-        for one in ready.fresh:
-            made, address = dlpack.new(ready.framework, one.shape, one.strides, one.dtype, one.order, ready.device)
-            if address % ALIGNMENT:
+    framework, device, chosen = ready.framework, ready.device, ready.plan
+    with raw_kernels.current(device, stream):
+        for slot, blank in ready.fresh:
+            objects[slot], addresses[slot] = dlpack.new(framework, blank, device)
+            if addresses[slot] % ALIGNMENT:
                 return None
-            objects[one.slot], addresses[one.slot] = made, address
         for a in written:
             dlpack.mark_written(a)
-        chosen = ready.plan
-        if chosen is None:
-            _run_numpy(ready, [dlpack.as_numpy(a) for a in objects[:-1]], scale)
-        else:
+        if chosen is not None:
             _launch(ready, chosen, addresses, scale)
+        elif framework == "numpy":
+            _run_numpy(ready, objects[:-1], scale)
+        else:
+            _run_numpy(ready, [v and dlpack.at(a, v) for a, v in zip(addresses, ready.views, strict=False)], scale)
     return objects[-1 - len(ready.operator.results) : -1]
 
 
 def _launch(ready: Ready, chosen: Plan, addresses: list[int], scale: float) -> None:
     """The last address is the workspace's, 0 where there is none yet."""
     base = addresses[-1]
-    if chosen.workspace and not base:
-        _kept, base = dlpack.scratch(ready.framework, chosen.workspace, ready.device)
+    if chosen.workspace and not base:  # from the allocator that knows the stream
+        allocator = "torch" if ready.framework == "torch" else "numpy"
+        _kept, base = dlpack.new(allocator, dlpack.blank((chosen.workspace,), "uint8"), ready.device)
     base = aligned(base)
     args = fill(chosen.frame, addresses[:-1], base, base + aligned(chosen.partial_bytes), scale)
     raw_kernels.run(chosen.launches, args, ready.device)
 
 
 def _run_numpy(ready: Ready, arrays: list[Any], scale: float) -> None:
+    """Each array by its slot; bfloat16 and flat parameters as they were given, or as `reference` takes them."""
+    if ready.bits:
+        arrays = [a if a is None or a.dtype.name != "bfloat16" else a.view(np.uint16) for a in arrays]
     for slot in ready.flat:
-        arrays[slot] = arrays[slot].reshape(2, arrays[slot].size // 2)
+        arrays[slot] = arrays[slot].reshape(2, -1) if arrays[slot].size else arrays[slot].reshape(2, 0)
     if arrays[_SCALE] is not None:
         with np.errstate(all="ignore"):
             scale = float(reference.widen(arrays[_SCALE], np.float64).reshape(-1)[0])
@@ -286,9 +292,8 @@ def _run_carefully(
             Options(problem.activation, problem.candidate, problem.mask_target, problem.bidirectional, problem.save_every),
             (*layouts, None), False, (),
         )  # fmt: skip
-        for one in ready.fresh:
-            name = _NAMES[one.slot]
-            arrays[name] = dlpack.empty(name, one.shape, one.dtype, device, u.framework, one.order)
+        for slot, blank in ready.fresh:
+            arrays[_NAMES[slot]] = dlpack.empty(_NAMES[slot], blank.shape, blank.dtype, device, u.framework, blank.order)
         for array in written:
             dlpack.mark_written(array.source)
         held = {**checked.arrays, **arrays}
@@ -337,5 +342,8 @@ def workspace_size(checked: Checked) -> int:
     problem = replace(checked.problem, results={})
     for name, wanted in wanted_results(checked).items():
         if wanted is not None:
-            problem.results[name] = layout(dlpack.without_memory(name, wanted.shape, wanted.dtype, checked.device))
+            made = dlpack.blank(wanted.shape, wanted.dtype)
+            problem.results[name] = layout(
+                Array(name, 0, made.shape, made.strides, made.dtype, checked.device, False, "other", None, None)
+            )
     return plan(problem, 1).workspace

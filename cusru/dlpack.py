@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -493,13 +493,6 @@ def key_of(array: Array) -> _Key:
     return array.shape, array.strides, array.dtype, array.device, array.pointer & 15
 
 
-def without_memory(
-    name: str, shape: tuple[int, ...], dtype: str, device: tuple[str, int], order: tuple[int, ...] | None = None
-) -> Array:
-    """What `empty` and `new` make, before it is made."""
-    return Array(name, 0, shape, _compact(shape, order), dtype, device, False, "other", None, None)
-
-
 def may_be_written(obj: Any) -> bool:
     """Of a plain array."""
     if _framework(obj) == "torch":
@@ -507,41 +500,78 @@ def may_be_written(obj: Any) -> bool:
     return not isinstance(obj, np.ndarray) or obj.flags.writeable
 
 
-def as_numpy(obj: Any) -> Any:
-    """A plain CPU array as NumPy's, bfloat16 as its bits in uint16."""
-    if obj is None:
-        return None
-    if type(obj) is not np.ndarray:
-        torch = sys.modules["torch"]
-        obj = obj.detach() if obj.requires_grad else obj
-        obj = obj.view(torch.int16).numpy().view(np.uint16) if obj.dtype == torch.bfloat16 else obj.numpy()
-    return obj.view(np.uint16) if obj.dtype.name == "bfloat16" else obj
+class View(NamedTuple):
+    """How NumPy sees CPU memory that somebody else holds."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in bytes
+    storage: np.dtype[Any]
+    low: int  # of the first byte, from the address of element [0, ..., 0]
+
+
+def at(address: int, view: View) -> np.ndarray:
+    """The memory must outlive it. (A tensor's own numpy() takes longer, and forbids torch to resize it from then on.)"""
+    memory: Any = _MEMORY.from_address(address + view.low)
+    return np.ndarray(view.shape, view.storage, memory, -view.low, view.strides)
+
+
+_MEMORY = ctypes.c_char * sys.maxsize
 
 
 # ---- out -----------------------------------------------------------------------------------------------------------
 
 
-def new(
-    framework: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, order: tuple[int, ...] | None,
-    device: tuple[str, int],
-) -> tuple[Any, int]:  # fmt: skip
-    """New compact memory as an array of NumPy's, CuPy's or torch's own, and its address."""
+class Blank(NamedTuple):
+    """Compact memory that is yet to be allocated."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+    dtype: str
+    laid_out: tuple[int, ...]  # the extents as they lie in memory, outermost first
+    order: tuple[int, ...] | None  # the axes, outermost first; None: C order
+    axes: tuple[int, ...] | None  # how what is laid out is brought to the shape
+    storage: np.dtype[Any]
+    nbytes: int
+
+
+def blank(shape: tuple[int, ...], dtype: str, order: tuple[int, ...] | None = None) -> Blank:
+    """`order` lists the axes outermost first; None is C order."""
+    axes = None if order is None else tuple([order.index(axis) for axis in range(len(shape))])
+    laid_out = shape if order is None else tuple([shape[axis] for axis in order])
+    nbytes = math.prod(shape) * storage(dtype).itemsize
+    return Blank(shape, _compact(shape, order), dtype, laid_out, order, axes, storage(dtype), nbytes)
+
+
+def new(framework: str, what: Blank, device: tuple[str, int]) -> tuple[Any, int]:
+    """An array of NumPy's, CuPy's or torch's own, and its address. On a device it belongs to the current device and stream."""
     if framework == "torch":
         torch = sys.modules["torch"]
-        tensor = torch.empty_strided(shape, strides, dtype=getattr(torch, dtype), device=_torch_device(device))
+        where = _torch_device(device)
+        tensor = torch.empty_strided(what.shape, what.strides, dtype=getattr(torch, what.dtype), device=where)
         return tensor, tensor.data_ptr()
-    made = empty("", shape, dtype, device, framework, order)
-    return _typed(made), made.pointer
+    owner, address = _allocate(what, device)
+    return owner.view(_bfloat16()) if what.dtype == "bfloat16" else owner, address
 
 
-def scratch(framework: str, nbytes: int, device: tuple[str, int]) -> tuple[Any, int]:
-    """Bytes from the allocator that knows the stream of an array of this framework."""
-    return new(framework if framework == "torch" else "numpy", (nbytes,), (1,), "uint8", None, device)
+def _allocate(what: Blank, device: tuple[str, int]) -> tuple[Any, int]:
+    """NumPy's or CuPy's array of the storage's dtype."""
+    owner: Any
+    if device[0] == "cpu":
+        raw = np.empty(what.nbytes + _ALIGNMENT, np.uint8)
+        address = raw.ctypes.data
+        start = -address % _ALIGNMENT
+        address += start
+        owner = np.ndarray(what.laid_out, what.storage, raw, start)  # a slice of length 0 would start at raw's own address
+    else:
+        owner = _cupy(proven=True).empty(what.laid_out, what.storage)
+        address = owner.data.ptr
+    return owner if what.axes is None else owner.transpose(what.axes), address
 
 
 @functools.lru_cache(64)
 def _torch_device(device: tuple[str, int]) -> Any:
-    return sys.modules["torch"].device(*device) if device != CPU else sys.modules["torch"].device("cpu")
+    torch = sys.modules["torch"]
+    return torch.device("cpu") if device == CPU else torch.device(*device)
 
 
 def empty(
@@ -556,23 +586,9 @@ def empty(
 
     On a device it is CuPy's, on the current device and stream.
     """
-    shape = tuple(shape)
-    order = tuple(range(len(shape))) if strides_order is None else tuple(strides_order)
-    laid_out, strides = tuple([shape[axis] for axis in order]), _compact(shape, order)
-    storage = np.dtype(_storage(dtype))
-    owner: Any
-    if device[0] == "cpu":
-        nbytes = math.prod(shape) * storage.itemsize
-        raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
-        start = -raw.ctypes.data % _ALIGNMENT
-        owner = np.ndarray(laid_out, storage, raw, start)  # a slice of length 0 would start at raw's own address
-        pointer = owner.ctypes.data
-    else:
-        owner = _cupy(proven=True).empty(laid_out, storage)
-        pointer = owner.data.ptr
-    if strides_order is not None:
-        owner = owner.transpose([order.index(axis) for axis in range(len(shape))])
-    return Array(name, pointer, shape, strides, dtype, device, False, like_framework, owner, owner)
+    what = blank(tuple(shape), dtype, None if strides_order is None else tuple(strides_order))
+    owner, pointer = _allocate(what, device)
+    return Array(name, pointer, what.shape, what.strides, dtype, device, False, like_framework, owner, owner)
 
 
 def give(array: Array, u: Array) -> Any:
@@ -607,11 +623,6 @@ def give(array: Array, u: Array) -> Any:
         namespace = u.source.__array_namespace__()
         if hasattr(namespace, "from_dlpack"):
             return namespace.from_dlpack(export)
-    return _typed(array)
-
-
-def _typed(array: Array) -> Any:
-    """NumPy's or CuPy's array over what `empty` made."""
     return array.owner.view(_bfloat16()) if array.dtype == "bfloat16" else array.owner
 
 
@@ -839,6 +850,11 @@ def _name(dtype: np.dtype[Any]) -> str:
 @functools.lru_cache(64)
 def _name_in_torch(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def storage(dtype: str) -> np.dtype[Any]:
+    """NumPy's dtype for the memory of a dtype."""
+    return np.dtype(_storage(dtype))
 
 
 @functools.lru_cache(64)

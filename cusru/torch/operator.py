@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 import cusru
-from cusru import dlpack, problem
-from cusru.arguments import OPERATORS
+from cusru import call, dlpack, problem
+from cusru.arguments import BACKWARD, FORWARD, OPERATORS, Operator
+from cusru.problem import Options
 from cusru.torch.compiler import when_loaded
 
 SAVE_EVERY = 32  # by default: states are then 0.4% of the bytes that a float32 training step moves
@@ -101,6 +103,10 @@ def _sru(
     u: Any, x: Any, bias: Any, weight_c: Any, c0: Any, mask_c: Any, mask_pad: Any, activation: Any, candidate: Any,
     scale_x: Any, mask_target: Any, bidirectional: Any, save_every: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    inputs = u, x, bias, weight_c, c0, mask_c, mask_pad, scale_x
+    results = _straight(inputs, Options(activation, candidate, mask_target, bidirectional, save_every))
+    if results is not None:
+        return results
     given = dict(u=u, x=x, bias=bias, weight_c=weight_c, c0=c0, mask_c=mask_c, mask_pad=mask_pad)
     scale = 1.0
     if problem.is_number("scale_x", scale_x) or isinstance(scale_x, torch.SymFloat | torch.SymInt):
@@ -133,6 +139,71 @@ def _sru(
         run = torch.ops.cusru.sru_forward if traced else _Forward.apply  # a trace is saved with operators only
     h, _, c_last = run(*arguments)
     return h, c_last
+
+
+# ---- the straight way ----------------------------------------------------------------------------------------------
+
+
+class _Unusual(Exception):
+    """The tensors are to be looked at with care."""
+
+
+def _straight(inputs: tuple[Any, ...], options: Options) -> tuple[Tensor, Tensor] | None:
+    """For plain tensors where nobody but autograd looks: no dispatch, no second look. None where anything is unusual or wrong."""
+    kind, every = type(inputs[0]), options.save_every
+    if (kind is not Tensor and kind is not Parameter) or dlpack.watched_by_torch():
+        return None
+    try:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs):
+            if every is None or any(isinstance(a, Tensor) and a.requires_grad for a in inputs[5:]):
+                return None
+            return _Straight.apply(options, *inputs)  # type: ignore[no-any-return]
+        if every is not None and (type(every) is not int or every < 1):
+            return None
+        h, _, c_last = _run(FORWARD, inputs, options._replace(save_every=None))  # states are for a backward
+        return h, c_last
+    except _Unusual:
+        return None
+
+
+def _run(operator: Operator, inputs: tuple[Any, ...], options: Options, unwanted: tuple[str, ...] = ()) -> list[Any]:
+    found = call.look(operator, inputs, options, like_inputs=True, unwanted=unwanted)
+    results = None if found is None else call.start(found)
+    if results is None:
+        raise _Unusual
+    return results
+
+
+class _Straight(torch.autograd.Function):
+    """What `_Forward` and `_Backward` do, without what they do for torch's transforms, in which it is not called."""
+
+    @staticmethod
+    def forward(ctx: Any, options: Options, *inputs: Any) -> tuple[Tensor, Tensor]:
+        h, c, c_last = _run(FORWARD, inputs, options)
+        ctx.save_for_backward(c, *inputs[:7], None if (by_value := not isinstance(inputs[7], Tensor)) else inputs[7])
+        ctx.straight = options, inputs[7] if by_value else 1.0
+        ctx.set_materialize_grads(False)
+        return h, c_last
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor | None, grad_c_last: Tensor | None) -> tuple[Any, ...]:
+        if grad_h is None and grad_c_last is None:
+            return (None,) * 9
+        c, *tensors = ctx.saved_tensors
+        options, scale = ctx.straight
+        u, scale_x = tensors[0], tensors[7]
+        if grad_h is None:
+            grad_h = u.new_zeros(()).expand(u.shape[:3])
+        if not torch.is_grad_enabled():  # else there is to be a graph of this, whose derivative is an error
+            unwanted = tuple([g for g, needed in zip(BACKWARD.results, ctx.needs_input_grad[1:], strict=False) if not needed])
+            inputs = *tensors[:7], scale if scale_x is None else scale_x, None, c, None, grad_h, grad_c_last
+            try:
+                return (None, *_run(BACKWARD, inputs, options, unwanted), None, None, None)
+            except _Unusual:
+                pass
+        c = torch.cat([c, torch.zeros_like(c[:1])])  # as the operator has it
+        gradients = _Backward.apply(grad_h, grad_c_last, c, *tensors, scale, *options)
+        return (None, *[None if a is None else g for a, g in zip(tensors[:5], gradients, strict=True)], None, None, None)
 
 
 _NO_GRADIENT = "{0} requires grad, and cusru has no gradient for it: pass {0}.detach()"
@@ -232,7 +303,7 @@ def _backward_without_memory(grad_h: Tensor, grad_c_last: Tensor | None, c: Tens
 def _check_without_memory(direction: str, arguments: dict[str, Any]) -> None:
     """The checks of cusru's functions for tensors of a tracer, which have all that is looked at but memory."""
     described = {n: _describe(n, a) if isinstance(a, Tensor) else a for n, a in arguments.items()}
-    options = problem.Options(*(described[name] for name in problem.Options._fields))
+    options = Options(*(described[name] for name in Options._fields))
     inputs = {n: described[n] for n in OPERATORS[direction].inputs if n in described}
     problem.check(direction, inputs, options, 0)
 
@@ -412,7 +483,8 @@ _KERNELS: dict[str, Callable[..., Any]] = {}
 def _tell_dynamo() -> None:
     torch.compiler.allow_in_graph(_sru)  # it is to trace the operators alone, not the checks and rules around them
     # A compiled function that calls backward() itself would have dynamo compile this, and fail; ...
-    _Forward.backward = staticmethod(torch.compiler.disable(_Forward.backward))  # type: ignore[method-assign]
+    for function in (_Forward, _Straight):
+        function.backward = staticmethod(torch.compiler.disable(function.backward))  # type: ignore[method-assign]
     for name, run in _KERNELS.items():  # ... and these, where they run within a frame that it has skipped.
         _KERNELS[name] = torch.compiler.disable(run)
 
