@@ -6,10 +6,10 @@
 Needs `pip install ".[examples]"`, which brings matplotlib and tqdm; on a GPU also CuPy (".[cuda13]") with cuBLAS for the GEMMs
 (`pip install nvidia-cublas`; for CUDA 12 ".[cuda12]" and nvidia-cublas-cu12).
 
-The recurrence and its gradient are `cusru.sru_forward` and `cusru.sru_backward`; the rest of learning is here, in the order:
-model, loss, Adam, training, command line. Text and files are char_lm_support.py's. Nothing in training depends on the clock, or
-on when a run ends: N steps, and --resume up to M, give bit for bit what M steps in one go give (same machine, backend, libraries
-and number of threads).
+The recurrence and its gradient are `cusru.sru_forward` and `cusru.sru_backward`; all else that learns is here, in the order:
+model, loss, Adam, training. What serves it, such as text, files and options, is in char_lm_support.py. Nothing in training
+depends on the clock, or on when a run ends: N steps, and --resume up to M, give bit for bit what M steps in one go give (same
+machine, backend, libraries and number of threads).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import char_lm_support as support
 import numpy as np
+from char_lm_support import Problem, number
 
 import cusru
 
@@ -37,14 +38,14 @@ WARM_UP, HALF_LIFE = 30, 1000  # steps: the rate rises linearly, then falls as 1
 TEMPERATURE = 0.7  # of the sample; below 1 the probable characters are preferred
 
 OPTIONS = {  # all that training depends on but the text; they lie in the checkpoint
-    "width": (support.number(int, 1, 16384), 128, "of the embedding and of each layer"),
-    "layers": (support.number(int, 1, 64), 2, "SRU layers"),
-    "batch": (support.number(int, 1, 65536), 32, "streams of text that are read side by side"),
-    "length": (support.number(int, 1, 65536), 64, "characters of each stream in a step, through which gradients go back"),
-    "rate": (support.number(float, 1e-9, 1), 0.01, "Adam's learning rate at its highest"),
-    "clip": (support.number(float, 1e-9, 1e9), 1.0, "largest norm of a step's gradient"),
-    "eval_every": (support.number(int, 1, 10**9), 100, "steps between evaluations, each of which saves the checkpoint"),
-    "seed": (support.number(int, 0, 2**63 - 1), 0, "of the random numbers"),
+    "width": (number(int, 1, 16384), 128, "of the embedding and of each layer"),
+    "layers": (number(int, 1, 64), 2, "SRU layers"),
+    "batch": (number(int, 1, 65536), 32, "streams of text that are read side by side"),
+    "length": (number(int, 1, 65536), 64, "characters of each stream in a step, through which gradients go back"),
+    "rate": (number(float, 1e-9, 1), 0.01, "Adam's learning rate at its highest"),
+    "clip": (number(float, 1e-9, 1e9), 1.0, "largest norm of a step's gradient"),
+    "eval_every": (number(int, 1, 10**9), 100, "steps between evaluations, each of which saves the checkpoint"),
+    "seed": (number(int, 0, 2**63 - 1), 0, "of the random numbers"),
 }
 
 # ---- model and loss ----------------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ class Model:
                 a[...] = self.xp.asarray(rng.uniform(-bound, bound, a.shape).astype(a.dtype))
 
     def forward(self, characters: Array, state: list[Array], keep: bool = True) -> Any:
-        """(L, B) characters -> (L*B, V) logits, the states after the last step, and what `backward` needs if it is to keep it."""
+        """(L, B) characters -> (L*B, V) logits, the states after the last step, and, where kept, `backward`'s tape."""
         (length, batch), width, p, after, tape = characters.shape, self.width, self.p, [], []
         x = p["embedding"][characters]
         for i in range(self.layers):
@@ -163,7 +164,7 @@ class Run:
         self.chunks = len(text.train) // config["batch"] // config["length"]  # in an epoch
         if not self.chunks or len(text.heldout) < 2:
             size = f"--batch {config['batch']} times --length {config['length']}"
-            raise support.Problem(f"{len(text.train)} characters to train on, {len(text.heldout)} held out: too few for {size}")
+            raise Problem(f"{len(text.train)} characters to train on, {len(text.heldout)} held out: too few for {size}")
         self.model = Model(xp, len(text.vocabulary), config["width"], config["layers"])
         self.m, self.v = xp.zeros_like(self.model.parameters), xp.zeros_like(self.model.parameters)
         self.rng = np.random.default_rng(config["seed"])
@@ -196,9 +197,7 @@ class Run:
         model.backward(characters[:-1], grad_logits, tape)
         norm, bits = clip(xp, model.gradient, self.config["clip"]), float(nats) * BITS
         if not math.isfinite(norm + bits):  # before it reaches the parameters, which the checkpoint may take
-            raise support.Problem(
-                f"step {self.step + 1} diverged: loss {bits}, norm of the gradient {norm}; try a smaller --rate"
-            )
+            raise Problem(f"step {self.step + 1} diverged: loss {bits}, norm of the gradient {norm}; try a smaller --rate")
         self.step += 1
         adam(xp, model.parameters, model.gradient, self.m, self.v, self.step, learning_rate(self.config["rate"], self.step))
         self.train_bits.append(bits)
@@ -272,39 +271,38 @@ def train(run: Run, steps: int | None, seconds: float, path: Path) -> int:
 
 
 def first_logits(xp: Any) -> Array:
-    """Of a small model: whether GEMM, kernel and compiler work on this backend."""
+    """Of a small model: whether a backend can do all that it takes."""
     return Model(xp, 64, 64, 1).forward(xp.zeros((1, 1), int), [xp.zeros((1, 64), "float32")])[0]
 
 
 @support.command
 def main(arguments: list[str] | None) -> int:
     options, about, arrays = support.parse(arguments, OPTIONS)
+    checkpoint, picture = options.out / "checkpoint.npz", options.out / "loss.png"
     xp, backend = support.choose_backend(options.backend, first_logits)
-    support.prepare_folder(options.out, options.checkpoint, options.picture)
-    text = support.prepare(options.text)
-    run = Run(xp, text, options.config)
-    if about:
-        if about["text_sha256"] != text.sha256:
-            what = f"{options.checkpoint} was trained on another text: {about['text']}; this is: {text.source}"
-            raise support.Problem(f"argument --text: {what}")
-        run.restore(about, arrays)
-    predicted = support.host(run.windows)[1:]
+    support.prepare_folder(checkpoint, picture)
     print(f"backend   {backend}")
+    text = support.prepare(options.text)
+    if about and about["text_sha256"] != text.sha256:
+        raise Problem(f"argument --text: {checkpoint} was trained on another text: {about['text']}; this is: {text.source}")
+    run = Run(xp, text, {name: getattr(options, name) for name in OPTIONS})
+    predicted = support.host(run.windows)[1:]
     print(f"text      {text.source}")
     print(f"          {len(text.train):,} characters to train on, {predicted.size:,} of {len(text.heldout):,} held out")
     print(f"model     {run.model.size:,} parameters, {len(text.vocabulary)} characters in the vocabulary")
     if about:
-        print(f"resumed   at step {run.step} of {options.checkpoint}")
-    if ended := train(run, options.steps, options.seconds, options.checkpoint):
-        print(f"interrupted: {options.checkpoint} holds step {run.step}; --resume goes on from there")
+        run.restore(about, arrays)
+        print(f"resumed   at step {run.step} of {checkpoint}")
+    if ended := train(run, options.steps, options.seconds, checkpoint):
+        print(f"interrupted: {checkpoint} holds step {run.step}; --resume goes on from there")
         return 128 + ended
     reached, unigram = run.evaluate(), float(text.unigram[predicted].mean())
-    support.draw(options.picture, run.train_bits, [*run.heldout_bits, (run.step, reached)], unigram)
+    support.draw(picture, run.train_bits, [*run.heldout_bits, (run.step, reached)], unigram)
     print(f"\nafter {run.step} steps:")
     print(f"  held-out bits per character  {reached:.3f}")
     print(f"  unigram entropy              {unigram:.3f}   of the held-out text, under the training text's character frequencies")
     print(f"  below it by                  {unigram - reached:.3f}")
-    print(f"wrote {options.checkpoint} and {options.picture}")
+    print(f"wrote {checkpoint} and {picture}")
     if options.sample:
         print(f"\na sample:\n{run.sample(options.sample)}")
     return 0

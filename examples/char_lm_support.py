@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import importlib
 import io
@@ -89,7 +88,9 @@ def heldout_windows(heldout: np.ndarray) -> np.ndarray:
 # ---- files -------------------------------------------------------------------------------------------------------------
 
 
-def prepare_folder(folder: Path, *files: Path) -> None:
+def prepare_folder(*files: Path) -> None:
+    """Theirs, so that they can be written at the end."""
+    folder = files[0].parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -186,8 +187,8 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse(arguments: list[str] | None, table: dict[str, Any]) -> tuple[argparse.Namespace, dict[str, Any], dict[str, np.ndarray]]:
-    """The options, those of the table together in `config`; and, to resume from, the checkpoint, which holds that."""
+def parse(arguments: list[str] | None, table: dict[str, Any]) -> tuple[argparse.Namespace, dict[str, Any], dict[str, Any]]:
+    """The options; and what `read_checkpoint` returns, whose config takes the place of the table's defaults, or empty dicts."""
     parser = argparse.ArgumentParser(
         prog="char_lm",
         description="Train a character language model of SRU layers on the source of Python's standard library.",
@@ -207,8 +208,10 @@ def parse(arguments: list[str] | None, table: dict[str, Any]) -> tuple[argparse.
     add("--sample", type=number(int, 0, 10**6), default=600, help=f"characters of text to make up at the end {default}")
 
     options, about, arrays = parser.parse_args(arguments), {}, {}
-    path = options.out / "checkpoint.npz"
+    for package in ("matplotlib", "tqdm"):
+        importlib.import_module(package)  # before the work whose results they show
     if options.resume:
+        path = options.out / "checkpoint.npz"
         about, arrays = read_checkpoint(path)
         parser.set_defaults(**about["config"])
         options = parser.parse_args(arguments)  # again: what differs from the checkpoint now, the user has asked for
@@ -217,8 +220,6 @@ def parse(arguments: list[str] | None, table: dict[str, Any]) -> tuple[argparse.
                 raise Problem(f"argument {flag(name)}: {given} contradicts {path}, which was made with {value}")
         if options.steps and options.steps < about["step"]:
             raise Problem(f"argument --steps: {path} has done {about['step']} steps, more than {options.steps}")
-    options.checkpoint, options.picture = path, options.out / "loss.png"
-    options.config = {name: getattr(options, name) for name in table}
     return options, about, arrays
 
 
@@ -238,22 +239,20 @@ def choose_backend(wanted: str | None, compute: Callable[[Any], Any]) -> tuple[A
                 return xp, f"{title} {xp.__version__}, on {result.device}{failed}"
             except Exception as error:  # no package, device, library or compiler; or CUSRU_SIMULATE asks for what is not there
                 failed += f" ({title}: {one_line(error)})"
-    if wanted != "numpy":
-        failed += '; CuPy needs a CUDA device and pip install ".[cuda13]" nvidia-cublas (CUDA 12: ".[cuda12]" nvidia-cublas-cu12)'
+    if wanted == "cupy":
+        failed += '; it needs a CUDA device and pip install ".[cuda13]" nvidia-cublas (CUDA 12: ".[cuda12]" nvidia-cublas-cu12)'
     raise Problem(f"argument --backend: nothing to compute on{failed}")
 
 
 def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
     """Returns its exit status. What goes wrong is told in one line, whatever has become of the output."""
 
-    @functools.wraps(main)
     def run(arguments: list[str] | None = None) -> int:
         # A shell may have closed them.
         sys.stdout, sys.stderr = (stream or io.TextIOWrapper(io.BytesIO()) for stream in (sys.stdout, sys.stderr))
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace", line_buffering=True)
         try:
-            for package in ("matplotlib", "tqdm"):
-                importlib.import_module(package)
             return main(arguments)
         except KeyboardInterrupt:
             return 128 + signal.SIGINT

@@ -321,7 +321,8 @@ def test_two_processes_compute_the_same_bits(text, tmp_path):
     assert members(tmp_path / "a") == members(tmp_path / "b")
 
 
-def test_ctrl_c_saves_a_checkpoint_that_resumes(train, text, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_a_checkpoint_that_resumes(train, text, tmp_path, number):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("CUSRU_SIMULATE", None)
     with subprocess.Popen(
@@ -331,10 +332,10 @@ def test_ctrl_c_saves_a_checkpoint_that_resumes(train, text, tmp_path):
     ) as process:  # fmt: skip
         for line in process.stdout:
             if re.match(r" +8 ", line):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
                 break
         printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert errors == ""
     step = int(re.search(r"^interrupted: .* holds step (\d+)", printed, re.M)[1])
     assert step >= 8
@@ -628,7 +629,14 @@ def test_help_names_every_option():
 
 @pytest.mark.parametrize(
     ("shell", "status"),
-    [("{} | head -n 6", 0), ("{} >/dev/full", 2), ("{} >&-", 0), ("{} 2>&-", 0), ("CUSRU_SIMULATE=1 CXX= PATH= {}", 2)],
+    [
+        ("{} | head -n 6", 0),
+        ("{} >/dev/full", 2),
+        ("{} >&-", 0),
+        ("{} 2>&-", 0),
+        ("CUSRU_SIMULATE=1 CXX= PATH= {}", 2),
+        ("CUSRU_SIMULATE=maybe {}", 2),
+    ],
 )
 def test_whatever_becomes_of_its_output_there_is_no_traceback(text, tmp_path, shell, status):
     """Nobody reads it, no room for it, none of it; a backend that is not there. What was trained is saved."""
@@ -638,6 +646,7 @@ def test_whatever_becomes_of_its_output_there_is_no_traceback(text, tmp_path, sh
     run = subprocess.run(["/bin/sh", "-c", line], env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert run.returncode == status, run.stderr
     assert "Traceback" not in run.stderr
+    assert ("CUSRU_SIMULATE is 'maybe'" in run.stderr) == ("maybe" in shell)
     assert run.stderr.count("char_lm: error: ") == len(run.stderr.splitlines())
     if "CUSRU_SIMULATE" not in shell:
         assert (tmp_path / "out" / "checkpoint.npz").exists() == (shell != "{} >/dev/full"), "that stops before the first step"
