@@ -23,6 +23,7 @@ for package in ("matplotlib", "tqdm"):
 
 sys.path.insert(0, str(SCRIPT.parent))
 import char_lm  # noqa: E402
+import char_lm_support as support  # noqa: E402
 
 SMALL = ("--backend", "numpy", "--width", "12", "--batch", "3", "--length", "7", "--eval-every", "4", "--sample", "20")
 
@@ -116,9 +117,9 @@ def test_a_minute_brings_it_a_bit_and_a_half_below_the_unigram_entropy(tmp_path)
 
 def test_the_held_out_files_are_no_training_files_and_no_tests(monkeypatch):
     read = []
-    monkeypatch.setattr(char_lm, "read", lambda paths, what: read.append(paths) or "text")
-    char_lm.read_stdlib()
-    char_lm.read_stdlib()
+    monkeypatch.setattr(support, "read", lambda paths, what: read.append(paths) or "text")
+    support.read_stdlib()
+    support.read_stdlib()
     (train, heldout), again = read[:2], read[2:]
     assert [train, heldout] == again
     assert len(train) > 100
@@ -132,7 +133,7 @@ def test_the_held_out_files_are_no_training_files_and_no_tests(monkeypatch):
 def test_the_unigram_entropy_is_the_best_that_frequencies_alone_can_do(tmp_path):
     path = tmp_path / "abc"
     path.write_text("aab" * 3000 + "aab" * 334, encoding="utf-8")  # the last tenth has the frequencies of all
-    text = char_lm.prepare([path])
+    text = support.prepare([path])
     bits = text.unigram[text.heldout].mean()
     assert bits == pytest.approx(-(2 / 3 * np.log2(2 / 3) + 1 / 3 * np.log2(1 / 3)), abs=2e-3)
     assert 2.0**-text.unigram @ np.ones(len(text.vocabulary)) == pytest.approx(1)
@@ -140,7 +141,7 @@ def test_the_unigram_entropy_is_the_best_that_frequencies_alone_can_do(tmp_path)
 
 def test_held_out_windows_are_spread_and_predict_no_character_twice():
     for size in (2, 100, 513, 600, 40_000, 100_000):
-        windows = char_lm.heldout_windows(np.arange(size))
+        windows = support.heldout_windows(np.arange(size))
         assert (np.diff(windows, axis=0) == 1).all(), "each is a stretch of the text"
         predicted = windows[1:].ravel()
         assert len(set(predicted)) == predicted.size == min(windows.shape[1] * (len(windows) - 1), size - 1)
@@ -150,7 +151,7 @@ def test_held_out_windows_are_spread_and_predict_no_character_twice():
 
 def test_held_out_bits_are_those_of_each_character_after_all_before_it(text):
     """Against the model run on each window whole, in one piece."""
-    run = char_lm.Run(np, char_lm.prepare([text]), {name: default for name, (_, default, _) in char_lm.OPTIONS.items()} | {
+    run = char_lm.Run(np, support.prepare([text]), {name: default for name, (_, default, _) in char_lm.OPTIONS.items()} | {
         "width": 12, "batch": 3, "length": 7,
     })  # fmt: skip
     windows = np.asarray(run.windows)
@@ -171,8 +172,8 @@ def test_the_learning_rate_rises_then_falls_with_the_step_alone():
 def test_what_no_terminal_should_print_is_no_character(tmp_path):
     path = tmp_path / "binary"
     path.write_bytes(b"a\x1b[31m\x00\xff\xfe\r\n\t" * 500)
-    text = char_lm.prepare([path])
-    assert text.vocabulary[0] == char_lm.REST
+    text = support.prepare([path])
+    assert text.vocabulary[0] == support.REST
     assert set(text.vocabulary[1:]) == set("a[31m\n\t")
     assert np.bincount(text.train)[0] > 0
     assert (text.train < len(text.vocabulary)).all()
@@ -257,7 +258,7 @@ def test_chunks_with_the_state_carried_are_one_long_text(text, monkeypatch):
 def test_a_step_starts_from_the_state_in_which_the_last_one_ended(text, monkeypatch):
     monkeypatch.delenv("CUSRU_SIMULATE", raising=False)
     config = dict(width=4, layers=2, batch=3, length=7, seed=0, rate=0.1, clip=1.0)
-    run, twin = (char_lm.Run(np, char_lm.prepare([text]), config) for _ in range(2))
+    run, twin = (char_lm.Run(np, support.prepare([text]), config) for _ in range(2))
     state = twin.state
     for _ in range(3):
         characters = twin.next_chunk()
@@ -269,7 +270,7 @@ def test_a_step_starts_from_the_state_in_which_the_last_one_ended(text, monkeypa
 
 
 def test_an_epoch_reads_every_stream_on_from_where_it_was(text):
-    run = char_lm.Run(np, char_lm.prepare([text]), dict(width=4, layers=1, batch=3, length=7, seed=0))
+    run = char_lm.Run(np, support.prepare([text]), dict(width=4, layers=1, batch=3, length=7, seed=0))
     chunks = [run.next_chunk() for _ in range(run.chunks)]
     assert run.chunk == 0
     for chunk, following in itertools.pairwise(chunks):
@@ -320,7 +321,8 @@ def test_two_processes_compute_the_same_bits(text, tmp_path):
     assert members(tmp_path / "a") == members(tmp_path / "b")
 
 
-def test_ctrl_c_saves_a_checkpoint_that_resumes(train, text, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_a_checkpoint_that_resumes(train, text, tmp_path, number):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("CUSRU_SIMULATE", None)
     with subprocess.Popen(
@@ -330,10 +332,10 @@ def test_ctrl_c_saves_a_checkpoint_that_resumes(train, text, tmp_path):
     ) as process:  # fmt: skip
         for line in process.stdout:
             if re.match(r" +8 ", line):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
                 break
         printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert errors == ""
     step = int(re.search(r"^interrupted: .* holds step (\d+)", printed, re.M)[1])
     assert step >= 8
@@ -377,7 +379,7 @@ def test_a_flipped_byte_is_noticed_or_harmless(train, tmp_path):
     assert train("run", "--steps", "6", "--width", "40") == 0  # members larger than the blocks in which zipfile reads
     path = tmp_path / "run" / "checkpoint.npz"
     data = path.read_bytes()
-    about, arrays = char_lm.read_checkpoint(path)
+    about, arrays = support.read_checkpoint(path)
     expected = {name: (a.dtype, a.shape, a.tobytes()) for name, a in arrays.items()}
     rng = np.random.default_rng(0)
     starts = [m.start() for m in re.finditer(rb"PK\x03\x04|PK\x01\x02|PK\x05\x06|\x93NUMPY", data)]
@@ -391,8 +393,8 @@ def test_a_flipped_byte_is_noticed_or_harmless(train, tmp_path):
         flipped[place] = byte
         path.write_bytes(flipped)
         try:
-            other_about, other = char_lm.read_checkpoint(path)
-        except char_lm.Problem:
+            other_about, other = support.read_checkpoint(path)
+        except support.Problem:
             noticed += 1
         else:
             assert other_about == about, place
@@ -561,7 +563,7 @@ def test_a_text_that_cannot_be_read_is_refused_by_name(train, tmp_path, capsys):
 
 
 def test_without_the_library_s_source_it_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(char_lm.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "python311.zip")})
+    monkeypatch.setattr(support.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "python311.zip")})
     assert char_lm.main(["--out", str(tmp_path / "run"), "--backend", "numpy"]) == 2
     assert "python311.zip" in error_line(capsys)
 
@@ -617,7 +619,7 @@ def test_help_names_every_option():
         "--text",
         "--backend",
         "--sample",
-        *map(char_lm.flag, char_lm.OPTIONS),
+        *map(support.flag, char_lm.OPTIONS),
     ):
         assert f"  {option}" in run.stdout
 
@@ -627,7 +629,14 @@ def test_help_names_every_option():
 
 @pytest.mark.parametrize(
     ("shell", "status"),
-    [("{} | head -n 6", 0), ("{} >/dev/full", 2), ("{} >&-", 0), ("{} 2>&-", 0), ("CUSRU_SIMULATE=1 CXX= PATH= {}", 2)],
+    [
+        ("{} | head -n 6", 0),
+        ("{} >/dev/full", 2),
+        ("{} >&-", 0),
+        ("{} 2>&-", 0),
+        ("CUSRU_SIMULATE=1 CXX= PATH= {}", 2),
+        ("CUSRU_SIMULATE=maybe {}", 2),
+    ],
 )
 def test_whatever_becomes_of_its_output_there_is_no_traceback(text, tmp_path, shell, status):
     """Nobody reads it, no room for it, none of it; a backend that is not there. What was trained is saved."""
@@ -637,6 +646,7 @@ def test_whatever_becomes_of_its_output_there_is_no_traceback(text, tmp_path, sh
     run = subprocess.run(["/bin/sh", "-c", line], env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert run.returncode == status, run.stderr
     assert "Traceback" not in run.stderr
+    assert ("CUSRU_SIMULATE is 'maybe'" in run.stderr) == ("maybe" in shell)
     assert run.stderr.count("char_lm: error: ") == len(run.stderr.splitlines())
     if "CUSRU_SIMULATE" not in shell:
         assert (tmp_path / "out" / "checkpoint.npz").exists() == (shell != "{} >/dev/full"), "that stops before the first step"
