@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ import numpy as np
 from cusru import dlpack, raw_kernels, reference
 from cusru.arguments import ARRAYS, BACKWARD, OPERATORS, Operator, fill
 from cusru.dlpack import Array
-from cusru.plan import ALIGNMENT, Plan, aligned, plan
+from cusru.plan import ALIGNMENT, Plan, plan
 from cusru.problem import Checked, Options, Wanted, check, check_device, layout, wanted_results
 
 KEPT = 512  # signatures, of some 6 KB each
@@ -38,7 +37,7 @@ class Ready(NamedTuple):
     framework: str  # u's
     plan: Plan | None  # None: NumPy runs it
     fresh: tuple[tuple[int, dlpack.Blank], ...]  # slots of results that cusru allocates
-    spans: tuple[tuple[int, int], ...]  # of each array, from its address: the first byte, the one after the last; 0, 0: none
+    spans: tuple[tuple[int, int, int], ...]  # slots of arrays that were given, and from the address: first byte, end
     views: tuple[dlpack.View | None, ...]  # of each array, parameters in two rows: how NumPy would see a CPU's memory
     flat: tuple[int, ...]  # slots of parameters that are given as (2*D,)
     bits: bool  # whether there is bfloat16 among them, which NumPy knows by its bits alone
@@ -115,15 +114,21 @@ def look(
     except Exception:  # the careful way says what it is
         return None
     written = tuple([a for a in objects[len(inputs) :] if a is not None]) if writes else ()
-    if written and not (_apart(addresses, ready.spans) and all(map(dlpack.may_be_written, written))):
+    if written and not _apart(addresses, ready.spans):
+        return None
+    if written and framework != "cupy" and not all(map(dlpack.may_be_written, written)):
         return None
     return Call(ready, objects, addresses, scale, handle, written)
 
 
-def _apart(addresses: Sequence[int], spans: Sequence[tuple[int, int]]) -> bool:
+def _apart(addresses: Sequence[int], spans: Sequence[tuple[int, int, int]]) -> bool:
     """Whether no array begins before another ends."""
-    ends = sorted([(a + low, a + high) for a, (low, high) in zip(addresses, spans, strict=False) if high])
-    return all(end <= start for (_, end), (start, _) in pairwise(ends))
+    end = 0
+    for low, high in sorted([(addresses[slot] + low, addresses[slot] + high) for slot, low, high in spans]):
+        if low < end:
+            return False
+        end = high
+    return True
 
 
 @functools.lru_cache(KEPT)
@@ -157,32 +162,30 @@ def prepare(
         dlpack.borrow(workspace, "workspace", allowed=BYTES)
         check_workspace(workspace, chosen.workspace)
     held = {_SLOTS[name]: array for name, array in given.items()}
-    spans = [_span(held.get(slot)) for slot in range(len(names) - 1)]
+    if workspace is not None:
+        held[len(layouts) - 1] = workspace
+    lowest = {slot: dlpack.bounds(array)[0] - array.pointer for slot, array in held.items()}
     laid_out = {_SLOTS[name]: one for name, one in {**problem.inputs, **problem.results}.items()}
     views = [
-        dlpack.View(one.shape, tuple([s * one.itemsize for s in one.strides]), dlpack.storage(one.dtype), spans[slot][0])
+        dlpack.View(one.shape, tuple([s * one.itemsize for s in one.strides]), dlpack.storage(one.dtype), lowest[slot])
         if (one := laid_out.get(slot))
         else None
         for slot in range(len(names) - 1)
     ]
-    for slot, _ in fresh:
-        spans[slot] = 0, 0  # memory of its own
+    spans = [
+        (slot, lowest[slot], dlpack.bounds(array)[1] - array.pointer)
+        for slot, array in held.items()
+        if array.size and slot not in dict(fresh)  # what is fresh has memory of its own
+    ]
     return Ready(
-        operator, device, framework, chosen if multiprocessors >= 0 else None, tuple(fresh), (*spans, _span(workspace)),
-        tuple(views), tuple([slot for slot, a in held.items() if len(a.shape) == 1 and slot != _SCALE]),
+        operator, device, framework, chosen if multiprocessors >= 0 else None, tuple(fresh), tuple(spans), tuple(views),
+        tuple([slot for slot, a in held.items() if len(a.shape) == 1 and slot != _SCALE and slot < len(views)]),
         any(a.dtype == "bfloat16" for a in held.values()),
         dict(
             activation=problem.activation, candidate=problem.candidate, mask_target=problem.mask_target,
             bidirectional=problem.bidirectional, save_every=problem.block,
         ),
     )  # fmt: skip
-
-
-def _span(array: Array | None) -> tuple[int, int]:
-    if array is None or not array.size:
-        return 0, 0
-    low, high = dlpack.bounds(array)
-    return low - array.pointer, high - array.pointer
 
 
 def _memory_order(name: str, given: dict[str, Array], like_inputs: bool) -> tuple[int, ...] | None:
@@ -210,8 +213,9 @@ def start(call: Call) -> list[Any] | None:
             objects[slot], addresses[slot] = dlpack.new(framework, blank, device)
             if addresses[slot] % ALIGNMENT:
                 return None
-        for a in written:
-            dlpack.mark_written(a)
+        if framework == "torch":
+            for a in written:
+                dlpack.mark_written(a)
         if chosen is not None:
             _launch(ready, chosen, addresses, scale)
         elif framework == "numpy":
@@ -227,8 +231,7 @@ def _launch(ready: Ready, chosen: Plan, addresses: list[int], scale: float) -> N
     if chosen.workspace and not base:  # from the allocator that knows the stream
         allocator = "torch" if ready.framework == "torch" else "numpy"
         _kept, base = dlpack.new(allocator, dlpack.blank((chosen.workspace,), "uint8"), ready.device)
-    base = aligned(base)
-    args = fill(chosen.frame, addresses[:-1], base, base + aligned(chosen.partial_bytes), scale)
+    args = fill(chosen.frame, addresses[:-1], *chosen.rooms(base), scale)
     raw_kernels.run(chosen.launches, args, ready.device)
 
 

@@ -74,11 +74,12 @@ class Plan(NamedTuple):
     launches: tuple[Launch, ...]  #: in turn
     frame: Frame  #: the kernels' arguments but for addresses
 
-    @property
-    def workspace(self) -> int:
-        """Bytes, by the numeric half only. A workspace may begin at any address, so there is room to align it."""
-        size = aligned(self.partial_bytes) + self.checkpoint_bytes
-        return size + ALIGNMENT - 1 if size else 0
+    workspace: int  #: bytes, by the numeric half only. It may begin at any address, so there is room to align it
+
+    def rooms(self, base: int) -> tuple[int, int]:
+        """Where partial sums and checkpoints lie in a workspace at this address."""
+        base = aligned(base)
+        return base, base + aligned(self.partial_bytes)
 
 
 def plan(problem: Problem, multiprocessors: int) -> Plan:
@@ -119,7 +120,9 @@ def plan(problem: Problem, multiprocessors: int) -> Plan:
     flags = BIDIRECTIONAL * problem.bidirectional + MASK_GATE * (problem.mask_target == "gate") + GRAD_U_PACKED * grad_u_packed
     flags += sum(f for n, f in NARROW.items() if n in given and given[n].dtype == problem.dtype != problem.state)
     parts = frame({n: (a.strides, a.itemsize) for n, a in {**given, **wanted}.items()}, numbers, flags)
-    return Plan(kernel, group, rows, sums, grad_u_packed, partials, checkpoints, tuple(launches), parts)
+    room = aligned(partials) + checkpoints
+    workspace = room + ALIGNMENT - 1 if room else 0
+    return Plan(kernel, group, rows, sums, grad_u_packed, partials, checkpoints, tuple(launches), parts, workspace)
 
 
 def _launch(kernel: Specialisation, threads: int) -> Launch:

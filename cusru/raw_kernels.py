@@ -122,9 +122,12 @@ class Launch(NamedTuple):
 
 def run(launches: Iterable[Launch], args: np.ndarray, device: tuple[str, int]) -> None:
     """Start the kernels of one call, inside `current(...)`. Nothing here waits for the device."""
-    start = _launch if device[0] == "cuda" else _simulate
+    on_device, number = device[0] == "cuda", device[1]
     for kernel, grid, block in launches:
-        start(kernel, device[1], grid, block, args)
+        if on_device:
+            (_kernels.get((kernel, number)) or _compiled(kernel, number))(grid, block, (args,))
+        else:
+            _simulate(kernel, grid, block, args)
 
 
 _SIMULATE = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("", "0", "false", "no", "off"), False)
@@ -191,12 +194,7 @@ def _compiled(kernel: Specialisation, device: int) -> Any:
     return _kernels[key]
 
 
-def _launch(kernel: Specialisation, device: int, grid: tuple[int], block: tuple[int], args: np.ndarray) -> None:
-    raw = _kernels.get((kernel, device)) or _compiled(kernel, device)
-    raw(grid, block, (args,))
-
-
-def _simulate(kernel: Specialisation, device: int, grid: tuple[int], block: tuple[int], args: np.ndarray) -> None:
+def _simulate(kernel: Specialisation, grid: tuple[int], block: tuple[int], args: np.ndarray) -> None:
     from cusru import simulator
 
     simulator.load(source(), kernel.entry, kernel.macros)(*grid, *block, args)

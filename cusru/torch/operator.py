@@ -154,8 +154,9 @@ def _straight(inputs: tuple[Any, ...], options: Options) -> tuple[Tensor, Tensor
     if (kind is not Tensor and kind is not Parameter) or dlpack.watched_by_torch():
         return None
     try:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in inputs):
-            if every is None or any(isinstance(a, Tensor) and a.requires_grad for a in inputs[5:]):
+        recorded = [slot for slot, a in enumerate(inputs) if isinstance(a, Tensor) and a.requires_grad]
+        if recorded and torch.is_grad_enabled():
+            if every is None or recorded[-1] >= len(BACKWARD.results):
                 return None
             return _Straight.apply(options, *inputs)  # type: ignore[no-any-return]
         if every is not None and (type(every) is not int or every < 1):
