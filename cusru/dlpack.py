@@ -388,7 +388,9 @@ def _plain_numpy(objects: list[Any], addresses: bool, stream: Any) -> _Plain | N
 
 
 def _plain_cupy(objects: list[Any], addresses: bool, stream: Any) -> _Plain | None:
-    array = sys.modules["cupy"].ndarray
+    cupy = sys.modules["cupy"]
+    check_cupy_version(cupy.__version__)
+    array = cupy.ndarray
     found: list[int] = []
     keys: list[_Key | None] = []
     for a in objects:
@@ -405,10 +407,8 @@ def _plain_cupy(objects: list[Any], addresses: bool, stream: Any) -> _Plain | No
         found.append(address)
         keys.append((a.shape, a.strides, a.dtype, data.device_id, address & 15))
     device = "cuda", objects[0].data.device_id
-    if stream is not None:
-        current = sys.modules["cupy"].cuda.get_current_stream(device[1]).ptr
-        if stream_handle(stream, objects[0], device) != current:
-            return None
+    if stream is not None and stream_handle(stream, objects[0], device) != cupy.cuda.get_current_stream(device[1]).ptr:
+        return None
     return "cupy", device, None, found, tuple(keys)
 
 

@@ -40,15 +40,19 @@ class Checked(NamedTuple):
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
-def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if not (isinstance(value, str) and value in allowed):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """As a plain str, whatever a subclass says that it is equal to."""
+    if isinstance(value, str) and (plain := str.__str__(value)) in allowed:
+        return plain
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def check_options(activation: Any, candidate: Any, mask_target: Any) -> None:
-    one_of("activation", activation, ACTIVATIONS)
-    one_of("candidate", candidate, CANDIDATES)
-    one_of("mask_target", mask_target, MASK_TARGETS)
+def check_options(activation: Any, candidate: Any, mask_target: Any) -> tuple[str, str, str]:
+    return (
+        one_of("activation", activation, ACTIVATIONS),
+        one_of("candidate", candidate, CANDIDATES),
+        one_of("mask_target", mask_target, MASK_TARGETS),
+    )
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -97,7 +101,7 @@ def check(direction: str, inputs: Mapping[str, Any], options: Options, stream: A
     """All that can be said before any memory is read. `inputs`: the arguments by their names, looked at in this order, scale_x
     last; a dlpack.Array stands for itself."""
     activation, candidate, mask_target, bidirectional, save_every = options
-    check_options(activation, candidate, mask_target)
+    activation, candidate, mask_target = check_options(activation, candidate, mask_target)
     bidirectional = check_flag("bidirectional", bidirectional)
     save_every = check_save_every(save_every, direction)
 

@@ -1,6 +1,7 @@
 """The recurrence as a differentiable operator of torch: `sru`, and what torch's transforms need to know about it.
 
-Three layers, each for those above it. The operators `torch.ops.cusru.sru_forward` and `sru_backward` let torch own the
+Plain tensors, where nobody but autograd looks, go a straight way (`_Straight`), to `call.py` at once. For all others there are
+three layers, each for those above it. The operators `torch.ops.cusru.sru_forward` and `sru_backward` let torch own the
 memory: they allocate results and workspace and hand them to cusru's public functions; export, compile and script see these
 alone. The autograd functions around them add what an operator lacks: a rule for vmap, and errors instead of silent
 zeros for the derivatives that are not there. `sru` names the arguments.
@@ -22,18 +23,15 @@ from torch.nn import Parameter
 
 import cusru
 from cusru import call, dlpack, problem
-from cusru.arguments import BACKWARD, FORWARD, OPERATORS, Operator
+from cusru.arguments import BACKWARD, FORWARD, OPERATORS, OPTIONS, Operator
 from cusru.problem import Options
 from cusru.torch.compiler import when_loaded
 
 SAVE_EVERY = 32  # by default: states are then 0.4% of the bytes that a float32 training step moves
 
-_TENSORS = ("u", "x", "bias", "weight_c", "c0", "mask_c", "mask_pad", "scale_x")
-_NAMES = (*_TENSORS, "scale", "activation", "candidate", "mask_target", "bidirectional", "save_every")
-_ARGUMENTS = (
-    "Tensor u, Tensor? x, Tensor? bias, Tensor? weight_c, Tensor? c0, Tensor? mask_c, Tensor? mask_pad, Tensor? scale_x, "
-    "float scale, str activation, str candidate, str mask_target, bool bidirectional, int save_every"
-)
+_TENSORS = FORWARD.inputs
+_OF_BACKWARD = tuple(name for name in BACKWARD.inputs if name not in _TENSORS)  # grad_h, grad_c_last, c
+_NAMES = (*_TENSORS, *OPTIONS)  # an operator's arguments
 
 
 def sru(
@@ -151,12 +149,12 @@ class _Unusual(Exception):
 def _straight(inputs: tuple[Any, ...], options: Options) -> tuple[Tensor, Tensor] | None:
     """For plain tensors where nobody but autograd looks: no dispatch, no second look. None where anything is unusual or wrong."""
     kind, every = type(inputs[0]), options.save_every
-    if (kind is not Tensor and kind is not Parameter) or dlpack.watched_by_torch():
+    if kind is not Tensor and kind is not Parameter:
         return None
     try:
         recorded = [slot for slot, a in enumerate(inputs) if isinstance(a, Tensor) and a.requires_grad]
         if recorded and torch.is_grad_enabled():
-            if every is None or recorded[-1] >= len(BACKWARD.results):
+            if every is None or recorded[-1] >= len(BACKWARD.results) or dlpack.watched_by_torch():
                 return None
             return _Straight.apply(options, *inputs)  # type: ignore[no-any-return]
         if every is not None and (type(every) is not int or every < 1):
@@ -363,7 +361,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        return _vmap(_Forward, _NAMES, ("h", "c", "c_last"), info.batch_size, in_dims, arguments)
+        return _vmap(_Forward, _NAMES, FORWARD.results, info.batch_size, in_dims, arguments)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -387,8 +385,8 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        names = ("grad_h", "grad_c_last", "c", *_NAMES)
-        return _vmap(_Backward, names, ("u", "x", "bias", "weight_c", "c0"), info.batch_size, in_dims, arguments)
+        results = tuple(name.removeprefix("grad_") for name in BACKWARD.results)
+        return _vmap(_Backward, (*_OF_BACKWARD, *_NAMES), results, info.batch_size, in_dims, arguments)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -466,12 +464,17 @@ def _library() -> torch.library.Library:
 
 
 def _define(
-    library: torch.library.Library, name: str, schema: str, run: Callable[..., Any], without_memory: Callable[..., Any],
+    library: torch.library.Library, operator: Operator, run: Callable[..., Any], without_memory: Callable[..., Any],
     backward: Callable[..., Any], setup_context: Callable[..., Any] | None,
 ) -> None:  # fmt: skip
     """The autograd is for those who call the operator itself: TorchScript, and graphs that were exported."""
+    name = f"sru_{operator.direction}"
+    tensors = _TENSORS if operator is FORWARD else (*_OF_BACKWARD, *_TENSORS)
+    arguments = [f"Tensor{'' if a in operator.required else '?'} {a}" for a in tensors]
+    arguments += [f"{kind} {option}" for option, kind in OPTIONS.items()]
+    schema = f"{name}({', '.join(arguments)}) -> ({', '.join(['Tensor'] * len(operator.results))})"
     as_traced = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)  # newer: torch's own default
-    library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, as_traced))
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag, as_traced))
     _KERNELS[name] = run
     library.impl(name, lambda *arguments: _KERNELS[name](*arguments), "CompositeExplicitAutograd")
     torch.library.register_fake(f"cusru::{name}", without_memory, lib=library)
@@ -493,12 +496,11 @@ def _tell_dynamo() -> None:
 def _tell_torch() -> None:
     library = _library()
     _define(
-        library, "sru_forward", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _forward, _forward_without_memory,
+        library, FORWARD, _forward, _forward_without_memory,
         lambda ctx, grad_h, _, grad_c_last: _gradients(ctx, torch.ops.cusru.sru_backward, grad_h, grad_c_last), _keep,
     )  # fmt: skip
     _define(
-        library, "sru_backward",
-        f"(Tensor grad_h, Tensor? grad_c_last, Tensor c, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        library, BACKWARD,
         _backward, _backward_without_memory, _Backward.backward, None,
     )  # fmt: skip
     for rules in (_Forward, _Backward):  # else Function.apply calls inspect.signature each time
