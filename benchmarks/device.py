@@ -34,10 +34,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cases, machine, peers
+from benchmarks import cases, peers
 from benchmarks import report as reports
-from benchmarks.workload import PASSES, Floor, Workload, stream
-from cusru import __main__ as about
+from benchmarks.workload import PASSES, Workload
+from cusru import measuring
+from cusru.measuring import Floor
 
 ROOT = Path(__file__).parent.parent
 SECONDS = {"tests": 220, "sanitizer": 40, "bandwidth": 10, "table": 105, "peers": 85}  # what one leaves, the next may use
@@ -50,8 +51,8 @@ Row = dict[str, Any]
 # ---- the steps: each yields rows, in a process of its own --------------------------------------------------------------
 
 
-def find(simulate: bool) -> machine.Machine:
-    return machine.find("simulator" if simulate else "gpu")
+def find(simulate: bool) -> measuring.Machine:
+    return measuring.find("simulator" if simulate else "gpu")
 
 
 def tests(simulate: bool, seconds: float) -> Iterator[Row]:
@@ -152,12 +153,11 @@ def bandwidth(simulate: bool, seconds: float) -> Iterator[Row]:
     """GB/s of a copy, and of reading and writing in the passes' mixes, for several sizes."""
     here = find(simulate)
     for size in (2**16, 2**18) if simulate else (2**25, 2**27, 2**29, 2**31):
-        source, target = here.bytes(size // 2), here.bytes(size // 2)
-        copy = functools.partial(here.copy, source, target)
+        copy = measuring.copying(here, Floor(size // 2, size // 2))
         copy()
         yield {"kernel": "copy", "read_share": 0.5, "bytes": size, "gb_per_s": size / here.time(copy) / 1e9}
         for share in (0.5, 0.6, 2 / 3, 0.8):  # 0.6: backward; 2/3: forward, every state; 0.8: forward, no state
-            call = stream(here, Floor(int(size * share), size - int(size * share)))
+            call = measuring.streaming(here, Floor(int(size * share), size - int(size * share)))
             call()
             yield {"kernel": "stream", "read_share": share, "bytes": size, "gb_per_s": size / here.time(call) / 1e9}
 
@@ -244,7 +244,7 @@ def _ours(work: Workload) -> peers.Peer:
 
 def environment(simulate: bool, seconds: float) -> Iterator[Row]:
     here = find(simulate)
-    _, versions, _ = about.look_around()
+    _, versions, _ = measuring.look_around()
     driver = ""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -458,4 +458,4 @@ def _say(name: str, step: Row) -> None:
 
 
 if __name__ == "__main__":
-    machine.run_command(main)
+    measuring.run_command(main)
