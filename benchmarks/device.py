@@ -4,6 +4,7 @@
     sanitizer   compute-sanitizer's memcheck, racecheck and initcheck on the small cases, where it is installed
     bandwidth   a device-to-device copy, and a kernel that reads and writes in the mixes of the passes
     table       the table of cases, forward and backward, with cold and with warm L2, beside the original SRU's design
+    host        what the Python before a kernel takes, and its share of the kernel's time (host.py)
     peers       other packages' recurrences, where they can be imported (peers.py)
 
 Each step is a process of its own with a share of the time: one that fails, crashes or is out of time is reported, with what it
@@ -35,13 +36,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cases, peers
+from benchmarks import host as on_host
 from benchmarks import report as reports
 from benchmarks.workload import PASSES, Workload
 from cusru import measuring
 from cusru.measuring import Floor
 
 ROOT = Path(__file__).parent.parent
-SECONDS = {"tests": 220, "sanitizer": 40, "bandwidth": 10, "table": 105, "peers": 85}  # what one leaves, the next may use
+# What one leaves, the next may use.
+SECONDS = {"tests": 210, "sanitizer": 35, "bandwidth": 10, "table": 100, "host": 35, "peers": 70}
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 PICTURE = "bandwidth.png"
 PEER_CASES = ("square", "wide", "narrow")
@@ -242,6 +245,10 @@ def _ours(work: Workload) -> peers.Peer:
     return peers.Peer(*runs, *(work.floor(direction).bytes for direction in PASSES))
 
 
+def host(simulate: bool, seconds: float) -> Iterator[Row]:
+    return map(on_host.as_object, on_host.rows(["launch", "torch"] if simulate else ["device", "launch", "torch"]))
+
+
 def environment(simulate: bool, seconds: float) -> Iterator[Row]:
     here = find(simulate)
     _, versions, _ = measuring.look_around()
@@ -254,8 +261,8 @@ def environment(simulate: bool, seconds: float) -> Iterator[Row]:
 
 
 STEPS: dict[str, Callable[[bool, float], Iterator[Row]]] = {
-    "environment": environment, "tests": tests, "sanitizer": sanitizer, "bandwidth": bandwidth, "table": table, "peers": beside,
-    "small": small,
+    "environment": environment, "tests": tests, "sanitizer": sanitizer, "bandwidth": bandwidth, "table": table, "host": host,
+    "peers": beside, "small": small,
 }  # fmt: skip
 
 

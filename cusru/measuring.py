@@ -2,7 +2,7 @@
 
 `python -m cusru`, benchmarks/ and the tests share it. A machine (`Numpy`, `Simulator`, `Cuda`; `find` and `look_around` say which
 there are) makes and moves arrays, launches a kernel, and times a call with what its caches hold under control. On the first two
-time is the CPU's and no evidence for a GPU's.
+time is the CPU's and no evidence for a GPU's. `in_turn` and `count_calls` are for what a call costs in Python.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import gc
 import importlib
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+import timeit
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -238,6 +241,64 @@ def find(name: str) -> Machine:
         return Cuda(cupy)
     except Exception as error:
         raise RuntimeError(f"no CUDA device that works: {type(error).__name__}: {error}") from error
+
+
+# ---- what a call costs in Python ---------------------------------------------------------------------------------------
+
+
+def in_turn(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int = 50,
+    turn: float = 0.001,
+    most: int = 10_000,
+    clock: Callable[[], float] = time.thread_time,
+    settle: Callable[[], object] | None = None,
+) -> dict[str, float]:
+    """Seconds of each call, by default those that this thread had a processor: what others do meanwhile does not count. A round
+    gives each call a turn of so many in a row, at most `most`; its time is its best turn's, so that a machine whose speed drifts
+    changes no ratio. `settle` is called before each turn."""
+
+    def seconds(timer: timeit.Timer, count: int) -> float:
+        if settle:
+            settle()
+        return timer.timeit(count) / count  # without garbage collection
+
+    timers = {name: timeit.Timer(call, timer=clock) for name, call in calls.items()}
+    once = {name: min(seconds(timer, 2) for _ in range(2)) for name, timer in timers.items()}  # warmed up by the first
+    counts = {name: max(1, min(most, round(turn / time))) for name, time in once.items()}
+    best = dict.fromkeys(timers, float("inf"))
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            best[name] = min(best[name], seconds(timer, counts[name]))
+    return best
+
+
+class Calls(NamedTuple):
+    """Function calls of this thread: of Python's functions, and of those written in C."""
+
+    python: int
+    c: int
+
+
+def count_calls(call: Callable[[], object], without: str = "") -> Calls:
+    """Of one call, by sys.setprofile: the same each time, whatever else the machine does. Functions of the file `without`, and
+    what they call, are not counted. The caller has warmed up."""
+    counts = {"call": 0, "c_call": 0}
+
+    def watch(frame: FrameType, event: str, _: Any) -> None:
+        if event in counts and frame.f_code.co_filename != without:
+            counts[event] += 1
+
+    before, collected = sys.getprofile(), gc.isenabled()
+    gc.disable()  # what it runs would be counted
+    sys.setprofile(watch)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+        if collected:
+            gc.enable()
+    return Calls(counts["call"], counts["c_call"] - 1)  # the last call in C was sys.setprofile's
 
 
 # ---- yardsticks --------------------------------------------------------------------------------------------------------

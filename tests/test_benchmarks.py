@@ -532,7 +532,7 @@ def test_a_peer_that_cannot_run_says_why(on_numpy: measuring.Numpy, monkeypatch:
 @needs_compiler
 def test_the_simulator_stands_in_for_a_device(tmp_path: Path) -> None:
     """The whole command but the tests, which would be these."""
-    only = [word for step in ("sanitizer", "bandwidth", "table") for word in ("--only", step)]
+    only = [word for step in ("sanitizer", "bandwidth", "table", "host") for word in ("--only", step)]
     done = run("benchmarks.device", "--simulate", "--out", str(tmp_path / "new" / "folder"), *only)
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "new" / "folder"
@@ -541,7 +541,7 @@ def test_the_simulator_stands_in_for_a_device(tmp_path: Path) -> None:
     assert {"device", "driver", "CUDA", "CuPy", "cusru"} <= set(found["environment"])
     picture = "ok" if importlib.util.find_spec("matplotlib") else "skipped"
     statuses = {name: step["status"] for name, step in found["steps"].items()}
-    assert statuses == {"sanitizer": "ok", "bandwidth": "ok", "table": "ok", "picture": picture}
+    assert statuses == {"sanitizer": "ok", "bandwidth": "ok", "table": "ok", "host": "ok", "picture": picture}
     assert (out / "bandwidth.png").exists() == (picture == "ok")
     assert all(step in done.stdout for step in statuses)
     rows = found["steps"]["table"]["rows"]
@@ -556,6 +556,7 @@ def test_the_simulator_stands_in_for_a_device(tmp_path: Path) -> None:
     assert found["steps"]["sanitizer"]["rows"][0]["passes_run"] == len(rows)
     text = (out / "report.md").read_text()
     assert report.SIMULATED in text
+    assert "## The host: the driver replaced by nothing" in text
     for row in rows:
         assert f"| {row['case']} | {', '.join(map(str, row['shape']))} | {row['dtype']} | {row['pass']} |" in text
     for private in (str(ROOT), str(tmp_path), sys.prefix, socket.gethostname()):
