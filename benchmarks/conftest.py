@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cusru.__main__ import look_around
+from cusru.measuring import look_around
 
 
 class Clock:

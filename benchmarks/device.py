@@ -4,6 +4,7 @@
     sanitizer   compute-sanitizer's memcheck, racecheck and initcheck on the small cases, where it is installed
     bandwidth   a device-to-device copy, and a kernel that reads and writes in the mixes of the passes
     table       the table of cases, forward and backward, with cold and with warm L2, beside the original SRU's design
+    host        what the Python before a kernel takes, and its share of the kernel's time (host.py)
     peers       other packages' recurrences, where they can be imported (peers.py)
 
 Each step is a process of its own with a share of the time: one that fails, crashes or is out of time is reported, with what it
@@ -34,13 +35,16 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cases, machine, peers
+from benchmarks import cases, peers
+from benchmarks import host as on_host
 from benchmarks import report as reports
-from benchmarks.workload import PASSES, Floor, Workload, stream
-from cusru import __main__ as about
+from benchmarks.workload import PASSES, Workload
+from cusru import measuring
+from cusru.measuring import Floor
 
 ROOT = Path(__file__).parent.parent
-SECONDS = {"tests": 220, "sanitizer": 40, "bandwidth": 10, "table": 105, "peers": 85}  # what one leaves, the next may use
+# What one leaves, the next may use.
+SECONDS = {"tests": 210, "sanitizer": 35, "bandwidth": 10, "table": 100, "host": 35, "peers": 70}
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 PICTURE = "bandwidth.png"
 PEER_CASES = ("square", "wide", "narrow")
@@ -50,8 +54,8 @@ Row = dict[str, Any]
 # ---- the steps: each yields rows, in a process of its own --------------------------------------------------------------
 
 
-def find(simulate: bool) -> machine.Machine:
-    return machine.find("simulator" if simulate else "gpu")
+def find(simulate: bool) -> measuring.Machine:
+    return measuring.find("simulator" if simulate else "gpu")
 
 
 def tests(simulate: bool, seconds: float) -> Iterator[Row]:
@@ -152,12 +156,11 @@ def bandwidth(simulate: bool, seconds: float) -> Iterator[Row]:
     """GB/s of a copy, and of reading and writing in the passes' mixes, for several sizes."""
     here = find(simulate)
     for size in (2**16, 2**18) if simulate else (2**25, 2**27, 2**29, 2**31):
-        source, target = here.bytes(size // 2), here.bytes(size // 2)
-        copy = functools.partial(here.copy, source, target)
+        copy = measuring.copying(here, Floor(size // 2, size // 2))
         copy()
         yield {"kernel": "copy", "read_share": 0.5, "bytes": size, "gb_per_s": size / here.time(copy) / 1e9}
         for share in (0.5, 0.6, 2 / 3, 0.8):  # 0.6: backward; 2/3: forward, every state; 0.8: forward, no state
-            call = stream(here, Floor(int(size * share), size - int(size * share)))
+            call = measuring.streaming(here, Floor(int(size * share), size - int(size * share)))
             call()
             yield {"kernel": "stream", "read_share": share, "bytes": size, "gb_per_s": size / here.time(call) / 1e9}
 
@@ -242,9 +245,13 @@ def _ours(work: Workload) -> peers.Peer:
     return peers.Peer(*runs, *(work.floor(direction).bytes for direction in PASSES))
 
 
+def host(simulate: bool, seconds: float) -> Iterator[Row]:
+    return map(on_host.as_object, on_host.rows(["launch", "torch"] if simulate else ["device", "launch", "torch"]))
+
+
 def environment(simulate: bool, seconds: float) -> Iterator[Row]:
     here = find(simulate)
-    _, versions, _ = about.look_around()
+    _, versions, _ = measuring.look_around()
     driver = ""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -254,8 +261,8 @@ def environment(simulate: bool, seconds: float) -> Iterator[Row]:
 
 
 STEPS: dict[str, Callable[[bool, float], Iterator[Row]]] = {
-    "environment": environment, "tests": tests, "sanitizer": sanitizer, "bandwidth": bandwidth, "table": table, "peers": beside,
-    "small": small,
+    "environment": environment, "tests": tests, "sanitizer": sanitizer, "bandwidth": bandwidth, "table": table, "host": host,
+    "peers": beside, "small": small,
 }  # fmt: skip
 
 
@@ -458,4 +465,4 @@ def _say(name: str, step: Row) -> None:
 
 
 if __name__ == "__main__":
-    machine.run_command(main)
+    measuring.run_command(main)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import host
 from benchmarks.workload import PASSES
 
 Row = dict[str, Any]
@@ -24,7 +25,7 @@ def markdown(report: Row) -> str:
         "",
         *_table("step | status | seconds | why", ([n, s["status"], s["seconds"], s.get("why", "")] for n, s in steps)),
     ]
-    for section in (_tests, _sanitizer, _bandwidth, _passes, _peers):
+    for section in (_tests, _sanitizer, _bandwidth, _passes, _host, _peers):
         lines += section(report)
     if "picture" in report:
         lines += ["", f"![fraction of the ceiling]({report['picture']})"]
@@ -84,6 +85,13 @@ def _pass(row: Row) -> list[str]:
     line = [row["case"], _shape(row), row["dtype"], row["pass"], _ms(ours["seconds"]), f"{ours['gb_per_s']:.4g}"]
     line += [f"{ours['of_copy']:.3g}", f"{ours['of_ceiling']:.3g}"]
     return line + ([_ms(original["seconds"]), f"{original['seconds'] / ours['seconds']:.2f}"] if original else ["", ""])
+
+
+def _host(report: Row) -> Iterator[str]:
+    found = _rows(report, "host", "what")
+    for group in dict.fromkeys(row["group"] for row in found):
+        yield from ("", f"## The host: {host.TITLES[group]}", "")
+        yield from _table(" | ".join(host.HEADS), (host.line(host.Row(**row)) for row in found if row["group"] == group))
 
 
 def _peers(report: Row) -> Iterator[str]:

@@ -37,8 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import machine
-from cusru import raw_kernels
+from cusru import measuring, raw_kernels
 from cusru.raw_kernels import Specialisation
 
 
@@ -282,4 +281,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    machine.run_command(main)
+    measuring.run_command(main)

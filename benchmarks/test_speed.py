@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cases, machine, peers
+from benchmarks import cases, peers
 from benchmarks.cases import Case
 from benchmarks.workload import PASSES, Workload
+from cusru import measuring
 
 ROUNDS = 5
 SMALL = [(case, dtype) for case in cases.SMALL for dtype in case.dtypes]
@@ -48,8 +49,8 @@ def workload(backend: str, case: Case, dtype: str) -> Workload:
 
 
 @functools.cache
-def found(backend: str) -> machine.Machine:
-    return machine.find(backend)
+def found(backend: str) -> measuring.Machine:
+    return measuring.find(backend)
 
 
 @pytest.mark.parametrize(("backend", "case", "dtype", "direction"), list(parameters()))

@@ -22,9 +22,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks import cases, machine
+from benchmarks import cases
 from benchmarks.cases import Case
 from benchmarks.workload import PASSES, Workload
+from cusru import measuring
 
 # The same problem in both layouts of u, without and with the weights of SRU v2; and v2 with fewer states saved.
 _SHORT = cases.CASES["short"]._replace(dtypes=("float32", "float16"))
@@ -48,7 +49,7 @@ def rows(case: Case, dtype: str, multiprocessors: int = 132) -> Iterator[dict[st
 
     planned_for, simulator.multiprocessors = simulator.multiprocessors, multiprocessors
     try:
-        work = Workload(machine.find("simulator"), case, dtype)
+        work = Workload(measuring.find("simulator"), case, dtype)
         for direction in PASSES:
             if direction not in work.results:
                 continue
@@ -104,4 +105,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    machine.run_command(main)
+    measuring.run_command(main)

@@ -15,7 +15,8 @@ import time
 import warnings
 from typing import Any, NamedTuple
 
-from benchmarks import machine, peers
+from benchmarks import peers
+from cusru import measuring
 
 TURN = 0.2  # seconds of one package's calls in a row, 3 at least
 
@@ -105,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    machine.run_command(main)
+    measuring.run_command(main)

@@ -7,30 +7,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import cusru
 from benchmarks import cases
 from benchmarks.cases import Case
-from benchmarks.machine import Machine
-from cusru import raw_kernels
+from cusru import measuring, raw_kernels
+from cusru.measuring import Floor, Machine, address
 
 PASSES = ("forward", "backward")
-STREAM_THREADS, STREAM_BLOCK_BYTES = 256, 32 * 1024  # one turn of eight vectors a thread
+ORIGINAL = Path(__file__).with_name("original.cu")
 ORIGINAL_THREADS = 512
-
-
-class Floor(NamedTuple):
-    """The bytes that a pass must move: each input read once, each output written once, at their own dtypes."""
-
-    read: int
-    written: int
-
-    @property
-    def bytes(self) -> int:
-        return self.read + self.written
 
 
 def _nbytes(arrays: Any) -> int:
@@ -66,13 +56,10 @@ class Workload:
     # ---- yardsticks ----
 
     def copy(self, floor: Floor) -> Callable[[], object]:
-        """A copy that reads and writes half of the bytes each."""
-        source, target = (self.machine.bytes(floor.bytes // 2) for _ in range(2))
-        return functools.partial(self.machine.copy, source, target)
+        return measuring.copying(self.machine, floor)
 
     def stream(self, floor: Floor) -> Callable[[], object]:
-        """A kernel that reads and writes just as many bytes as the pass must."""
-        return stream(self.machine, floor)
+        return measuring.streaming(self.machine, floor)
 
     # ---- the baseline ----
 
@@ -126,24 +113,6 @@ class Workload:
         }  # fmt: skip
 
 
-def stream(machine: Any, floor: Floor) -> Callable[[], object]:
-    """What the yardstick's kernel does with as many bytes, in vectors of 16."""
-    read, written = (max(n // 16, 1) for n in floor)
-    source, target = machine.bytes(read * 16), machine.bytes(written * 16)
-    args = np.zeros((), [("from", "u8"), ("to", "u8"), ("reads", "i8"), ("writes", "i8")])
-    args["from"], args["to"], args["reads"], args["writes"] = _address(source), _address(target), read, written
-    blocks = -(-(read + written) * 16 // STREAM_BLOCK_BYTES)
-
-    def call(_keep: Any = (source, target)) -> None:
-        machine.launch("stream.cu", "stream", {"THREADS": STREAM_THREADS}, blocks, STREAM_THREADS, args)
-
-    return call
-
-
-def _address(a: Any) -> int:
-    return a.ctypes.data if isinstance(a, np.ndarray) else a.data.ptr
-
-
 class Original:
     """The same passes by the kernels of original.cu, in memory of their own."""
 
@@ -173,7 +142,7 @@ class Original:
         self.arrays = arrays
         self.args = np.zeros((), self.ARGS)
         for name in self.INPUTS + self.RESULTS:
-            self.args[name] = _address(arrays[name]) if name in arrays else 0
+            self.args[name] = address(arrays[name]) if name in arrays else 0
         self.args["length"], self.args["batch"], self.args["width"] = case.L, case.B, case.D
         self.args["scale_x"] = case.scale_x
         self.blocks = -(-case.B * case.D // ORIGINAL_THREADS)
@@ -186,7 +155,7 @@ class Original:
 
     def run(self, direction: str) -> None:
         entry = f"original_{direction}"
-        self.machine.launch("original.cu", entry, self.macros, self.blocks, ORIGINAL_THREADS, self.args)
+        self.machine.launch(ORIGINAL, entry, self.macros, self.blocks, ORIGINAL_THREADS, self.args)
         if direction == "backward":
             for name, total in self.sums.items():
                 self.arrays[name].sum(axis=1, out=total)

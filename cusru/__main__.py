@@ -7,238 +7,22 @@ wider type. The exit status is 1 if an error is out of its bound. The output is 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
-import dataclasses
 import functools
-import importlib
 import json
-import os
-import platform
-import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import cusru
-from cusru import dlpack, raw_kernels, reference
+from cusru import measuring
+from cusru.measuring import Bits, Floor, host
 
+SHAPES = {"numpy": (256, 16, 512), "simulator": (64, 8, 256), "gpu": (512, 32, 512)}  # L, B, D
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "float16": 1e-3, "bfloat16": 5e-3}  # of a result held in that dtype
 CHECKED = 16  # of the D columns, for every batch
 FORWARD, BACKWARD = ("h", "c", "c_last"), ("u", "x", "bias", "weight_c", "c0")
 Array = np.ndarray
-
-
-# ---- where it runs -----------------------------------------------------------------------------------------------------
-
-
-class Bits:
-    """A bfloat16 array over its bits, since NumPy has no such dtype: what cusru takes from any framework that has it."""
-
-    def __init__(self, bits: Array) -> None:
-        self.bits, self.ndim, self.nbytes = bits, bits.ndim, bits.nbytes
-        self.export = dlpack._Export(dataclasses.replace(dlpack.borrow(bits, "bits"), dtype="bfloat16"))
-
-    def __dlpack__(self, **wishes: Any) -> Any:
-        return self.export.__dlpack__(**wishes)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self.export.__dlpack_device__()
-
-    def __getitem__(self, index: Any) -> Bits:
-        return Bits(self.bits[index])
-
-
-def host(a: Any) -> Array:
-    return reference.widen(a.bits, np.float32) if isinstance(a, Bits) else np.asarray(a)
-
-
-class Cpu:
-    """NumPy arrays: the NumPy backend, or the simulator."""
-
-    def __init__(self, simulated: bool) -> None:
-        self.backend = "simulator (the CUDA kernels, compiled for the CPU)" if simulated else "NumPy"
-        self.device = f"{_processor()}, {os.cpu_count()} cores"
-        self.shape = (64, 8, 256) if simulated else (256, 16, 512)
-
-    def cast(self, a: Array, dtype: str) -> Any:
-        if dtype != "bfloat16":
-            return a.astype(dtype)
-        bits = np.empty(a.shape, np.uint16)
-        reference.narrow(a, bits)
-        return Bits(bits)
-
-    def put(self, a: Any) -> Any:
-        return a
-
-    def get(self, a: Any) -> Array:
-        return host(a)
-
-    def bytes(self, count: int) -> Any:
-        return np.zeros(count, np.uint8)
-
-    def copy(self, source: Any, target: Any) -> None:
-        np.copyto(target, source)
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        """The best of at most a hundred runs in a fifth of a second, and of two at least: what disturbs a run on a CPU only ever
-        makes it longer. The caller has warmed up."""
-        best, end, runs = float("inf"), time.perf_counter() + 0.2, 0
-        while runs < 2 or (runs < 100 and time.perf_counter() < end):
-            start = time.perf_counter()
-            call()
-            best, runs = min(best, time.perf_counter() - start), runs + 1
-        return best
-
-
-class Gpu:
-    """CuPy arrays: the CUDA kernels. Raises where CuPy finds no device that works."""
-
-    backend = "CuPy (the CUDA kernels)"
-    shape = (512, 32, 512)
-
-    def __init__(self, cupy: Any) -> None:
-        self.cupy = cupy
-        cupy.zeros(1).get()
-        number = cupy.cuda.Device().id
-        about = cupy.cuda.runtime.getDeviceProperties(number)
-        self.device = (
-            f"{about['name'].decode()} (cuda:{number}), compute capability {about['major']}.{about['minor']}, "
-            f"{about['multiProcessorCount']} multiprocessors, {about['totalGlobalMem'] / 2**30:.1f} GiB"
-        )
-
-    def cast(self, a: Array, dtype: str) -> Any:
-        return a.astype(importlib.import_module("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
-
-    def put(self, a: Array) -> Any:
-        # As bits: every CuPy can move those, whatever it makes of bfloat16.
-        return self.cupy.asarray(a.view(np.uint16)).view(a.dtype) if a.dtype.name == "bfloat16" else self.cupy.asarray(a)
-
-    def get(self, a: Any) -> Array:
-        return np.asarray(a.view(np.uint16).get().view(a.dtype) if a.dtype.name == "bfloat16" else a.get())
-
-    def bytes(self, count: int) -> Any:
-        return self.cupy.zeros(count, np.uint8)
-
-    def copy(self, source: Any, target: Any) -> None:
-        target.data.copy_from_device_async(source.data, source.nbytes)
-
-    @functools.cached_property
-    def _filler(self) -> tuple[Any, Any]:
-        return self.bytes(2**28), self.bytes(2**28)
-
-    def empty_l2(self, work: int) -> None:
-        """And keep the device busy by so many copies. The sum that comes last leaves no line that must be written back."""
-        for _ in range(work):
-            self.copy(*self._filler)
-        self._filler[0].view("u8").sum()
-
-    def seconds(self, call: Callable[[], object], before: Callable[[int], object] | None = None) -> float:
-        """The median of ten runs (of three, if they take long), by events on the stream. Before each, `before` gives the device
-        something to do, by default what empties L2: meanwhile Python prepares the launch that is timed. If Python was not
-        done in time the run does not count, and from then on there is twice as much to do."""
-        times: list[float] = []
-        work = 10
-        while len(times) < 3 or (len(times) < 10 and sum(times) < 0.5):
-            start, end = self.cupy.cuda.Event(), self.cupy.cuda.Event()
-            (before or self.empty_l2)(work)
-            start.record()
-            call()
-            end.record()
-            late = start.done
-            end.synchronize()
-            if late and work < 1000:
-                work *= 2
-            else:
-                times.append(self.cupy.cuda.get_elapsed_time(start, end) / 1000)
-        return float(np.median(times))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-class Driver(NamedTuple):
-    name: str
-    version: int | None  # as CUDA writes it: 13020 for 13.2
-
-
-def find_gpu() -> Driver | None:
-    """The first NVIDIA GPU, found without CuPy."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-        version, count, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
-        failed = cuda.cuInit(0) or cuda.cuDriverGetVersion(ctypes.byref(version)) or cuda.cuDeviceGetCount(ctypes.byref(count))
-        if not failed and count.value and not cuda.cuDeviceGetName(name, len(name), 0):
-            return Driver(name.value.decode(), version.value)
-    except (OSError, AttributeError):
-        pass
-    if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
-        return Driver("an NVIDIA GPU", None)
-    return None
-
-
-def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}" if number else "none"
-
-
-def install_lines(found: Driver) -> str:
-    """The command that brings the GPU backend, for the driver's CUDA if that is known."""
-    if found.version is None:
-        return '    pip install "cusru[cuda13]"    (with a CUDA 12 driver: "cusru[cuda12]")'
-    return f'    pip install "cusru[{"cuda13" if found.version >= 13000 else "cuda12"}]"'
-
-
-def look_around() -> tuple[Cpu | Gpu, dict[str, str], list[str]]:
-    """What to run on, versions, and what the user should be told."""
-    versions = {
-        "cusru": cusru.__version__,
-        "Python": f"{platform.python_version()}, {platform.platform()}",
-        "NumPy": np.__version__,
-        "CuPy": "not installed",
-        "ml_dtypes": "not installed",
-    }
-    simulated = raw_kernels.simulated()
-    if simulated:
-        from cusru import simulator
-
-        simulator.compiler()
-    gpu: Gpu | None = None
-    trouble = ""
-    with contextlib.suppress(ImportError):
-        versions["ml_dtypes"] = importlib.import_module("ml_dtypes").__version__
-    try:
-        cupy = importlib.import_module("cupy")
-        versions["CuPy"] = cupy.__version__
-        dlpack.check_cupy_version(cupy.__version__)
-        runtime, nvrtc = cupy.cuda.runtime, cupy.cuda.nvrtc
-        versions["CUDA"] = f"driver {_version(runtime.driverGetVersion())}, runtime {_version(runtime.runtimeGetVersion())}"
-        versions["CUDA"] += ", NVRTC {}.{}".format(*nvrtc.getVersion())
-        gpu = None if simulated else Gpu(cupy)
-    except ModuleNotFoundError:
-        pass
-    except Exception as error:
-        trouble = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-    advice = []
-    found = None if gpu or simulated else find_gpu()
-    if simulated:
-        advice.append("Times are the simulator's: they say nothing about a GPU.")
-    elif trouble:
-        advice.append(f"CuPy is installed but cannot be used here, so this runs on NumPy:\n    {trouble}")
-    if found:
-        driver = f" (CUDA driver {_version(found.version)})" if found.version else ""
-        state = "To mend CuPy" if trouble else "but no CuPy, so this runs on NumPy. To use the GPU"
-        advice.append(f"There is {found.name}{driver}{'.' if trouble else ','} {state}:\n{install_lines(found)}")
-    return gpu or Cpu(simulated), versions, advice
 
 
 # ---- what is right -----------------------------------------------------------------------------------------------------
@@ -320,7 +104,7 @@ def make(shape: tuple[int, int, int]) -> dict[str, Array]:
     return values
 
 
-def measure(machine: Cpu | Gpu, values: dict[str, Array], dtype: str) -> Iterator[Row]:
+def measure(machine: measuring.Machine, values: dict[str, Array], dtype: str) -> Iterator[Row]:
     state = "float64" if dtype == "float64" else "float32"
     width = values["x"].shape[2]
     values = {name: machine.cast(a, state if name in ("c0", "grad_c_last") else dtype) for name, a in values.items()}
@@ -358,12 +142,12 @@ def measure(machine: Cpu | Gpu, values: dict[str, Array], dtype: str) -> Iterato
 
         workspace = machine.bytes(cusru.workspace_size(direction, u, x, **arrays))
         inputs = [u, x, *arrays.values()] + ([grad_h, grad_c_last, forward.c] if direction == "backward" else [])
-        floor = sum(a.nbytes for a in (*inputs, *results))
-        source, target = machine.bytes(floor // 2), machine.bytes(floor // 2)
-        machine.copy(source, target)
-        of_copy = machine.seconds(functools.partial(machine.copy, source, target))
-        seconds = machine.seconds(functools.partial(run, direction, results, workspace))
-        yield Row(dtype, direction, errors[worst], worst, seconds, floor / seconds / 1e9, of_copy / seconds)
+        floor = Floor(*(sum(a.nbytes for a in arrays) for arrays in (inputs, results)))
+        copy = measuring.copying(machine, floor)
+        copy()
+        of_copy = machine.time(copy)
+        seconds = machine.time(functools.partial(run, direction, results, workspace))
+        yield Row(dtype, direction, errors[worst], worst, seconds, floor.bytes / seconds / 1e9, of_copy / seconds)
 
 
 # ---- the report --------------------------------------------------------------------------------------------------------
@@ -379,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(text, flush=True)
 
     try:
-        machine, versions, advice = look_around()
+        machine, versions, advice = measuring.look_around()
     except (ValueError, RuntimeError) as error:  # of what CUSRU_SIMULATE asks for
         parser.error(str(error))
     say(f"cusru {cusru.__version__}\n")
@@ -389,13 +173,14 @@ def main(arguments: list[str] | None = None) -> int:
     for text in advice:
         say("\n" + text)
 
-    say("\nSRU with skip input and weight_c, L = {}, B = {}, D = {}, every state saved\n".format(*machine.shape))
+    shape = SHAPES[machine.name]
+    say("\nSRU with skip input and weight_c, L = {}, B = {}, D = {}, every state saved\n".format(*shape))
     say(f"  {'dtype':<10}{'pass':<10}{'error / bound':>14}{'time':>13}{'GB/s':>9}{'of a copy':>12}")
-    values = make(machine.shape)
+    values = make(shape)
     rows: list[Row] = []
     skipped = {}
     for name in TOLERANCE:
-        if name == "bfloat16" and isinstance(machine, Gpu) and versions["ml_dtypes"] == "not installed":
+        if name == "bfloat16" and machine.name == "gpu" and versions["ml_dtypes"] == "not installed":
             skipped[name] = "skipped: CuPy has no bfloat16 without the package ml_dtypes (pip install ml_dtypes)"
             say(f"  {name:<10}{skipped[name]}")
             continue
@@ -418,35 +203,12 @@ def main(arguments: list[str] | None = None) -> int:
         say("All results are within their bounds.")
     if as_json:
         report = {
-            **versions, "backend": machine.backend, "device": machine.device, "shape": machine.shape, "advice": advice,
+            **versions, "backend": machine.backend, "device": machine.device, "shape": shape, "advice": advice,
             "rows": [row._asdict() for row in rows], "skipped": skipped, "ok": not bad,
         }  # fmt: skip
         print(json.dumps(report, indent=2))
     return 1 if bad else 0
 
 
-def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Ctrl-C, a reader that leaves (`| head`) or a full disk end a command without a traceback."""
-    status: Any
-    try:
-        try:
-            status = main()
-        except SystemExit as end:  # argparse's, after --help
-            status = end.code
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        status = 130
-    except OSError as error:
-        if error.filename is not None:  # not of the output
-            raise
-        status = 1
-        with contextlib.suppress(OSError, ValueError):  # what Python flushes at its end goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            print(f"cannot write what there is to say: {error.strerror or error}", file=sys.stderr)
-    sys.exit(status)
-
-
 if __name__ == "__main__":
-    run_command(main)
+    measuring.run_command(main)

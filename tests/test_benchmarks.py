@@ -20,20 +20,21 @@ import pytest
 import strategies
 from conftest import missing
 
-from benchmarks import cases, device, machine, peers, report, resources, traffic, workload
-from benchmarks.workload import PASSES, Floor, Workload
-from cusru import raw_kernels, simulator
+from benchmarks import cases, device, peers, report, resources, traffic, workload
+from benchmarks.workload import PASSES, Workload
+from cusru import measuring, raw_kernels, simulator
+from cusru.measuring import Floor
 
 ROOT = Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(missing("simulator") is not None, reason=missing("simulator") or "")
 
 
 @pytest.fixture
-def simulated(monkeypatch: pytest.MonkeyPatch) -> machine.Simulator:
+def simulated(monkeypatch: pytest.MonkeyPatch) -> measuring.Simulator:
     if reason := missing("simulator"):
         pytest.skip(reason)
     monkeypatch.setenv("CUSRU_SIMULATE", "1")
-    return machine.Simulator()
+    return measuring.Simulator()
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -65,7 +66,7 @@ def test_every_pass_moves_its_floor_and_little_more(
         assert row["workspace_bytes"] <= 0.05 * row["floor_bytes"], row
 
 
-def test_the_floor_is_that_of_the_equations(simulated: machine.Simulator) -> None:
+def test_the_floor_is_that_of_the_equations(simulated: measuring.Simulator) -> None:
     """By hand: k = 3 with x, v2, state float32 under float16 u."""
     case = cases.Case("floor", 24, 2, 8, weight_c="column", c0=True, save_every=5, padding="lengths")
     work = Workload(simulated, case, "float16")
@@ -122,7 +123,7 @@ def test_traffic_without_a_compiler_says_what_to_install() -> None:
 @pytest.mark.parametrize("activation", ["identity", "tanh"])
 @pytest.mark.parametrize("skip", ["none", "x", "projected"])
 def test_the_original_design_computes_what_ours_does(
-    simulated: machine.Simulator, skip: str, activation: str, mask_target: str
+    simulated: measuring.Simulator, skip: str, activation: str, mask_target: str
 ) -> None:
     case = cases.CASES["small-masked"]._replace(
         D=16, skip=skip, activation=activation, mask_target=mask_target, save_every=1, bidirectional=mask_target == "gate"
@@ -140,14 +141,14 @@ def test_the_original_design_computes_what_ours_does(
             assert abs(theirs - ours).max() <= tolerance * max(1, abs(ours).max()), (dtype, name)
 
 
-def test_the_original_design_is_compared_where_it_had_the_variant(simulated: machine.Simulator) -> None:
+def test_the_original_design_is_compared_where_it_had_the_variant(simulated: measuring.Simulator) -> None:
     chosen = {case.name for case in cases.SMALL if Workload(simulated, case, case.dtypes[0]).has_original}
     assert chosen == {"small", "small-masked", "small-narrow", "small-separation-k3", "small-separation-k4"}
 
 
 @pytest.mark.parametrize("floor", [Floor(16, 16), Floor(1_000_000, 16), Floor(123_456, 654_321)])
 def test_the_stream_reads_and_writes_just_its_bytes(
-    simulated: machine.Simulator, monkeypatch: pytest.MonkeyPatch, floor: Floor
+    simulated: measuring.Simulator, monkeypatch: pytest.MonkeyPatch, floor: Floor
 ) -> None:
     """Counted, and by what lies in the target: each thread's sum of what it has read of its block's share."""
     rng = np.random.default_rng(0)
@@ -158,22 +159,22 @@ def test_the_stream_reads_and_writes_just_its_bytes(
         return memory[-1]
 
     monkeypatch.setattr(simulated, "bytes", filled)
-    call = workload.stream(simulated, floor)
+    call = measuring.streaming(simulated, floor)
     with simulator.report() as counted:
         call()
     assert counted.bytes_read == floor.read // 16 * 16
     assert counted.bytes_written == floor.written // 16 * 16
     source, target = (a.view(np.uint32).reshape(-1, 4) for a in memory)
-    blocks = -(-(len(source) + len(target)) * 16 // workload.STREAM_BLOCK_BYTES)
+    blocks = -(-(len(source) + len(target)) * 16 // measuring.STREAM_BLOCK_BYTES)
     for block in range(blocks):
         share, written = (a[len(a) * block // blocks : len(a) * (block + 1) // blocks] for a in (source, target))
-        for thread in range(workload.STREAM_THREADS):
+        for thread in range(measuring.STREAM_THREADS):
             assert (
-                written[thread :: workload.STREAM_THREADS] == share[thread :: workload.STREAM_THREADS].sum(0, np.uint32)
+                written[thread :: measuring.STREAM_THREADS] == share[thread :: measuring.STREAM_THREADS].sum(0, np.uint32)
             ).all()
 
 
-def test_figures_follow_from_the_times(simulated: machine.Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_follow_from_the_times(simulated: measuring.Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 ms for ours, 8 for another, 1 for a copy, half for the stream."""
     work = Workload(simulated, cases.CASES["small-qrnn"], "float32")
     seconds = iter((1e-3, 0.5e-3, 2e-3, 8e-3))
@@ -187,13 +188,13 @@ def test_figures_follow_from_the_times(simulated: machine.Simulator, monkeypatch
     assert row["options"] == {"skip": "none", "candidate": "tanh", "layout": "d_inner"}
 
 
-def test_a_copy_reads_and_writes_the_floor_s_bytes_together(simulated: machine.Simulator) -> None:
+def test_a_copy_reads_and_writes_the_floor_s_bytes_together(simulated: measuring.Simulator) -> None:
     work = Workload(simulated, cases.CASES["small"], "float32")
     copy = work.copy(Floor(3000, 1000))
     assert [a.nbytes for a in copy.args] == [2000, 2000]  # type: ignore[attr-defined]
 
 
-def test_the_original_is_timed_in_the_pass_that_ours_is(simulated: machine.Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_original_is_timed_in_the_pass_that_ours_is(simulated: measuring.Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
     work = Workload(simulated, cases.CASES["small"], "float32")
     ran: list[str] = []
     monkeypatch.setattr(work.original, "run", ran.append)
@@ -204,12 +205,12 @@ def test_the_original_is_timed_in_the_pass_that_ours_is(simulated: machine.Simul
         assert ran == [direction, direction], "warmed up, timed"
 
 
-def test_a_time_on_a_cpu_is_the_best_of_its_runs(simulated: machine.Simulator) -> None:
+def test_a_time_on_a_cpu_is_the_best_of_its_runs(simulated: measuring.Simulator) -> None:
     pauses = iter([0.03, 0.001, 0.03] + [0.03] * 100)
     assert 0.001 <= simulated.time(lambda: time.sleep(next(pauses))) < 0.02
 
 
-def test_what_is_timed_allocates_nothing_and_gives_the_same_bits(simulated: machine.Simulator) -> None:
+def test_what_is_timed_allocates_nothing_and_gives_the_same_bits(simulated: measuring.Simulator) -> None:
     work = Workload(simulated, cases.CASES["small-masked"], "float32")
     for direction in PASSES:
         before = [None if a is None else a.copy() for a in work.results[direction]]
@@ -234,9 +235,9 @@ class StandIn:
             self.kernel(*grid, *block, struct)
 
 
-def test_the_launches_of_a_cuda_device_are_those_of_the_simulator(simulated: machine.Simulator) -> None:
+def test_the_launches_of_a_cuda_device_are_those_of_the_simulator(simulated: measuring.Simulator) -> None:
     """The CuPy path of stream.cu and original.cu, up to the driver."""
-    cuda = machine.Cuda.__new__(machine.Cuda)
+    cuda = measuring.Cuda.__new__(measuring.Cuda)
     cuda.cupy, cuda.kernels = StandIn, {}
     work = Workload(simulated, cases.CASES["small-masked"], "float32")
     want = {name: a.copy() for name, a in work.original.arrays.items()}
@@ -254,13 +255,13 @@ class Clockwork:
 
     def __init__(self, late: int) -> None:
         self.done: list[str] = []
-        self.late, self.cuda = late, machine.Cuda.__new__(machine.Cuda)
+        self.late, self.cuda = late, measuring.Cuda.__new__(measuring.Cuda)
         self.cuda.cupy = SimpleNamespace(cuda=SimpleNamespace(Event=self.event, get_elapsed_time=lambda start, end: 3.0))
         self.cuda.__dict__["_filler"] = (np.zeros(8, np.uint8), np.zeros(8, np.uint8))
         self.cuda.copy = lambda source, target: self.done.append("copy")  # type: ignore[method-assign]
         self.cuda.launch = self.launch  # type: ignore[method-assign]
 
-    def launch(self, file: str, entry: str, macros: Any, blocks: int, threads: int, cycles: int) -> None:
+    def launch(self, file: Path, entry: str, macros: Any, blocks: int, threads: int, cycles: int) -> None:
         self.done.append(f"{entry} {cycles}")
 
     def event(self) -> Any:
@@ -336,7 +337,7 @@ def test_blocks_per_multiprocessor_are_those_of_nvidia_s_calculator(tmp_path: Pa
     assert len(seen) > 10
 
 
-def test_bytes_of_a_step_are_what_a_thread_reads(simulated: machine.Simulator) -> None:
+def test_bytes_of_a_step_are_what_a_thread_reads(simulated: measuring.Simulator) -> None:
     """Counted by the simulator over a long column, but for what a column reads once."""
     for skip in ("none", "x", "projected"):
         for weight in ("none", "step"):
@@ -418,11 +419,11 @@ def test_a_step_takes_four_special_functions() -> None:
 def test_the_benchmarks_own_kernels_compile_without_spills() -> None:
     pytest.importorskip("cupy", reason='needs CuPy and NVRTC: pip install "cusru[cuda13]"')
     for architecture in resources.supported():
-        log, _ = resources.build(raw_kernels.source(machine.HERE / "stream.cu"), ("-std=c++17", "-DTHREADS=256"), architecture)
+        log, _ = resources.build(raw_kernels.source(measuring.STREAM), ("-std=c++17", "-DTHREADS=256"), architecture)
         assert [used.spill_bytes + used.stack_bytes for used in resources.usages(log)] == [0, 0], log  # stream, hold
     for dtype in raw_kernels.TYPES.values():
         options = ("-std=c++17", f"-DTYPE={dtype}", "-DK=4", "-DTANH_ACTIVATION=1", "-DMASK_GATE=1", "-DBIDIRECTIONAL=1")
-        log, _ = resources.build(raw_kernels.source(machine.HERE / "original.cu"), options, 90)
+        log, _ = resources.build(raw_kernels.source(workload.ORIGINAL), options, 90)
         assert [used.spill_bytes for used in resources.usages(log)] == [0, 0], log
 
 
@@ -467,13 +468,13 @@ def test_a_benchmark_whose_kernel_fails_fails(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def on_numpy(monkeypatch: pytest.MonkeyPatch) -> machine.Numpy:
+def on_numpy(monkeypatch: pytest.MonkeyPatch) -> measuring.Numpy:
     monkeypatch.delenv("CUSRU_SIMULATE", raising=False)
     pytest.importorskip("torch", reason='torch is missing: pip install ".[torch]"')
-    return machine.Numpy()
+    return measuring.Numpy()
 
 
-def test_the_sru_package_s_operator_computes_the_same_case(on_numpy: machine.Numpy) -> None:
+def test_the_sru_package_s_operator_computes_the_same_case(on_numpy: measuring.Numpy) -> None:
     pytest.importorskip("sru", reason='sru is missing: pip install ".[peers]"')
     for name in ("small", "small-separation-k3", "small-separation-k4"):
         work = Workload(on_numpy, cases.CASES[name], "float32")
@@ -485,7 +486,7 @@ def test_the_sru_package_s_operator_computes_the_same_case(on_numpy: machine.Num
         np.testing.assert_allclose(grad_u, work.results["backward"].u, atol=5e-5)
 
 
-def test_a_peer_s_figures_follow_from_its_time(on_numpy: machine.Numpy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_s_figures_follow_from_its_time(on_numpy: measuring.Numpy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a second for each call, a quarter for each copy."""
     monkeypatch.setattr(device, "find", lambda simulate: on_numpy)
     monkeypatch.setattr(peers, "PEERS", {"lstm": peers.lstm})
@@ -500,7 +501,7 @@ def test_a_peer_s_figures_follow_from_its_time(on_numpy: machine.Numpy, monkeypa
         assert row["of_copy"] == 0.5
 
 
-def test_layers_run_beside_ours(on_numpy: machine.Numpy) -> None:
+def test_layers_run_beside_ours(on_numpy: measuring.Numpy) -> None:
     work = Workload(on_numpy, cases.CASES["small"], "float32")
     for make in (peers.lstm, peers.sru_layer):
         peer = make(work)
@@ -509,7 +510,7 @@ def test_layers_run_beside_ours(on_numpy: machine.Numpy) -> None:
         assert peer.backward_bytes > peer.forward_bytes > work.case.elements * 8
 
 
-def test_a_peer_that_cannot_run_says_why(on_numpy: machine.Numpy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_cannot_run_says_why(on_numpy: measuring.Numpy, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("accelerated_scan.warp", "accelerated_scan.scalar"):
         monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
     small = Workload(on_numpy, cases.CASES["small"], "float32")
@@ -531,7 +532,7 @@ def test_a_peer_that_cannot_run_says_why(on_numpy: machine.Numpy, monkeypatch: p
 @needs_compiler
 def test_the_simulator_stands_in_for_a_device(tmp_path: Path) -> None:
     """The whole command but the tests, which would be these."""
-    only = [word for step in ("sanitizer", "bandwidth", "table") for word in ("--only", step)]
+    only = [word for step in ("sanitizer", "bandwidth", "table", "host") for word in ("--only", step)]
     done = run("benchmarks.device", "--simulate", "--out", str(tmp_path / "new" / "folder"), *only)
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "new" / "folder"
@@ -540,7 +541,7 @@ def test_the_simulator_stands_in_for_a_device(tmp_path: Path) -> None:
     assert {"device", "driver", "CUDA", "CuPy", "cusru"} <= set(found["environment"])
     picture = "ok" if importlib.util.find_spec("matplotlib") else "skipped"
     statuses = {name: step["status"] for name, step in found["steps"].items()}
-    assert statuses == {"sanitizer": "ok", "bandwidth": "ok", "table": "ok", "picture": picture}
+    assert statuses == {"sanitizer": "ok", "bandwidth": "ok", "table": "ok", "host": "ok", "picture": picture}
     assert (out / "bandwidth.png").exists() == (picture == "ok")
     assert all(step in done.stdout for step in statuses)
     rows = found["steps"]["table"]["rows"]
@@ -555,13 +556,14 @@ def test_the_simulator_stands_in_for_a_device(tmp_path: Path) -> None:
     assert found["steps"]["sanitizer"]["rows"][0]["passes_run"] == len(rows)
     text = (out / "report.md").read_text()
     assert report.SIMULATED in text
+    assert "## The host: the driver replaced by nothing" in text
     for row in rows:
         assert f"| {row['case']} | {', '.join(map(str, row['shape']))} | {row['dtype']} | {row['pass']} |" in text
     for private in (str(ROOT), str(tmp_path), sys.prefix, socket.gethostname()):
         assert private not in text + json.dumps(found)
 
 
-def test_bandwidth_counts_bytes_read_and_written(simulated: machine.Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bandwidth_counts_bytes_read_and_written(simulated: measuring.Simulator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "find", lambda simulate: simulated)
     monkeypatch.setattr(simulated, "time", lambda call: 1e-3)
     rows = list(device.bandwidth(simulate=True, seconds=10))
@@ -824,7 +826,7 @@ def test_names_of_this_computer_stay_out_of_a_report(monkeypatch: pytest.MonkeyP
     assert device._anonymous("/home/me") == "/home/me"
 
 
-def test_a_device_that_is_lost_ends_its_step_once(monkeypatch: pytest.MonkeyPatch, simulated: machine.Simulator) -> None:
+def test_a_device_that_is_lost_ends_its_step_once(monkeypatch: pytest.MonkeyPatch, simulated: measuring.Simulator) -> None:
     """After an illegal access every call fails; without memory only this one does."""
     for name, rows in (("cudaErrorIllegalAddress", 1), ("cudaErrorMemoryAllocation", sum(len(c.dtypes) for c in cases.SMALL))):
         kind = type("CUDARuntimeError", (RuntimeError,), {"__module__": "cupy_backends.cuda.api.runtime"})

@@ -13,7 +13,7 @@ from conftest import missing, to_host
 
 import cusru
 from benchmarks import cases
-from cusru.__main__ import Gpu
+from cusru.measuring import Cuda
 
 REASON = missing("gpu")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=REASON or "")]
@@ -28,7 +28,7 @@ def test_the_cases_of_the_table(case, dtype):
     """Full size on the device; a slice of the batch, all of its columns and times, against the oracle."""
     import cupy
 
-    device = Gpu(cupy)
+    device = Cuda(cupy)
     inputs = cases.make(case, dtype, put=device.put)
     grad_h, grad_c_last = cases.make_gradients(case, dtype, put=device.put)
     output = cusru.sru_forward(**inputs)

@@ -12,6 +12,7 @@ import pytest
 
 import cusru
 from cusru import __main__ as main
+from cusru import measuring, raw_kernels
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,15 +20,9 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def small(monkeypatch):
     """On NumPy, with a problem that takes no time."""
-
-    class Small(main.Cpu):
-        def __init__(self, simulated):
-            super().__init__(simulated)
-            self.shape = (6, 2, 20)
-
-    monkeypatch.setattr(main, "Cpu", Small)
+    monkeypatch.setitem(main.SHAPES, "numpy", (6, 2, 20))
     monkeypatch.delenv("CUSRU_SIMULATE", raising=False)
-    monkeypatch.setattr(main, "find_gpu", lambda: None)
+    monkeypatch.setattr(measuring, "find_gpu", lambda: None)
     monkeypatch.setitem(sys.modules, "cupy", None)
 
 
@@ -73,7 +68,7 @@ def test_an_error_out_of_bounds_exits_with_1(small, monkeypatch, capsys, directi
     def broken(*args, **kwargs):
         results = right(*args, **kwargs)
         got = getattr(results, result)
-        if not isinstance(got, main.Bits):
+        if not isinstance(got, measuring.Bits):
             got[...] *= wrong
         return results
 
@@ -93,7 +88,7 @@ def test_an_error_out_of_bounds_exits_with_1(small, monkeypatch, capsys, directi
     ],
 )
 def test_a_gpu_without_cupy_gets_the_install_line_and_runs_on_numpy(small, monkeypatch, capsys, driver, command):
-    monkeypatch.setattr(main, "find_gpu", lambda: main.Driver("NVIDIA H100", driver))
+    monkeypatch.setattr(measuring, "find_gpu", lambda: measuring.Driver("NVIDIA H100", driver))
     assert main.main([]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert command in lines
@@ -176,7 +171,7 @@ def test_every_spelling_of_yes_and_no_is_understood(simulated, monkeypatch):
     for value in spellings:
         monkeypatch.setenv("CUSRU_SIMULATE", value)
         cusru.sru_forward(u)
-        assert main.raw_kernels.simulated() == simulated
+        assert raw_kernels.simulated() == simulated
     assert used == ["simulator" if simulated else "NumPy"] * len(spellings)
 
 
@@ -187,3 +182,11 @@ def test_any_other_spelling_is_refused_at_the_call(value, monkeypatch):
     with pytest.raises(ValueError, match=f"CUSRU_SIMULATE is '{value}'; allowed are 1, true, yes and on, or 0, false"):
         cusru.sru_forward(np.ones((3, 2, 4, 3), "f4"), out=(h, None, None))
     assert (h == 7).all()
+
+
+def test_who_only_calls_cusru_does_not_load_what_measures_it():
+    line = "import sys, cusru; sys.exit('cusru.measuring' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", line], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
