@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cusru import dlpack, raw_kernels, reference
+from cusru import dlpack, raw_kernels
 from cusru.arguments import ARRAYS, BACKWARD, OPERATORS, Operator, fill
 from cusru.dlpack import Array
 from cusru.plan import ALIGNMENT, Plan, plan
@@ -237,6 +237,8 @@ def _launch(ready: Ready, chosen: Plan, addresses: list[int], scale: float) -> N
 
 def _run_numpy(ready: Ready, arrays: list[Any], scale: float) -> None:
     """Each array by its slot; bfloat16 and flat parameters as they were given, or as `reference` takes them."""
+    from cusru import reference
+
     if ready.bits:
         arrays = [a if a is None or a.dtype.name != "bfloat16" else a.view(np.uint16) for a in arrays]
     for slot in ready.flat:

@@ -1,5 +1,6 @@
 """What the package carries, what importing it costs, and that what the documents show runs."""
 
+import ast
 import functools
 import importlib
 import importlib.metadata
@@ -315,3 +316,31 @@ def test_a_loader_that_is_shared_by_all_modules_stays_as_it_is():
 def test_a_compiler_that_is_blocked_is_not_asked_for():
     need("torch")
     python(f"import sys, torch\nsys.modules['torch._dynamo'] = None\n{FIRST_STEP}")
+
+
+#: As a call travels: a module may import those that come after it, at its head or within a function
+ORDER = (
+    "__main__", "measuring", "__init__", "api", "call", "problem", "plan", "raw_kernels", "reference", "simulator", "dlpack",
+    "arguments",
+)  # fmt: skip
+
+
+def test_imports_run_one_way_from_the_public_function_to_the_kernel() -> None:
+    """No circle, and no arrow up; not even one that only a type checker would follow."""
+    package = ROOT / "cusru"
+    found = {}
+    for path in (*package.glob("*.py"), package / "simulator" / "__init__.py"):
+        name = path.parent.name if path.parent != package else path.stem
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "cusru":
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cusru."):
+                imported.add((node.module or "").split(".")[1])
+            elif isinstance(node, ast.Import):
+                imported |= {"__init__" for alias in node.names if alias.name.split(".")[0] == "cusru"}
+        found[name] = {"__init__" if one in ("__version__", "sru_forward", "sru_backward") else one for one in imported}
+    assert found.keys() == set(ORDER)
+    arrows_up = [(a, b) for a, those in found.items() for b in those if ORDER.index(b) <= ORDER.index(a)]
+    assert not arrows_up
+    assert found["arguments"] == found["dlpack"] == set(), "they know of nobody"

@@ -93,22 +93,20 @@ def sru(
         ImportError, RuntimeError: CUDA tensors without CuPy or without a working CUDA.
     """
     return _sru(
-        u, x, bias, weight_c, c0, mask_c, mask_pad, activation, candidate, scale_x, mask_target, bidirectional, save_every
+        u, x, bias, weight_c, c0, mask_c, mask_pad, scale_x, activation, candidate, mask_target, bidirectional, save_every
     )
 
 
-def _sru(
-    u: Any, x: Any, bias: Any, weight_c: Any, c0: Any, mask_c: Any, mask_pad: Any, activation: Any, candidate: Any,
-    scale_x: Any, mask_target: Any, bidirectional: Any, save_every: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    inputs = u, x, bias, weight_c, c0, mask_c, mask_pad, scale_x
-    results = _straight(inputs, Options(activation, candidate, mask_target, bidirectional, save_every))
+def _sru(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The tensors in the order of the kernels' arguments, then the options."""
+    inputs, options = arguments[: len(_TENSORS)], Options(*arguments[len(_TENSORS) :])
+    results = _straight(inputs, options)
     if results is not None:
         return results
-    given = dict(u=u, x=x, bias=bias, weight_c=weight_c, c0=c0, mask_c=mask_c, mask_pad=mask_pad)
-    scale = 1.0
+    given, scale = dict(zip(_TENSORS, inputs, strict=True)), 1.0
+    scale_x = given["scale_x"]
     if problem.is_number("scale_x", scale_x) or isinstance(scale_x, torch.SymFloat | torch.SymInt):
-        scale, scale_x = float(scale_x), None
+        scale, given["scale_x"] = float(scale_x), None
     elif not isinstance(scale_x, Tensor):
         raise TypeError(f"scale_x must be a number or a tensor of one element, not {type_name(scale_x)}")
     for name, value in given.items():
@@ -116,16 +114,16 @@ def _sru(
             dlpack.check_torch(value, name)  # torch's own wrappers would stumble over a sparse one
         elif value is not None or name == "u":
             raise TypeError(f"{name} must be a torch.Tensor, not {type_name(value)}")
-    for name, value in (("mask_c", mask_c), ("scale_x", scale_x)):
-        if value is not None and value.requires_grad and torch.is_grad_enabled():
+    wanted = [n for n, a in given.items() if a is not None and a.requires_grad] if torch.is_grad_enabled() else []
+    for name in _WITHOUT_GRADIENT:
+        if name in wanted:
             raise TypeError(_NO_GRADIENT.format(name))
-    problem.check_options(activation, candidate, mask_target)
-    every, bidirectional = problem.check_save_every(save_every), problem.check_flag("bidirectional", bidirectional)
-    if every is None and torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in given.values()):
+    problem.check_options(options.activation, options.candidate, options.mask_target)
+    every = problem.check_save_every(options.save_every)
+    options = options._replace(bidirectional=problem.check_flag("bidirectional", options.bidirectional), save_every=every or 0)
+    if every is None and wanted:
         raise ValueError("save_every=None keeps no states, and the backward needs them: give 1 or more, or use torch.no_grad()")
-    arguments: tuple[Any, ...] = (
-        *given.values(), scale_x, scale, activation, candidate, mask_target, bidirectional, every or 0
-    )  # fmt: skip
+    arguments = (*given.values(), scale, *options)
     traced = torch.jit.is_tracing()
     if (traced or torch.compiler.is_compiling()) and torch.onnx.is_in_onnx_export():
         from cusru.torch import onnx
@@ -179,8 +177,10 @@ class _Straight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, *inputs: Any) -> tuple[Tensor, Tensor]:
         h, c, c_last = _run(FORWARD, inputs, options)
-        ctx.save_for_backward(c, *inputs[:7], None if (by_value := not isinstance(inputs[7], Tensor)) else inputs[7])
-        ctx.straight = options, inputs[7] if by_value else 1.0
+        *tensors, scale_x = inputs
+        by_value = not isinstance(scale_x, Tensor)
+        ctx.save_for_backward(c, *tensors, None if by_value else scale_x)
+        ctx.scale, ctx.options = scale_x if by_value else 1.0, options
         ctx.set_materialize_grads(False)
         return h, c_last
 
@@ -188,23 +188,23 @@ class _Straight(torch.autograd.Function):
     def backward(ctx: Any, grad_h: Tensor | None, grad_c_last: Tensor | None) -> tuple[Any, ...]:
         if grad_h is None and grad_c_last is None:
             return (None,) * 9
-        c, *tensors = ctx.saved_tensors
-        options, scale = ctx.straight
-        u, scale_x = tensors[0], tensors[7]
+        c, *tensors, scale_x = ctx.saved_tensors
+        u = tensors[0]
         if grad_h is None:
             grad_h = u.new_zeros(()).expand(u.shape[:3])
         if not torch.is_grad_enabled():  # else there is to be a graph of this, whose derivative is an error
             unwanted = tuple([g for g, needed in zip(BACKWARD.results, ctx.needs_input_grad[1:], strict=False) if not needed])
-            inputs = *tensors[:7], scale if scale_x is None else scale_x, None, c, None, grad_h, grad_c_last
+            inputs = *tensors, ctx.scale if scale_x is None else scale_x, None, c, None, grad_h, grad_c_last
             try:
-                return (None, *_run(BACKWARD, inputs, options, unwanted), None, None, None)
+                return (None, *_run(BACKWARD, inputs, ctx.options, unwanted), None, None, None)
             except _Unusual:
                 pass
         c = torch.cat([c, torch.zeros_like(c[:1])])  # as the operator has it
-        gradients = _Backward.apply(grad_h, grad_c_last, c, *tensors, scale, *options)
+        gradients = _Backward.apply(grad_h, grad_c_last, c, *tensors, scale_x, ctx.scale, *ctx.options)
         return (None, *[None if a is None else g for a, g in zip(tensors[:5], gradients, strict=True)], None, None, None)
 
 
+_WITHOUT_GRADIENT = ("mask_c", "scale_x")
 _NO_GRADIENT = "{0} requires grad, and cusru has no gradient for it: pass {0}.detach()"
 
 
@@ -327,7 +327,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradients(ctx: Any, backward: Any, grad_h: Tensor | None, grad_c_last: Tensor | None) -> tuple[Any, ...]:
     for name, needed in zip(_TENSORS, ctx.needs_input_grad, strict=False):
-        if needed and name in ("mask_c", "scale_x"):  # unseen by `_sru` where vmap hides it
+        if needed and name in _WITHOUT_GRADIENT:  # unseen by `_sru` where vmap hides it
             raise TypeError(_NO_GRADIENT.format(name))
     c, *tensors = ctx.saved_tensors
     none = (None,) * (len(_TENSORS) - 5 + len(ctx.options))
