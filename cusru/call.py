@@ -19,10 +19,9 @@ from cusru import dlpack, raw_kernels
 from cusru.arguments import ARRAYS, BACKWARD, OPERATORS, Operator, fill
 from cusru.dlpack import Array
 from cusru.plan import ALIGNMENT, Plan, plan
-from cusru.problem import Checked, Options, Wanted, check, check_device, layout, wanted_results
+from cusru.problem import WORKSPACE, Checked, Options, check, check_device, check_result, check_workspace, layout, wanted_results
 
 KEPT = 512  # signatures, of some 6 KB each
-BYTES = ("uint8", "int8")  # dtypes of a workspace
 
 _NAMES = tuple(ARRAYS)
 _SLOTS = {name: slot for slot, name in enumerate(_NAMES)}
@@ -159,24 +158,21 @@ def prepare(
         problem.results[name] = layout(given[name])
     chosen = plan(problem, max(multiprocessors, 0))
     if workspace is not None:
-        dlpack.borrow(workspace, "workspace", allowed=BYTES)
+        dlpack.borrow(workspace, "workspace", allowed=WORKSPACE)
         check_workspace(workspace, chosen.workspace)
     held = {_SLOTS[name]: array for name, array in given.items()}
     if workspace is not None:
         held[len(layouts) - 1] = workspace
-    lowest = {slot: dlpack.bounds(array)[0] - array.pointer for slot, array in held.items()}
+    extents = {slot: dlpack.extent(array) for slot, array in held.items()}
     laid_out = {_SLOTS[name]: one for name, one in {**problem.inputs, **problem.results}.items()}
     views = [
-        dlpack.View(one.shape, tuple([s * one.itemsize for s in one.strides]), dlpack.storage(one.dtype), lowest[slot])
+        dlpack.View(one.shape, tuple([s * one.itemsize for s in one.strides]), dlpack.storage(one.dtype), extents[slot][0])
         if (one := laid_out.get(slot))
         else None
         for slot in range(len(names) - 1)
     ]
-    spans = [
-        (slot, lowest[slot], dlpack.bounds(array)[1] - array.pointer)
-        for slot, array in held.items()
-        if array.size and slot not in dict(fresh)  # what is fresh has memory of its own
-    ]
+    own_memory = {slot for slot, _ in fresh}
+    spans = [(slot, *extents[slot]) for slot, array in held.items() if array.size and slot not in own_memory]
     return Ready(
         operator, device, framework, chosen if multiprocessors >= 0 else None, tuple(fresh), tuple(spans), tuple(views),
         tuple([slot for slot, a in held.items() if len(a.shape) == 1 and slot != _SCALE and slot < len(views)]),
@@ -281,7 +277,7 @@ def _run_carefully(
     scratch = None
     if workspace is not None:
         check_device("workspace", dlpack.device_of(workspace, "workspace"), device)
-        scratch = dlpack.borrow(workspace, "workspace", handle, device, BYTES)
+        scratch = dlpack.borrow(workspace, "workspace", handle, device, WORKSPACE)
         check_workspace(scratch, workspace_size(checked))
     written = [*arrays.values(), *([] if scratch is None else [scratch])]
     if pair := dlpack.overlapping(written, checked.arrays.values()):
@@ -324,22 +320,6 @@ def _members(out: Any, names: list[str]) -> Sequence[Any]:
             f"out has {len(out)} members; expected {len(names)} ({', '.join(names)}), None where cusru is to allocate"
         )
     return out
-
-
-def check_result(array: Array, wanted: Wanted | None) -> None:
-    if wanted is None or array.dtype != wanted.dtype:  # of which `_run_carefully` has words of its own
-        raise TypeError(f"{array.name} has dtype {array.dtype}")
-    if array.shape != wanted.shape:
-        raise ValueError(f"{array.name} has shape {array.shape}; expected {wanted.shape}")
-    dlpack.check_writable(array)
-    if dlpack.overlaps_itself(array):
-        raise ValueError(f"{array.name} overlaps itself: two of its elements share memory (strides {array.strides})")
-
-
-def check_workspace(array: Array, needed: int) -> None:
-    if len(array.shape) != 1 or (array.shape[0] > 1 and array.strides[0] != 1) or array.shape[0] < needed:
-        raise ValueError(f"workspace has shape {array.shape}, strides {array.strides}; expected at least {needed} bytes in a row")
-    dlpack.check_writable(array)
 
 
 def workspace_size(checked: Checked) -> int:

@@ -700,14 +700,20 @@ def overlaps_itself(a: Array) -> bool:
 
 def bounds(a: Array) -> tuple[int, int]:
     """The first byte of a, and the one after its last."""
+    low, high = extent(a)
+    return a.pointer + low, a.pointer + high
+
+
+def extent(a: Array) -> tuple[int, int]:
+    """The same, from the address of element [0, ..., 0]."""
     low, high = 0, 1
-    for stride, extent in zip(a.strides, a.shape, strict=True):
+    for stride, count in zip(a.strides, a.shape, strict=True):
         if stride < 0:
-            low += stride * (extent - 1)
+            low += stride * (count - 1)
         else:
-            high += stride * (extent - 1)
+            high += stride * (count - 1)
     itemsize = a.itemsize
-    return a.pointer + low * itemsize, a.pointer + high * itemsize
+    return low * itemsize, high * itemsize
 
 
 # ---- DLPack's C structures, by ctypes ------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from cusru.raw_kernels import CANDIDATES as _CANDIDATES
 ACTIVATIONS, CANDIDATES = tuple(_ACTIVATIONS), tuple(_CANDIDATES)
 MASK_TARGETS = ("state", "gate")
 DTYPES = tuple(STATES)
+WORKSPACE = ("uint8", "int8")  # its dtypes
 
 
 class Options(NamedTuple):
@@ -197,3 +198,19 @@ def wanted_results(checked: Checked) -> dict[str, Wanted | None]:
             (shape,), (dtype,) = allowed_shapes(name, sizes).values(), allowed_dtypes(name, problem.dtype)
             wanted[name] = Wanted(shape, dtype)
     return wanted
+
+
+def check_result(array: Array, wanted: Wanted | None) -> None:
+    if wanted is None or array.dtype != wanted.dtype:  # of which others have better words
+        raise TypeError(f"{array.name} has dtype {array.dtype}")
+    if array.shape != wanted.shape:
+        raise ValueError(f"{array.name} has shape {array.shape}; expected {wanted.shape}")
+    dlpack.check_writable(array)
+    if dlpack.overlaps_itself(array):
+        raise ValueError(f"{array.name} overlaps itself: two of its elements share memory (strides {array.strides})")
+
+
+def check_workspace(array: Array, needed: int) -> None:
+    if len(array.shape) != 1 or (array.shape[0] > 1 and array.strides[0] != 1) or array.shape[0] < needed:
+        raise ValueError(f"workspace has shape {array.shape}, strides {array.strides}; expected at least {needed} bytes in a row")
+    dlpack.check_writable(array)
