@@ -148,7 +148,8 @@ def plan(problem: Problem, results: dict[str, Array] | None = None, multiprocess
     # Partial sums take rows * sums states for L * B * 10 values of traffic; 32 steps or more a thread keep them under 5%.
     group = max(1, min(-(-32 // max(problem.length, 1)), problem.batch)) if backward else 1
     rows = -(-problem.batch // group)
-    sums = 2 * ("bias" in given) + 2 * (weight == "column") if backward else 0
+    wanted = given if results is None else results
+    sums = 2 * ("bias" in wanted) + 2 * (weight == "column" and "weight_c" in wanted) if backward else 0
     state_bytes = np.dtype(problem.state).itemsize
     tiles = -(-min(problem.block or 1, problem.length) // TILE)
     checkpoints = max(tiles - 1, 0) * problem.batch * problem.width * state_bytes if recompute else 0
@@ -160,7 +161,8 @@ def plan(problem: Problem, results: dict[str, Array] | None = None, multiprocess
     kernel = Specialisation(
         problem.direction, problem.dtype, skip, problem.activation, problem.candidate, weight, columns, packed, recompute
     )
-    return Plan(kernel, group, rows, sums, grad_u_packed, rows * sums * problem.width * state_bytes, checkpoints)
+    partials = rows * sums * problem.width * state_bytes if rows > 1 else 0  # a single row's sums are the gradients
+    return Plan(kernel, group, rows, sums, grad_u_packed, partials, checkpoints)
 
 
 def _memory_half(
@@ -310,7 +312,7 @@ def run(problem: Problem, results: dict[str, Array], workspace: Array | None) ->
     threads = chosen.rows * (problem.width // kernel.columns)
     if threads:
         launch(kernel, device, -(-threads // kernel.threads), args)
-    if chosen.sums and problem.width:
+    if chosen.sums and problem.width and chosen.rows != 1:  # of no rows the sums are 0
         launch(Specialisation("reduce", problem.dtype), device, -(-chosen.sums * problem.width // 32), args)
 
 
