@@ -110,9 +110,9 @@ def plan(problem: Problem, multiprocessors: int) -> Plan:
     launches = []
     if threads := rows * (problem.width // columns):
         launches.append(_launch(kernel, threads))
-    if sums and problem.width:
+    if sums and problem.width and rows != 1:  # a single row's sums are the gradients; of no rows the sums are 0
         launches.append(_launch(Specialisation("reduce", problem.dtype), sums * problem.width * (REDUCE_THREADS // 32)))
-    partials = rows * sums * problem.width * state_bytes
+    partials = rows * sums * problem.width * state_bytes if rows > 1 else 0
     numbers = dict(
         length=problem.length, batch=problem.batch, width=problem.width, save_every=problem.block or 1, group=group, rows=rows,
         sums=sums,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import re
@@ -19,7 +20,8 @@ import strategies
 from conftest import missing
 
 import cusru
-from cusru import arguments, raw_kernels, reference
+from cusru import arguments, call, raw_kernels, reference, simulator
+from cusru.problem import Options
 
 L, B, D = 70, 3, 8
 
@@ -423,3 +425,132 @@ def test_what_the_gpu_tests_copy_to_a_device_is_memory_as_it_lies(layout: str) -
         owner = strategies.root(a)
         offset, memory = a.ctypes.data - owner.ctypes.data, conftest._memory(owner)
         assert np.array_equal(np.ndarray(a.shape, a.dtype, memory.tobytes(), offset, a.strides), a)
+
+
+# ---- what is written, and by how many kernels -----------------------------------------------------------------------------
+
+on_the_simulator = pytest.mark.skipif(missing("simulator") is not None, reason=str(missing("simulator")))
+
+
+def gradients_of(
+    wanted: tuple[str, ...], o: cusru.Output, given: dict[str, Any], save_every: int = 1, out: Any = None
+) -> cusru.Gradients:
+    """sru_backward with these gradients alone, None in place of the others."""
+    inputs = [given.get(n) for n in ("u", "x", "bias", "weight_c", "c0", "mask_c", "mask_pad")]
+    inputs += [given.get("scale_x", 1.0), None, o.c, None, o.h, o.c_last]
+    unwanted = tuple(name for name in arguments.BACKWARD.results if name.removeprefix("grad_") not in wanted)
+    options = Options("identity", "identity", "state", False, save_every)
+    found = call.look(arguments.BACKWARD, inputs, options, out, unwanted=unwanted)
+    assert found is not None
+    return cusru.Gradients(*call.start(found))
+
+
+@on_the_simulator
+@pytest.mark.parametrize("multiprocessors", [0, 132], ids=["four columns a thread", "one"])
+@pytest.mark.parametrize("save_every", [1, 40])
+@pytest.mark.parametrize("k", [3, 4])
+@pytest.mark.parametrize("planar", [False, True], ids=["packed", "planar"])
+def test_an_unwanted_gradient_costs_nothing_and_changes_no_other(
+    k: int, save_every: int, multiprocessors: int, planar: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUSRU_SIMULATE", "1")
+    monkeypatch.setattr(simulator, "multiprocessors", multiprocessors)
+    given, normal = problem(), np.random.default_rng(3).standard_normal
+    if k == 4:
+        del given["x"]
+        given |= {"u": normal((L, B, D, 4)).astype("f4"), "weight_c": normal((L, B, D, 2)).astype("f4")}
+    names = tuple(given)
+    out = [np.empty((k, L, B, D), "f4").transpose(1, 2, 3, 0) if planar else None, None, None, None, None]
+    o, whole = both(given, save_every)
+    with simulator.report() as report:
+        gradients_of(("u",), o, given, save_every)
+    inputs_read = report.bytes_read
+    for wanted in itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(1, len(names) + 1)):
+        with simulator.report() as report:
+            got = gradients_of(wanted, o, given, save_every, out if "u" in wanted else None)
+        sums = [n for n in wanted if n == "bias" or (n == "weight_c" and k == 3)]
+        partials = len(sums) * B * 2 * D * 4  # written once and read once
+        between = B * D * 4 if save_every == 40 else 0  # the state between the two tiles of 40 steps
+        results = sum(getattr(whole, n).nbytes for n in wanted)
+        assert report.launches == (2 if sums else 1), wanted
+        assert report.workspace_bytes == 2 * partials + between, wanted
+        assert report.bytes_written == results + partials + between, wanted
+        assert report.bytes_read - partials == inputs_read, wanted
+        for name, of_all, alone in zip(whole._fields, whole, got, strict=True):
+            assert (alone is not None) == (name in wanted), name
+            if alone is not None:
+                np.testing.assert_array_equal(alone, of_all, err_msg=f"{name} of {wanted}")
+
+
+def compensated(values: np.ndarray) -> np.ndarray:
+    """Kahan's sum over the first axis, in its order."""
+    total = lost = np.zeros_like(values[0])
+    for v in values:
+        y = v - lost
+        t = total + y
+        total, lost = t, (t - total) - y
+    return total
+
+
+@on_the_simulator
+@pytest.mark.parametrize(("length", "batch"), [(1, 1), (40, 1), (8, 4), (1, 32), (8, 5), (40, 2), (33, 40), (0, 3), (5, 0)])
+def test_parameter_gradients_are_added_up_in_one_order_by_no_more_kernels_than_it_takes(
+    length: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thread over its steps from the last, batch after batch, until it has walked 32; where one thread did it all, that
+    is the gradient, and there is no second kernel. Else 16 warps take every 16th thread's sum, then their sums are added."""
+    monkeypatch.setenv("CUSRU_SIMULATE", "1")
+    arguments = problem(length=length, batch=batch)
+    o = cusru.sru_forward(**arguments)
+    with simulator.report() as report:
+        g = cusru.sru_backward(o.h, o.c_last, o.c, **arguments)
+    each = max(1, min(-(-32 // max(length, 1)), batch))  # batches that a thread walks
+    rows = -(-batch // each)
+    assert (report.launches, bool(report.workspace_bytes)) == ((1, False) if rows == 1 else (1 + (rows > 1), rows > 1))
+    assert (cusru.workspace_size("backward", **arguments) > 0) == (rows > 1)
+
+    before = np.concatenate([arguments["c0"][None], o.c])[:length]
+    of_bias = np.moveaxis(g.u[..., 1:], 3, 0)[:, ::-1]  # gate, step from the last, batch, column
+    for name, terms in (("bias", of_bias), ("weight_c", of_bias * before[::-1])):
+        sums = [np.zeros((2, D), "f4")] * 16
+        for warp in range(16):
+            of_row = [
+                compensated(
+                    np.concatenate([np.zeros((1, 2, D), "f4"), *terms[:, :, row * each : (row + 1) * each].transpose(2, 1, 0, 3)])
+                )
+                for row in range(warp, rows, 16)
+            ]
+            sums[warp] = compensated(np.array([sums[warp], *of_row]))
+        np.testing.assert_array_equal(getattr(g, name).reshape(2, D), compensated(np.array(sums)), err_msg=name)
+
+
+@on_the_simulator
+@pytest.mark.parametrize("dtype", ["f8", "f4", "f2"])
+def test_a_batch_that_adds_nothing_changes_no_bit_of_the_parameter_gradients(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although with it there is a second kernel, and without it none."""
+    monkeypatch.setenv("CUSRU_SIMULATE", "1")
+    for length, batch in ((1, 32), (8, 4), (70, 1)):
+        arguments = problem(dtype, length, batch + 1)
+        o = cusru.sru_forward(**arguments)
+        grad_h = np.array(o.h)
+        grad_h[:, -1] = 0
+        more = cusru.sru_backward(grad_h, None, o.c, **arguments)
+        fewer = {n: a[:, :batch] if n in ("u", "x") else a[:batch] if n == "c0" else a for n, a in arguments.items()}
+        with simulator.report() as report:
+            g = cusru.sru_backward(grad_h[:, :batch], None, o.c[:, :batch], **fewer)
+        assert report.launches == 1
+        for name in ("bias", "weight_c"):
+            np.testing.assert_array_equal(getattr(g, name), getattr(more, name), err_msg=f"{name}, {length}, {batch}")
+
+
+@on_the_simulator
+@pytest.mark.parametrize("batch", [1, 17])
+def test_a_sum_that_is_flushed_to_zero_has_no_sign(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether one kernel adds it up or two."""
+    monkeypatch.setenv("CUSRU_SIMULATE", "1")
+    u, x, bias = np.zeros((2, batch, 4, 3), "f4"), np.ones((2, batch, 4), "f4"), np.zeros((2, 4), "f4")
+    grad_h = np.zeros_like(x)
+    grad_h[:, 0] = np.finfo("f4").tiny * np.array([[6.4], [-6]], "f4")  # of the bias: a quarter of -grad_h, the last step first
+    g = cusru.sru_backward(grad_h, None, cusru.sru_forward(u, x, bias=bias).c, u, x, bias=bias)
+    assert (g.u[:, 0, :, 2] < 0).tolist() == [[True] * 4, [False] * 4]
+    assert not g.bias.view("u4").any()

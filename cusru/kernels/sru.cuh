@@ -434,15 +434,17 @@ template <typename V> struct Gradients {
             if constexpr (V::SKIP == SKIP_PROJECTED) gu[3][i] = grad.skip;
             if constexpr (V::SKIP == SKIP_X) gx.set(i, grad.skip);
         }
-        if constexpr (V::STEP_WEIGHT) gw.store(grad_weight.next(), args.grad_weight_c.row);
-        if constexpr (V::SKIP == SKIP_X) gx.store(grad_x.next());
-        char* at = grad_u.next();
+        char *at = grad_u.next(), *at_x = grad_x.next(), *at_weight = grad_weight.next();  // null: unwanted
+        if constexpr (V::STEP_WEIGHT)
+            if (at_weight) gw.store(at_weight, args.grad_weight_c.row);
+        if constexpr (V::SKIP == SKIP_X)
+            if (at_x) gx.store(at_x);
         if (args.flags & GRAD_U_PACKED) {
             Values<T, K * N> out;
 #pragma unroll
             for (int i = 0; i < K * N; ++i) out.set(i, gu[i % K][i / K]);
             out.store(at);
-        } else {
+        } else if (at) {
 #pragma unroll
             for (int k = 0; k < K; ++k) {
                 Values<T, N> out;
@@ -468,22 +470,30 @@ template <typename V> struct Gradients {
         for (int i = 0; i < N; ++i)
             store_one<T>(args.grad_c0.at(0, thread.b, thread.d + i, 0), carry[i], (args.flags & NARROW_C0) != 0);
     }
-    __device__ __forceinline__ void leave_partials(const Thread<V>& thread, long long row) {
+    // The parameter sums, for reduce(); where one thread has walked all batches they are the gradients.
+    __device__ __forceinline__ void leave_sums(const Thread<V>& thread, long long row) {
         const Args& args = thread.args;
-        S* out = reinterpret_cast<S*>(args.partials) + row * args.sums * args.width + thread.d;
-        auto put = [&](const Sum<S>(&sum)[N]) {
+        S* partials = reinterpret_cast<S*>(args.partials);
+        long long place = row * args.sums * args.width + thread.d;
+        auto put = [&](const Sum<S>(&sum)[N], const Array& gradient, int gate, int narrow) {
 #pragma unroll
-            for (int i = 0; i < N; ++i) workspace_store<sizeof(S)>(out + i, &sum[i].total);
-            out += args.width;
+            for (int i = 0; i < N; ++i)
+                if (args.rows > 1)
+                    workspace_store<sizeof(S)>(partials + place + i, &sum[i].total);
+                else  // 0 +: as reduce() begins, which takes the sign from a -0
+                    store_one<T>(gradient.at(0, 0, thread.d + i, gate), S(0) + sum[i].total,
+                                 (args.flags & narrow) != 0);
+            place += args.width;
         };
         if (args.grad_bias.data) {
-            put(bias_f);
-            put(bias_r);
+            put(bias_f, args.grad_bias, 0, NARROW_BIAS);
+            put(bias_r, args.grad_bias, 1, NARROW_BIAS);
         }
-        if constexpr (V::WEIGHT == WEIGHT_COLUMN) {
-            put(v_f);
-            put(v_r);
-        }
+        if constexpr (V::WEIGHT == WEIGHT_COLUMN)
+            if (args.grad_weight_c.data) {
+                put(v_f, args.grad_weight_c, 0, NARROW_WEIGHT);
+                put(v_r, args.grad_weight_c, 1, NARROW_WEIGHT);
+            }
     }
 };
 
@@ -499,7 +509,7 @@ __device__ __forceinline__ void backward_saved(const Thread<V>& thread, Gradient
     Cursor saved = thread.cursor(args.c, last, true);
     {
         Values<S, N> in;
-        in.load(saved.next());
+        in.load(saved.at);
 #pragma unroll
         for (int i = 0; i < N; ++i) c[i] = in.get(i), first[i] = thread.initial(i);
     }
@@ -512,7 +522,9 @@ __device__ __forceinline__ void backward_saved(const Thread<V>& thread, Gradient
         state(in);
         if constexpr (V::SKIP == SKIP_X) in.x.load(x.next());
         in.gh.load(gh.next());
-        if (--to_load) in.c_prev.load(saved.next());
+        // The first step loads in vain, once more what it has: were the load left out there, all would pay with moves.
+        if (--to_load) saved.next();
+        in.c_prev.load(saved.at);
     };
     auto use = [&](const BackwardInputs<V>& in) {
         S c_prev[N];
@@ -637,7 +649,7 @@ __device__ __forceinline__ void backward(const Args& args) {  // TILE 0: every s
             backward_recomputed<V, AHEAD, TILE, THREADS>(thread, gradients);
         gradients.end(thread);
     }
-    if (args.sums) gradients.leave_partials(thread, row);
+    gradients.leave_sums(thread, row);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
