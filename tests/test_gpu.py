@@ -4,6 +4,7 @@ What else holds on a GPU is in test_properties.py and test_laws.py, whose tests 
 """
 
 import copy
+import math
 
 import numpy as np
 import oracle
@@ -195,3 +196,62 @@ def test_a_device_that_is_not_the_current_one(torch):
     torch.testing.assert_close(result[0].cpu(), expected[0], rtol=1e-4, atol=1e-4)
     parallel = torch.nn.DataParallel(there.to("cuda:0"), dim=1)
     torch.testing.assert_close(parallel(x.cuda())[0].cpu(), expected[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("save_every", [1, 32])
+@pytest.mark.parametrize(
+    "wanted", [("u", "x", "bias", "weight_c", "c0"), ("u",), ("bias", "c0"), ("x", "weight_c")], ids="-".join
+)
+def test_the_straight_way_gives_the_operator_s_bits(torch, monkeypatch, wanted, save_every):
+    """On the current stream and on another, aligned and not; gradients that nobody asks for are left out."""
+    from cusru.torch import operator, sru
+
+    def gradients(offset):
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def normal(*shape):
+            memory = torch.empty(math.prod(shape) + offset, device="cuda")
+            a = memory[offset:].view(shape).normal_(generator=generator)
+            return a.detach()
+
+        shapes = dict(u=(65, 40, 64, 3), x=(65, 40, 64), bias=(2, 64), weight_c=(128,), c0=(40, 64))
+        given = {n: normal(*shape).requires_grad_(n in wanted) for n, shape in shapes.items()}
+        h, c_last = sru(**given, scale_x=0.7, save_every=save_every)
+        return [h, c_last, *torch.autograd.grad(loss_of((h, c_last)), [given[n] for n in wanted])]
+
+    for offset in (0, 1):
+        found = gradients(offset)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            elsewhere = gradients(offset)
+        torch.cuda.synchronize()
+        with monkeypatch.context() as patch:
+            patch.setattr(operator, "_straight", lambda *_: None)
+            expected = gradients(offset)
+        for a, b, c in zip(found, elsewhere, expected, strict=True):
+            assert torch.equal(a, c)
+            assert torch.equal(b, c)
+
+
+def test_a_graph_replays_what_was_captured_whatever_is_called_meanwhile():
+    """The struct of arguments is the call's own copy: other calls of the same signature change nothing in it."""
+    import cupy
+
+    rng = np.random.default_rng(0)
+    u, x = cupy.asarray(rng.standard_normal((40, 8, 64, 3)), "f4"), cupy.asarray(rng.standard_normal((40, 8, 64)), "f4")
+    out, others = cusru.sru_forward(u, x), cusru.sru_forward(u, x)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+        cusru.sru_forward(u, x, out=out)
+        graph = stream.end_capture()
+    for scale in (1, 2):
+        u *= scale
+        cusru.sru_forward(u * 3, x * 3, out=others, scale_x=0.1)
+        expected = cusru.sru_forward(u, x)
+        cupy.cuda.Device().synchronize()
+        with stream:
+            graph.launch()
+            stream.synchronize()
+        for a, b in zip(out, expected, strict=True):
+            cupy.testing.assert_array_equal(a, b)
