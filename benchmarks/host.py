@@ -403,7 +403,7 @@ def on_device() -> Iterator[Row]:
     wait = here.cupy.cuda.Device().synchronize
 
     def enqueued(calls: Mapping[str, Call]) -> dict[str, float]:
-        return measuring.in_turn(calls, rounds=5, most=QUEUE, clock=time.perf_counter, settle=wait)
+        return measuring.in_turn(calls, rounds=5, turn=0.01, most=QUEUE, clock=time.perf_counter, settle=wait)
 
     for case in ON_DEVICE:
         shape, work, calls = case[1:4], Workload(here, case, "float32"), dict[str, Call]()

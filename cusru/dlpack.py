@@ -402,7 +402,7 @@ def _plain_cupy(objects: list[Any], addresses: bool, stream: Any) -> _Plain | No
             return None
         data = a.data
         address = data.ptr
-        if not address:
+        if not address and a.size:
             return None
         found.append(address)
         keys.append((a.shape, a.strides, a.dtype, data.device_id, address & 15))
@@ -428,7 +428,7 @@ def _plain_torch(objects: list[Any], addresses: bool, stream: Any) -> _Plain | N
         if (kind is not tensor and kind is not parameter) or (recorded and a.requires_grad) or a.is_neg():
             return None
         address = a.data_ptr()
-        if not address:
+        if not address and (a.numel() or torch._is_functional_tensor(a)):
             return None
         found.append(address)
         keys.append((a.shape, a.stride(), a.dtype, a.device, address & 15))

@@ -13,7 +13,7 @@ import pytest
 from conftest import missing
 
 import cusru
-from cusru import arguments, dlpack, raw_kernels, simulator
+from cusru import arguments, call, dlpack, raw_kernels, simulator
 
 cupy = pytest.importorskip("cupy", reason='needs CuPy: pip install "cusru[cuda13]"')
 
@@ -174,6 +174,16 @@ def test_with_out_and_workspace_nothing_is_allocated(driver: Driver) -> None:
         assert len(driver.memory) == held
 
 
+def test_a_workspace_of_no_bytes_has_no_address_and_goes_the_quick_way(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {name: on_device(a) for name, a in problem().items()}
+    o = cusru.sru_forward(**given)
+    assert cusru.workspace_size("forward", **given) == 0
+    nothing = cupy.ndarray((0,), np.uint8, memptr=cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(0, 0, None, DEVICE), 0))
+    assert nothing.data.ptr == 0
+    monkeypatch.setattr(call, "_run_carefully", lambda *_: pytest.fail("looked at with care"))
+    assert cusru.sru_forward(**given, out=o, workspace=nothing).h is o.h
+
+
 def test_each_kernel_is_built_once_for_a_device(driver: Driver) -> None:
     given = {name: on_device(a) for name, a in problem().items()}
     cusru.sru_forward(**given)
@@ -213,11 +223,11 @@ def test_a_signal_s_handler_may_launch_what_its_thread_is_compiling(driver: Driv
     monkeypatch.setattr(cupy, "RawKernel", Interrupted)
     before = signal.signal(signal.SIGUSR1, lambda *_: handled.append(cusru.sru_forward(u)))
     try:
-        call = threading.Thread(target=lambda: raw_kernels._compiling.acquire() and raw_kernels._compiling.release())
+        thread = threading.Thread(target=lambda: raw_kernels._compiling.acquire() and raw_kernels._compiling.release())
         o = cusru.sru_forward(u)
-        call.start()  # and the lock is free again
-        call.join(60)
-        assert not call.is_alive()
+        thread.start()  # and the lock is free again
+        thread.join(60)
+        assert not thread.is_alive()
     finally:
         signal.signal(signal.SIGUSR1, before)
     np.testing.assert_array_equal(on_host(o.h), on_host(handled[0].h))
