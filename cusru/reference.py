@@ -138,18 +138,23 @@ def slope(name: str, c: Array) -> MaybeArray:
 
 
 def run_states(states: Array, z: Array, e: Array, below: Array, move: Array, v: MaybeArray, pad: Pad | None) -> None:
-    """states[0] is known; fills the others. e: the exponential of the forget gate's argument and below: 1 + e, where v is None;
-    else e comes as the argument less v * c, and becomes the exponential. move: becomes (c_prev - z) * (1 - f).
-    Of v and move one row may stand for all steps."""
+    """states[0] is known; fills the others. e and below are the exponential of the forget gate's argument and 1 + e, where v is
+    None; else e comes as the argument less v * c and becomes the exponential, and below[0] is used at each step. move: becomes
+    (c_prev - z) * (1 - f), the last step's if it has one row."""
     one, bound = ONE[e.dtype], SMALL_E[e.dtype]
-    c = states[0]
-    belows = below if v is None else repeat(below[0])
-    small: Any = less(e, bound) if v is None else repeat(np.empty(c.shape, bool))
-    if v is None and b"\1" not in small.tobytes():  # small.any() takes ten times as long
-        small = repeat(None)
-    weights, stops = repeat(None) if v is None else _rows(v), repeat(None) if pad is None else pad.steps
+    small: MaybeArray = None
+    if v is not None:
+        below, small = below[:1], np.empty((1, *z.shape[1:]), bool)
+    elif not e.item(e.argmin()) >= bound.item():  # or it is NaN
+        small = less(e, bound)
+    steps: Iterable[Any]
+    if len(z) == 1:
+        c, steps = states[:1], [(states[1:], z, e, below, move, v, small, pad and pad.columns)]
+    else:
+        c, stops = states[0], repeat(None) if pad is None else pad.steps
+        steps = zip(states[1:], z, e, _rows(below), _rows(move), _rows(v), _rows(small), stops, strict=False)
     # c = c - (c - z) / (1 + e), or (e*c + z) / (1 + e) where f = e / (1 + e) is small
-    for new, zt, et, bt, mt, vt, st, stop in zip(states[1:], z, e, belows, _rows(move), weights, small, stops, strict=False):
+    for new, zt, et, bt, mt, vt, st, stop in steps:
         if vt is not None:
             multiply(vt, c, mt)
             add(et, mt, et)
@@ -159,9 +164,9 @@ def run_states(states: Array, z: Array, e: Array, below: Array, move: Array, v: 
         subtract(c, zt, mt)
         divide(mt, bt, mt)
         subtract(c, mt, new)
-        if st is not None and b"\1" in st.tobytes():
-            (few,) = st.reshape(-1).nonzero()
-            to, ef, cf, zf, bf = (a.reshape(-1) for a in (new, et, c, zt, bt))
+        if st is not None and b"\1" in st.tobytes():  # st.any() takes ten times as long
+            (few,) = st.ravel().nonzero()  # flat: much faster than by rows and columns
+            to, ef, cf, zf, bf = new.ravel(), et.ravel(), c.ravel(), zt.ravel(), bt.ravel()
             for i in few if len(few) < 3 else [few]:  # an array of indices costs as much as three numbers
                 to[i] = (ef[i] * cf[i] + zf[i]) / bf[i]
         if stop is not None:
@@ -169,23 +174,23 @@ def run_states(states: Array, z: Array, e: Array, below: Array, move: Array, v: 
         c = new
 
 
-def _rows(a: Array) -> Iterable[Array]:
-    """For each step; one that stands alone is for all."""
-    return a if len(a) > 1 else repeat(a[0])
+def _rows(a: MaybeArray) -> Iterable[Any]:
+    """For each step; one that stands alone, or None, is for all."""
+    return repeat(None) if a is None else a if len(a) > 1 else repeat(a[0])
 
 
 def split(f: Array, g: Array, p: Array, out: Array) -> MaybeArray:
     """f as keep + p: 1 and p = -g or, where f is small, 0 and f. Returns keep, None where all are 1. An element's arithmetic
     does not depend on what the others are: 1 * c is c."""
     negative(g, p)
-    if f.item(f.argmin()) >= SMALL_F:  # no NaN among them either
+    if f.item(f.argmin()) >= SMALL_F:
         return None
-    (few,) = (f.reshape(-1) < SMALL_F).nonzero()  # flat: much faster than by rows and columns
-    if not len(few):
+    (few,) = (f < SMALL_F).ravel().nonzero()
+    if not len(few):  # it was NaN
         return None
-    p.reshape(-1)[few] = f.reshape(-1)[few]
+    p.put(few, f.take(few))
     out.fill(1)
-    out.reshape(-1)[few] = 0
+    out.put(few, 0)
     return out
 
 
@@ -242,31 +247,32 @@ def forward(
     c_last: MaybeArray,
 ) -> None:
     """Writes h, c and c_last in place; operands may have any strides. All checks are the caller's."""
-    scratch, options = _Scratch(), (candidate, scale_x, mask_target)
+    scratch = _Scratch()
     operands = (u, x, h, c), (c0, mask_c, c_last), (bias, weight_c), mask_pad
     try:
-        for reverse, (u, x, h, c), (c0, mask_c, c_last), (bias, weight_c), mask_pad in _tiles(bidirectional, *operands):
-            tile = _Tile(u, x, bias, weight_c, c0, mask_c, mask_pad, *options)
-            length, block = len(u), tile.block
-            states, room, move = scratch.arrays(tile, block + 1, 5 * block, 1)
-            room = room.reshape(5, block, *tile.shape)
-            saved = None if c is None or save_every is None else saved_after(length, save_every, reverse)
+        for (reverse, _), (u, x, h, c), (c0, mask_c, c_last), (bias, weight_c), mask_pad in _tiles(bidirectional, *operands):
+            tile = _Tile(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target)
+            length, block = tile.length, tile.block
+            states, move, room = scratch.arrays(tile, block + 1, 1, 5 * block)
+            all_saved = c is not None and len(c) == length
+            saved = () if c is None or all_saved or save_every is None else saved_after(length, save_every, reverse)
             tile.start(states[0])
             for t0 in range(0, length, block):
                 t1 = min(t0 + block, length)
-                now, pad, v = states[: t1 - t0 + 1], tile.pad(t0, t1), tile.weights(t0, t1)
-                planes, below = room[:3, : t1 - t0], room[3:, : t1 - t0]
-                e, spare, r, q = planes[1:], planes[0], planes[2], below[1]
-                tile.arguments(t0, t1, 0, 3, planes)
-                known = v is None or len(now) == 2  # each state that the gates look at
+                steps, pad, v = t1 - t0, tile.pad(t0, t1), tile.weights(t0, t1)
+                now, room_now = states[: steps + 1], room[: 5 * steps].reshape(5, steps, *tile.shape)
+                e, below = room_now[1:3], room_now[3:]
+                u0, f, r, g, q = room_now
+                tile.arguments(t0, t1, 0, room_now[:3])
+                known = v is None or steps == 1  # each state that the gates look at
                 if known:
                     exponentials(e, v, now[:1], below)
-                run_states(now, tile.candidates(spare), e[0], below[0], move, None if known else v[0], pad)
+                run_states(now, activate(candidate, u0), f, g, move, None if known else v[0], pad)
                 if h is not None:
                     if not known:
                         exponentials(e[1:], v[1:], now[:-1], below[1:])
                     gates(r, q)
-                    w, s = tile.skip_factor(r, q, out=e[0]), tile.skip(t0, t1, out=spare)
+                    w, s = tile.skip_factor(r, q, out=f), tile.skip(t0, t1, out=g)
                     if tile.mask is not None:
                         multiply(r, tile.mask, r)
                     multiply(r, activate(activation, now[1:]), r)
@@ -274,9 +280,10 @@ def forward(
                         store(r, h[t0:t1], pad)
                     else:
                         put(add, r, multiply(w, s, q), h[t0:t1], pad)
-                if saved is not None:
-                    for i in range(bisect_right(saved, t0), bisect_right(saved, t1)):
-                        c[i] = now[saved[i] - t0]
+                if all_saved:
+                    c[t0:t1] = now[1:]
+                for i in range(bisect_right(saved, t0), bisect_right(saved, t1)) if saved else ():
+                    c[i] = now[saved[i] - t0]
                 states[0] = now[-1]
             if c_last is not None:
                 narrow(states[0], c_last)
@@ -310,45 +317,55 @@ def backward(
     grad_c0: MaybeArray,
 ) -> None:
     """Writes the gradients in place; those that are None are not wanted, nor computed. All checks are the caller's."""
-    per_step = None if grad_weight_c is None or grad_weight_c.ndim == 2 else grad_weight_c
-    whole = not bidirectional and 0 < u.shape[1] * u.shape[2] <= TILE_COLUMNS
-    totals = _Totals(u, grad_bias, grad_weight_c if per_step is None else None, whole and block_steps(u) >= len(u) > 0)
-    through_state = any(g is not None for g in (grad_u, grad_bias, grad_weight_c, grad_c0))
-    of_gates = grad_u is not None or grad_bias is not None or grad_weight_c is not None
-    scratch, options = _Scratch(), (candidate, scale_x, mask_target)
-    steps, planes = (u, x, grad_h, c, grad_u, grad_x, per_step), (c0, mask_c, grad_c_last, grad_c0)
+    per_step = weight_c is not None and weight_c.ndim == 4
+    through_state = not (grad_u is None and grad_bias is None and grad_weight_c is None and grad_c0 is None)
+    summed = slice(0 if grad_bias is not None else 2, 2 if grad_weight_c is None or per_step else 4)  # of the terms
+    if not u.size:  # no block adds to them
+        for gradient in (grad_bias, None if per_step else grad_weight_c):
+            if gradient is not None:
+                gradient[...] = 0  # +0 has the same bits in every dtype, bfloat16 included
+    scratch, total = _Scratch(), None
+    operands = (
+        (u, x, grad_h, c, grad_u, grad_x),
+        (c0, mask_c, grad_c_last, grad_c0),
+        (bias, weight_c, grad_bias, grad_weight_c),
+        mask_pad,
+    )
     try:
-        for reverse, steps, planes, (bias, weight_c, *sums), mask_pad in _tiles(
-            bidirectional, steps, planes, (bias, weight_c, *totals.arrays), mask_pad
-        ):
-            (u, x, grad_h, c, grad_u, grad_x, per_step), (c0, mask_c, grad_c_last, grad_c0) = steps, planes
-            tile = _Tile(u, x, bias, weight_c, c0, mask_c, mask_pad, *options)
-            length, block = len(u), tile.block
+        for (reverse, first), of_steps, of_states, of_columns, mask_pad in _tiles(bidirectional, *operands):
+            u, x, grad_h, c, grad_u, grad_x = of_steps
+            c0, mask_c, grad_c_last, grad_c0 = of_states
+            bias, weight_c, grad_bias, grad_weight_c = of_columns
+            tile = _Tile(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target)
+            length, block = tile.length, tile.block
             history = _History(tile, c, save_every, reverse)
             span = history.span
             carry, room, states, planes, move = scratch.arrays(tile, 1, 7 * block, span + 1, 3 * span, span)
-            carry, room = carry[0], room.reshape(7, block, *tile.shape)
-            history.spans = states, planes.reshape(3, span, *tile.shape), move, room[:1]
+            carry = carry[0]
+            history.spans = states, planes.reshape(3, span, *tile.shape), move, room
             if grad_u is not None and grad_u.shape[3] == 4:
                 grad_x = grad_u[..., 3]
             if grad_c_last is None:
                 carry.fill(0)
             else:
                 load(grad_c_last, carry)
+            if first:  # of its columns
+                total = None
             for t0 in reversed(range(0, length, block)):
                 t1 = min(t0 + block, length)
-                count, pad, v = t1 - t0, tile.pad(t0, t1), tile.weights(t0, t1)
+                steps, pad, v = t1 - t0, tile.pad(t0, t1), tile.weights(t0, t1)
                 c_prev, c_next, planes, adjoint = history.read(t0, t1)
-                below, terms, spare = room[:2, :count], room[2:6, :count], room[6, :count]
-                e, (gu1, gu2, p, carried) = planes[1:], terms
-                f, r, g, q = *e, *below
+                room_now = room[: 7 * steps].reshape(7, steps, *tile.shape)
+                e, below, terms = planes[1:], room_now[:2], room_now[2:6]
+                u0, f, r = planes
+                g, q, gu1, gu2, p, carried, spare = room_now
                 if history.complete:
-                    tile.arguments(t0, t1, 0, 3, planes)
+                    tile.arguments(t0, t1, 0, planes)
                     exponentials(e, v, c_prev, below)
-                    subtract(c_prev, tile.candidates(planes[0]), adjoint)
+                    subtract(c_prev, activate(candidate, u0), adjoint)
                     divide(adjoint, g, adjoint)
                 else:
-                    tile.arguments(t0, t1, 2, 3, planes)
+                    tile.arguments(t0, t1, 2, planes[2:])
                     exponentials(e[1:], None if v is None else v[1:], c_prev, below[1:])
                     add(f, ONE[f.dtype], g)
                 gates(e, below)
@@ -374,26 +391,33 @@ def backward(
                     add(p, multiply(adjoint, v[0], carried), p)
                 run_carry(carry, gc, p, keep, None if v is None else multiply(gu2, v[1], carried), pad)
                 # What does: gradients of the block.
-                if of_gates:
-                    multiply(adjoint, gc, gu1)
+                multiply(adjoint, gc, gu1)
                 if grad_weight_c is not None:
                     multiply(gu1, c_prev, p)
                     multiply(gu2, c_prev, carried)
                 if pad:
                     np.copyto(terms, 0, where=pad.columns)
                 if grad_u is not None:
-                    if (du0 := None if candidate == "identity" else slope(candidate, planes[0])) is not None:
+                    if (du0 := None if candidate == "identity" else slope(candidate, u0)) is not None:
                         multiply(gc, du0, gc)
                     store(multiply(gc, g, gc), grad_u[t0:t1, ..., 0], pad)
                     narrow(gu1, grad_u[t0:t1, ..., 1])
                     narrow(gu2, grad_u[t0:t1, ..., 2])
-                if per_step is not None:
-                    narrow(p, per_step[t0:t1, ..., 0])
-                    narrow(carried, per_step[t0:t1, ..., 1])
-                totals.add(terms, *sums)
+                if per_step and grad_weight_c is not None:
+                    narrow(p, grad_weight_c[t0:t1, ..., 0])
+                    narrow(carried, grad_weight_c[t0:t1, ..., 1])
+                if summed.start < summed.stop:
+                    total = with_block(total, terms[summed])
             if grad_c0 is not None:
                 narrow(carry, grad_c0)
-        totals.finish()
+            if total is not None:  # once more after each tile of the same columns
+                sums, errors = total
+                if errors is not None:
+                    sums = np.where(np.isfinite(sums), sums + errors, sums)
+                if grad_bias is not None:
+                    narrow(sums[:2], grad_bias)
+                if summed.stop == 4:
+                    narrow(sums[-2:], grad_weight_c)
     finally:
         scratch.leave()
 
@@ -406,12 +430,6 @@ class Pad(NamedTuple):
     steps: list[MaybeArray]  # its rows, None for those without any
 
 
-def block_steps(u: Array) -> int:
-    """How many steps of a tile go together."""
-    length, batch, dim, _ = u.shape
-    return max(1, min(length, BLOCK_BYTES // (state_dtype(u).itemsize * batch * dim)))
-
-
 class _Tile:
     """What the passes read of some columns of one direction, time in the order in which it is processed."""
 
@@ -419,24 +437,21 @@ class _Tile:
         self, u: Array, x: MaybeArray, bias: MaybeArray, weight_c: MaybeArray, c0: MaybeArray, mask_c: MaybeArray,
         mask_pad: MaybeArray, candidate: str, scale_x: float, mask_target: str,
     ) -> None:  # fmt: skip
-        self.dtype, self.shape = state_dtype(u), u.shape[1:3]
-        self.block = block_steps(u)
+        self.length, batch, dim, k = u.shape
+        self.shape = batch, dim
+        self.dtype = dtype = state_dtype(u)
+        self.block = max(1, min(self.length, BLOCK_BYTES // (dtype.itemsize * batch * dim)))  # steps
         self.planes = u.transpose(3, 0, 1, 2)
-        self.s, self.scale = x, None
-        if u.shape[3] == 4:
-            self.s = self.planes[3]
-        elif scale_x != 1:
-            self.scale = np.array(scale_x, self.dtype)
+        self.s = x if k == 3 else self.planes[3]
+        self.scale = None if k == 4 or scale_x == 1 else np.array(scale_x, dtype)
         self.bias = None if bias is None else self.rows(bias)
-        self.v = None if weight_c is None else self.rows(weight_c)
         self.per_step = weight_c is not None and weight_c.ndim == 4
+        self.v = None if weight_c is None else weight_c.transpose(3, 0, 1, 2) if self.per_step else self.rows(weight_c)
+        self.mask = None if mask_c is None else widen(mask_c, dtype)
         self.c0, self.mask_pad, self.candidate, self.gate_mask = c0, mask_pad, candidate, mask_target == "gate"
-        self.mask = None if mask_c is None else widen(mask_c, self.dtype)
 
     def rows(self, a: Array) -> Array:
-        """(2, D) as (2, 1, b, D), of a weight for each step (L, b, D, 2) as (2, L, b, D)."""
-        if a.ndim == 4:
-            return a.transpose(3, 0, 1, 2)
+        """(2, D) as (2, 1, b, D)."""
         a = a[:, None, None]
         if self.shape[0] == 1 and a.dtype == self.dtype:
             return a
@@ -454,16 +469,13 @@ class _Tile:
         else:
             load(self.c0, out)
 
-    def arguments(self, t0: int, t1: int, first: int, end: int, planes: Array) -> None:
-        """u0 to u2, those in [first, end), with the gates' biases: their arguments, to which v * c is to be added."""
-        load(self.planes[first:end, t0:t1], planes[first:end])
+    def arguments(self, t0: int, t1: int, first: int, out: Array) -> None:
+        """u_first and those that follow; the gates' with their biases: the arguments, to which v * c is to be added."""
+        end = first + len(out)
+        load(self.planes[first:end, t0:t1], out)
         if self.bias is not None:
-            first = max(first, 1)
-            e = planes[first:end]
-            add(e, self.bias[first - 1 : end - 1], e)
-
-    def candidates(self, u0: Array) -> Array:
-        return activate(self.candidate, u0)
+            e, bias = (out[1:], self.bias[: end - 1]) if first == 0 else (out, self.bias[first - 1 : end - 1])
+            add(e, bias, e)
 
     def weights(self, t0: int, t1: int) -> MaybeArray:
         """(2, 1, b, d), or (2, steps, b, d)."""
@@ -496,18 +508,18 @@ Operands = tuple[Any, ...]  # arrays or None
 
 def _tiles(
     bidirectional: bool, steps: Operands, states: Operands, rows: Operands, mask_pad: MaybeArray
-) -> Iterable[tuple[bool, Operands, Operands, Operands, MaybeArray]]:
-    """Whether time runs backward in a tile, and its share of operands: (L, B, D, ...), of which u is the first, (B, D), (.., D)
-    or per step, (L, B)."""
+) -> Iterable[tuple[tuple[bool, bool], Operands, Operands, Operands, MaybeArray]]:
+    """Of each tile whether its time runs backward, whether it is the first of its columns, and its share of the operands:
+    (L, B, D, ...), of which u is the first, (B, D), (2, D) or per step, (L, B)."""
     batch, dim = steps[0].shape[1:3]
     if not bidirectional and 0 < batch * dim <= TILE_COLUMNS:
-        return [(False, steps, states, rows, mask_pad)]
+        return [((False, True), steps, states, rows, mask_pad)]
     return _cut(bidirectional, steps, states, rows, mask_pad)
 
 
 def _cut(
     bidirectional: bool, steps: Operands, states: Operands, rows: Operands, mask_pad: MaybeArray
-) -> Iterable[tuple[bool, Operands, Operands, Operands, MaybeArray]]:
+) -> Iterable[tuple[tuple[bool, bool], Operands, Operands, Operands, MaybeArray]]:
     batch, dim = steps[0].shape[1:3]
     width = dim // 2 if bidirectional else dim
     for start in range(0, dim, width or 1):
@@ -518,7 +530,7 @@ def _cut(
             for b0 in range(0, batch, count):
                 b = slice(b0, b0 + count)
                 yield (
-                    start > 0,
+                    (start > 0, b0 == 0),
                     tuple([a if a is None else a[time, b, d] for a in steps]),
                     tuple([a if a is None else a[b, d] for a in states]),
                     tuple([a if a is None else a[:, d] if a.ndim == 2 else a[time, b, d] for a in rows]),
@@ -582,7 +594,7 @@ class _History:
     ]  # states[i] is the state after low + i steps, planes[:, i] and move[i] are the next one's
 
     def __init__(self, tile: _Tile, c: Array, every: int, reverse: bool) -> None:
-        length = tile.planes.shape[1]
+        length = tile.length
         self.tile, self.c, self.low = tile, c, length
         self.complete = len(c) == length
         self.span = min(length, tile.block if self.complete else tile.block + every)
@@ -623,60 +635,36 @@ class _History:
             states[0] = self.c[i]
         for t in range(low, known, tile.block):
             end = min(t + tile.block, known)
-            now, v = slice(t - low, end - low), tile.weights(t, end)
-            new, e = states[t - low : end - low + 1], planes[1:2, now]
-            tile.arguments(t, end, 0, 2, planes[:, now])
-            below = room[:, : end - t]
+            now, v, new = slice(t - low, end - low), tile.weights(t, end), states[t - low : end - low + 1]
+            tile.arguments(t, end, 0, planes[:2, now])
+            below = room[: end - t][None]
             if v is None:
-                exponentials(e, None, new, below)
-            run_states(
-                new, tile.candidates(planes[0, now]), e[0], below[0], move[now], None if v is None else v[0], tile.pad(t, end)
-            )
+                exponentials(planes[1:2, now], None, new, below)
+            z = activate(tile.candidate, planes[0, now])
+            run_states(new, z, planes[1, now], below[0], move[now], None if v is None else v[0], tile.pad(t, end))
 
 
-class _Totals:
-    """Sums over L and B of gu1, gu2, gu1 * c, gu2 * c: pairwise within a block, compensated from block to block."""
+Total = tuple[Array, MaybeArray]  # of some blocks' terms, and what rounding took from it
 
-    def __init__(self, u: Array, grad_bias: MaybeArray, grad_weight_c: MaybeArray, alone: bool) -> None:
-        """alone: there is one block."""
-        self.outs = grad_bias, grad_weight_c
-        self.wanted = slice(0 if grad_bias is not None else 2, 4 if grad_weight_c is not None else 2)
-        self.total: MaybeArray = None
-        self.arrays: Any = None, None
-        if not alone:
-            self.arrays = np.zeros((2, self.wanted.stop - self.wanted.start, u.shape[2]), state_dtype(u))
 
-    def add(self, block: Array, sums: MaybeArray, errors: MaybeArray) -> None:
-        if self.wanted.start == self.wanted.stop:
-            return
-        width = block.shape[3]
-        terms = block[self.wanted].reshape(-1, block[0].size // width, width)
-        while (count := terms.shape[1]) > RUNNING_SUM:
-            part = count // RUNNING_SUM
-            whole = terms[:, : RUNNING_SUM * part].reshape(len(terms), RUNNING_SUM, part, width)
-            rest = terms[:, RUNNING_SUM * part :]
-            terms = np.add.reduce(whole, axis=1)
-            terms[:, 0] += np.add.reduce(rest, axis=1)
-        term = terms[:, 0] if count == 1 else add.reduce(terms, 1)
-        if sums is None or errors is None:
-            self.total = add(term, ZERO[term.dtype])  # -0 becomes 0, as beside others
-            return
-        new = sums + term
-        shadow = new - sums
-        errors += (sums - (new - shadow)) + (term - shadow)
-        sums[...] = new
-
-    def finish(self) -> None:
-        if self.wanted.start == self.wanted.stop:
-            return
-        if self.total is None:
-            sums, errors = self.arrays
-            self.total = np.where(np.isfinite(sums), sums + errors, sums)
-        row = 0
-        for out in self.outs:
-            if out is not None:
-                narrow(self.total[row : row + 2], out)
-                row += 2
+def with_block(total: Total | None, terms: Array) -> Total:
+    """Adds terms, (count, steps, b, d), over steps and b: pairwise within the block, compensated from block to block."""
+    width = terms.shape[3]
+    terms = terms.reshape(len(terms), -1, width)
+    while (count := terms.shape[1]) > RUNNING_SUM:
+        part = count // RUNNING_SUM
+        whole = terms[:, : RUNNING_SUM * part].reshape(len(terms), RUNNING_SUM, part, width)
+        rest = terms[:, RUNNING_SUM * part :]
+        terms = add.reduce(whole, 1)
+        terms[:, 0] += add.reduce(rest, 1)
+    term = terms[:, 0] if count == 1 else add.reduce(terms, 1)
+    if total is None:
+        return add(term, ZERO[term.dtype]), None  # no -0, which beside others would become 0
+    old, errors = total
+    new = old + term
+    shadow = new - old
+    error = (old - (new - shadow)) + (term - shadow)
+    return new, error if errors is None else errors + error
 
 
 # ---------------------------------------------------------------------------------------------------------------- dtypes
