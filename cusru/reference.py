@@ -85,8 +85,8 @@ def quiet(function: Callable[P, None]) -> Callable[P, None]:
 def exponentials(e: Array, v: MaybeArray, c_prev: Array, below: Array) -> None:
     """e: the arguments of some gates, less v * c_prev; becomes the exponentials of the whole, and below 1 + e."""
     if v is not None:
-        for vj, bj in zip(v, below, strict=True):  # one by one, for v or c_prev may have to be broadcast
-            multiply(vj, c_prev, bj)
+        for j in range(len(v)):  # one by one, most often none has to be broadcast
+            multiply(v[j], c_prev, below[j])
         add(e, below, e)
     exp(e, e)
     add(e, ONE[e.dtype], below)
@@ -256,14 +256,20 @@ def forward(
             states, move, room = scratch.arrays(tile, block + 1, 1, 5 * block)
             all_saved = c is not None and len(c) == length
             saved = () if c is None or all_saved or save_every is None else saved_after(length, save_every, reverse)
-            tile.start(states[0])
+            now = states[:1]
+            load(tile.c0, now)
             for t0 in range(0, length, block):
                 t1 = min(t0 + block, length)
-                steps, pad, v = t1 - t0, tile.pad(t0, t1), tile.weights(t0, t1)
-                now, room_now = states[: steps + 1], room[: 5 * steps].reshape(5, steps, *tile.shape)
-                e, below = room_now[1:3], room_now[3:]
-                u0, f, r, g, q = room_now
-                tile.arguments(t0, t1, 0, room_now[:3])
+                steps = t1 - t0
+                if t0:
+                    states[0] = now[-1]
+                now, rows = states[: steps + 1], room[: 5 * steps].reshape(5, steps, *tile.shape)
+                e, below = rows[1:3], rows[3:]
+                u0, f, r, g, q = rows[0], rows[1], rows[2], rows[3], rows[4]  # faster than to unpack it
+                pad, v = tile.pad(t0, t1), tile.weights(t0, t1)
+                load(tile.planes[:3, t0:t1], rows[:3])
+                if tile.bias is not None:
+                    add(e, tile.bias, e)
                 known = v is None or steps == 1  # each state that the gates look at
                 if known:
                     exponentials(e, v, now[:1], below)
@@ -284,9 +290,8 @@ def forward(
                     c[t0:t1] = now[1:]
                 for i in range(bisect_right(saved, t0), bisect_right(saved, t1)) if saved else ():
                     c[i] = now[saved[i] - t0]
-                states[0] = now[-1]
             if c_last is not None:
-                narrow(states[0], c_last)
+                narrow(now[-1], c_last)
     finally:
         scratch.leave()
 
@@ -355,17 +360,21 @@ def backward(
                 t1 = min(t0 + block, length)
                 steps, pad, v = t1 - t0, tile.pad(t0, t1), tile.weights(t0, t1)
                 c_prev, c_next, planes, adjoint = history.read(t0, t1)
-                room_now = room[: 7 * steps].reshape(7, steps, *tile.shape)
-                e, below, terms = planes[1:], room_now[:2], room_now[2:6]
-                u0, f, r = planes
-                g, q, gu1, gu2, p, carried, spare = room_now
+                rows = room[: 7 * steps].reshape(7, steps, *tile.shape)
+                e, below, terms = planes[1:], rows[:2], rows[2:6]
+                u0, f, r = planes[0], planes[1], planes[2]
+                g, q, gu1, gu2, p, carried, spare = [rows[j] for j in range(7)]
                 if history.complete:
-                    tile.arguments(t0, t1, 0, planes)
+                    load(tile.planes[:3, t0:t1], planes)
+                    if tile.bias is not None:
+                        add(e, tile.bias, e)
                     exponentials(e, v, c_prev, below)
                     subtract(c_prev, activate(candidate, u0), adjoint)
                     divide(adjoint, g, adjoint)
                 else:
-                    tile.arguments(t0, t1, 2, planes[2:])
+                    load(tile.planes[2, t0:t1], r)
+                    if tile.bias is not None:
+                        add(r, tile.bias[1], r)
                     exponentials(e[1:], None if v is None else v[1:], c_prev, below[1:])
                     add(f, ONE[f.dtype], g)
                 gates(e, below)
@@ -448,7 +457,8 @@ class _Tile:
         self.per_step = weight_c is not None and weight_c.ndim == 4
         self.v = None if weight_c is None else weight_c.transpose(3, 0, 1, 2) if self.per_step else self.rows(weight_c)
         self.mask = None if mask_c is None else widen(mask_c, dtype)
-        self.c0, self.mask_pad, self.candidate, self.gate_mask = c0, mask_pad, candidate, mask_target == "gate"
+        self.c0 = ZERO[dtype] if c0 is None else c0
+        self.mask_pad, self.candidate, self.gate_mask = mask_pad, candidate, mask_target == "gate"
 
     def rows(self, a: Array) -> Array:
         """(2, D) as (2, 1, b, D)."""
@@ -462,20 +472,6 @@ class _Tile:
     def widened(self, a: Array) -> Array:
         """In the state's dtype, to be read only: the caller's own memory where it is of that."""
         return a if a.dtype == self.dtype else widen(a, self.dtype)
-
-    def start(self, out: Array) -> None:
-        if self.c0 is None:
-            out.fill(0)
-        else:
-            load(self.c0, out)
-
-    def arguments(self, t0: int, t1: int, first: int, out: Array) -> None:
-        """u_first and those that follow; the gates' with their biases: the arguments, to which v * c is to be added."""
-        end = first + len(out)
-        load(self.planes[first:end, t0:t1], out)
-        if self.bias is not None:
-            e, bias = (out[1:], self.bias[: end - 1]) if first == 0 else (out, self.bias[first - 1 : end - 1])
-            add(e, bias, e)
 
     def weights(self, t0: int, t1: int) -> MaybeArray:
         """(2, 1, b, d), or (2, steps, b, d)."""
@@ -615,7 +611,7 @@ class _History:
             c_prev = self.c[t0 - 1 : t1 - 1]
         else:
             c_prev = states[:steps]
-            self.tile.start(c_prev[0])
+            load(self.tile.c0, c_prev[0])
             c_prev[1:] = self.c[: steps - 1]
         return c_prev, self.c[t0:t1], planes[:, :steps], move[:steps]
 
@@ -630,13 +626,15 @@ class _History:
             planes[:2, known - low : t1 - low] = planes[:2, :rest]
             move[known - low : t1 - low] = move[:rest]
         if i < 0:
-            tile.start(states[0])
+            load(tile.c0, states[0])
         else:
             states[0] = self.c[i]
         for t in range(low, known, tile.block):
             end = min(t + tile.block, known)
             now, v, new = slice(t - low, end - low), tile.weights(t, end), states[t - low : end - low + 1]
-            tile.arguments(t, end, 0, planes[:2, now])
+            load(tile.planes[:2, t:end], planes[:2, now])
+            if tile.bias is not None:
+                add(planes[1, now], tile.bias[0], planes[1, now])
             below = room[: end - t][None]
             if v is None:
                 exponentials(planes[1:2, now], None, new, below)
