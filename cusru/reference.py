@@ -37,6 +37,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from itertools import repeat
@@ -54,7 +55,7 @@ SELU_ALPHA = 1.6732632423543772848170429916717
 SMALL_F = float(1 / (1 + np.exp(4.0)))  # forget gates below this form f * c directly
 TILE_COLUMNS = 8192  # a step's ufunc calls then cost little next to their work, and its rows stay in L2
 BLOCK_BYTES = 512 * 1024  # of one contiguous array; a backward has eight, and five of save_every steps more
-SMALL_BYTES = 64 * 1024  # of all scratch memory: as fast to allocate as to borrow
+SMALL_BYTES = 16 * 1024  # of one array of all steps: as fast to allocate as to borrow
 KEPT_BYTES = 16 << 20  # of scratch memory, at most, that a call leaves to later ones: a backward's with save_every = 32
 ALL_KEPT_BYTES = 64 << 20  # that all calls have left, of all threads
 RUNNING_SUM = 8  # so many terms, and no more, are added one after another
@@ -253,7 +254,8 @@ def forward(
         for (reverse, _), (u, x, h, c), (c0, mask_c, c_last), (bias, weight_c), mask_pad in _tiles(bidirectional, *operands):
             tile = _Tile(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target)
             length, block = tile.length, tile.block
-            states, move, room = scratch.arrays(tile, block + 1, 1, 5 * block)
+            shape = tile.shape
+            states, move, room = scratch.arrays(tile, (block + 1, *shape), (1, *shape), (5, block, *shape))
             all_saved = c is not None and len(c) == length
             saved = () if c is None or all_saved or save_every is None else saved_after(length, save_every, reverse)
             now = states[:1]
@@ -263,7 +265,7 @@ def forward(
                 steps = t1 - t0
                 if t0:
                     states[0] = now[-1]
-                now, rows = states[: steps + 1], room[: 5 * steps].reshape(5, steps, *tile.shape)
+                now, rows = states[: steps + 1], room[:, :steps]
                 e, below = rows[1:3], rows[3:]
                 u0, f, r, g, q = rows[0], rows[1], rows[2], rows[3], rows[4]  # faster than to unpack it
                 pad, v = tile.pad(t0, t1), tile.weights(t0, t1)
@@ -273,6 +275,7 @@ def forward(
                 known = v is None or steps == 1  # each state that the gates look at
                 if known:
                     exponentials(e, v, now[:1], below)
+                new = now[1:]
                 run_states(now, activate(candidate, u0), f, g, move, None if known else v[0], pad)
                 if h is not None:
                     if not known:
@@ -281,13 +284,13 @@ def forward(
                     w, s = tile.skip_factor(r, q, out=f), tile.skip(t0, t1, out=g)
                     if tile.mask is not None:
                         multiply(r, tile.mask, r)
-                    multiply(r, activate(activation, now[1:]), r)
+                    multiply(r, activate(activation, new), r)
                     if s is None:
                         store(r, h[t0:t1], pad)
                     else:
                         put(add, r, multiply(w, s, q), h[t0:t1], pad)
                 if all_saved:
-                    c[t0:t1] = now[1:]
+                    c[t0:t1] = new
                 for i in range(bisect_right(saved, t0), bisect_right(saved, t1)) if saved else ():
                     c[i] = now[saved[i] - t0]
             if c_last is not None:
@@ -344,12 +347,13 @@ def backward(
             tile = _Tile(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target)
             length, block = tile.length, tile.block
             history = _History(tile, c, save_every, reverse)
-            span = history.span
-            carry, room, states, planes, move = scratch.arrays(tile, 1, 7 * block, span + 1, 3 * span, span)
-            carry = carry[0]
-            history.spans = states, planes.reshape(3, span, *tile.shape), move, room
-            if grad_u is not None and grad_u.shape[3] == 4:
-                grad_x = grad_u[..., 3]
+            span, shape = history.span, tile.shape
+            carry, room, *history.spans = scratch.arrays(
+                tile, shape, (7, block, *shape), (span + 1, *shape), (3, span, *shape), (span, *shape)
+            )
+            gu = None if grad_u is None else grad_u.transpose(3, 0, 1, 2)
+            if gu is not None and len(gu) == 4:
+                grad_x = gu[3]
             if grad_c_last is None:
                 carry.fill(0)
             else:
@@ -360,10 +364,10 @@ def backward(
                 t1 = min(t0 + block, length)
                 steps, pad, v = t1 - t0, tile.pad(t0, t1), tile.weights(t0, t1)
                 c_prev, c_next, planes, adjoint = history.read(t0, t1)
-                rows = room[: 7 * steps].reshape(7, steps, *tile.shape)
+                rows = room[:, :steps]
                 e, below, terms = planes[1:], rows[:2], rows[2:6]
                 u0, f, r = planes[0], planes[1], planes[2]
-                g, q, gu1, gu2, p, carried, spare = [rows[j] for j in range(7)]
+                g, q, gu1, gu2, p, carried, spare = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6]
                 if history.complete:
                     load(tile.planes[:3, t0:t1], planes)
                     if tile.bias is not None:
@@ -406,12 +410,12 @@ def backward(
                     multiply(gu2, c_prev, carried)
                 if pad:
                     np.copyto(terms, 0, where=pad.columns)
-                if grad_u is not None:
+                if gu is not None:
                     if (du0 := None if candidate == "identity" else slope(candidate, u0)) is not None:
                         multiply(gc, du0, gc)
-                    store(multiply(gc, g, gc), grad_u[t0:t1, ..., 0], pad)
-                    narrow(gu1, grad_u[t0:t1, ..., 1])
-                    narrow(gu2, grad_u[t0:t1, ..., 2])
+                    store(multiply(gc, g, gc), gu[0, t0:t1], pad)
+                    narrow(gu1, gu[1, t0:t1])
+                    narrow(gu2, gu[2, t0:t1])
                 if per_step and grad_weight_c is not None:
                     narrow(p, grad_weight_c[t0:t1, ..., 0])
                     narrow(carried, grad_weight_c[t0:t1, ..., 1])
@@ -450,6 +454,7 @@ class _Tile:
         self.shape = batch, dim
         self.dtype = dtype = state_dtype(u)
         self.block = max(1, min(self.length, BLOCK_BYTES // (dtype.itemsize * batch * dim)))  # steps
+        self.small = self.length * batch * dim * dtype.itemsize <= SMALL_BYTES
         self.planes = u.transpose(3, 0, 1, 2)
         self.s = x if k == 3 else self.planes[3]
         self.scale = None if k == 4 or scale_x == 1 else np.array(scale_x, dtype)
@@ -551,15 +556,15 @@ class _Scratch:
             while sum([a.nbytes for a in self.kept[:]]) > ALL_KEPT_BYTES:
                 self.kept.pop(0)  # the one that has been there longest
 
-    def arrays(self, tile: _Tile, *rows: int) -> list[Array]:
-        """One of (rows, b, d) for each number; they replace those of the tile before."""
-        shape, dtype = (sum(rows), *tile.shape), tile.dtype
-        nbytes = shape[0] * shape[1] * shape[2] * dtype.itemsize
-        whole = np.empty(shape, dtype) if nbytes <= SMALL_BYTES else self._borrowed(nbytes).view(dtype).reshape(shape)
-        arrays, start = [], 0
-        for count in rows:
-            arrays.append(whole[start : start + count])
-            start += count
+    def arrays(self, tile: _Tile, *shapes: tuple[int, ...]) -> list[Array]:
+        """They replace those of the tile before."""
+        if tile.small:
+            return [np.empty(shape, tile.dtype) for shape in shapes]
+        sizes = [math.prod(shape) for shape in shapes]
+        whole, arrays, start = self._borrowed(sum(sizes) * tile.dtype.itemsize).view(tile.dtype), [], 0
+        for shape, size in zip(shapes, sizes, strict=True):
+            arrays.append(whole[start : start + size].reshape(shape))
+            start += size
         return arrays
 
     def _borrowed(self, nbytes: int) -> Array:
@@ -585,9 +590,7 @@ def saved_after(length: int, every: int, reverse: bool) -> list[int] | range:
 class _History:
     """The states of a tile for the backward: read where all are saved (complete), else run again from the last one saved."""
 
-    spans: tuple[
-        Array, Array, Array, Array
-    ]  # states[i] is the state after low + i steps, planes[:, i] and move[i] are the next one's
+    spans: list[Array]  # states[i] is the state after low + i steps, planes[:, i] and move[i] are the next one's
 
     def __init__(self, tile: _Tile, c: Array, every: int, reverse: bool) -> None:
         length = tile.length
@@ -600,7 +603,7 @@ class _History:
         """For the steps [t0, t1), each of which comes first: the states before and after, and room for the planes of u and for
         (c_prev - z) * (1 - f). Where steps are run again, these hold u0, the exponential of the forget gate's argument, and
         that product. The last two are the caller's to change. Blocks are read from the last to the first."""
-        states, planes, move, _ = self.spans
+        states, planes, move = self.spans
         if not self.complete:
             if t0 < self.low:
                 self._run_again(t0, t1)
@@ -611,14 +614,15 @@ class _History:
             c_prev = self.c[t0 - 1 : t1 - 1]
         else:
             c_prev = states[:steps]
-            load(self.tile.c0, c_prev[0])
-            c_prev[1:] = self.c[: steps - 1]
+            load(self.tile.c0, c_prev[:1])
+            if steps > 1:
+                c_prev[1:] = self.c[: steps - 1]
         return c_prev, self.c[t0:t1], planes[:, :steps], move[:steps]
 
     def _run_again(self, t0: int, t1: int) -> None:
         """From the last state saved at or before t0, c0 if there is none, to where the block after this one began to."""
         tile, known = self.tile, self.low
-        states, planes, move, room = self.spans
+        states, planes, move = self.spans
         i = bisect_right(self.saved, t0) - 1
         self.low = low = self.saved[i] if i >= 0 else 0
         if rest := t1 - known:  # steps of this block that were run with the block after it
@@ -635,7 +639,7 @@ class _History:
             load(tile.planes[:2, t:end], planes[:2, now])
             if tile.bias is not None:
                 add(planes[1, now], tile.bias[0], planes[1, now])
-            below = room[: end - t][None]
+            below = planes[2:, now]  # not in use yet
             if v is None:
                 exponentials(planes[1:2, now], None, new, below)
             z = activate(tile.candidate, planes[0, now])
