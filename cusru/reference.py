@@ -272,14 +272,14 @@ def forward(
                 load(tile.planes[:3, t0:t1], rows[:3])
                 if tile.bias is not None:
                     add(e, tile.bias, e)
-                known = v is None or steps == 1  # each state that the gates look at
-                if known:
+                late = None if steps == 1 else v  # where the states that the gates look at are not all known
+                if late is None:
                     exponentials(e, v, now[:1], below)
                 new = now[1:]
-                run_states(now, activate(candidate, u0), f, g, move, None if known else v[0], pad)
+                run_states(now, activate(candidate, u0), f, g, move, None if late is None else late[0], pad)
                 if h is not None:
-                    if not known:
-                        exponentials(e[1:], v[1:], now[:-1], below[1:])
+                    if late is not None:
+                        exponentials(e[1:], late[1:], now[:-1], below[1:])
                     gates(r, q)
                     w, s = tile.skip_factor(r, q, out=f), tile.skip(t0, t1, out=g)
                     if tile.mask is not None:
@@ -453,8 +453,9 @@ class _Tile:
         self.length, batch, dim, k = u.shape
         self.shape = batch, dim
         self.dtype = dtype = state_dtype(u)
-        self.block = max(1, min(self.length, BLOCK_BYTES // (dtype.itemsize * batch * dim)))  # steps
-        self.small = self.length * batch * dim * dtype.itemsize <= SMALL_BYTES
+        step_bytes = dtype.itemsize * batch * dim
+        self.small = self.length * step_bytes <= SMALL_BYTES
+        self.block = max(1, min(self.length, BLOCK_BYTES // step_bytes))  # steps
         self.planes = u.transpose(3, 0, 1, 2)
         self.s = x if k == 3 else self.planes[3]
         self.scale = None if k == 4 or scale_x == 1 else np.array(scale_x, dtype)
