@@ -27,9 +27,9 @@ contiguous arrays of the state's dtype that the next block uses again, and a sho
 and dtype only, so neither memory layout nor save_every can change a bit of a result. bfloat16, which NumPy lacks, arrives as
 its bits in uint16.
 
-A small problem (one decoded step has 512 columns) costs what its calls cost, 0.3 us each, 0.4 more where an operand is strided
-or broadcast: so it is cut nowhere, u is taken apart once, and where the state before each step is known (of a first step, in the
-backward) both gates are computed as one.
+A small problem (one step of 512 columns) costs what its calls cost, 0.3 us each, 0.5 more where an operand is strided or has to
+be broadcast: so it is cut nowhere, u is taken apart once, and both gates are computed as one where the state before each step is
+known: of one step, or of all in a backward that has them. Its bits are those that it would have as a part of a large one.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
 SMALL_F = float(1 / (1 + np.exp(4.0)))  # forget gates below this form f * c directly
 TILE_COLUMNS = 8192  # a step's ufunc calls then cost little next to their work, and its rows stay in L2
-BLOCK_BYTES = 512 * 1024  # of one contiguous array; a backward has eight, and five of save_every steps more
+BLOCK_BYTES = 512 * 1024  # of one contiguous array; a backward has seven, and five of save_every steps more
 SMALL_BYTES = 16 * 1024  # of one array of all steps: as fast to allocate as to borrow
 KEPT_BYTES = 16 << 20  # of scratch memory, at most, that a call leaves to later ones: a backward's with save_every = 32
 ALL_KEPT_BYTES = 64 << 20  # that all calls have left, of all threads
@@ -71,7 +71,7 @@ _quiet.run(np.seterr, all="ignore")
 
 
 def quiet(function: Callable[P, None]) -> Callable[P, None]:
-    """np.errstate(all="ignore"), at a fifth of its price."""
+    """np.errstate(all="ignore"), which takes four times as long."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -253,8 +253,7 @@ def forward(
     try:
         for (reverse, _), (u, x, h, c), (c0, mask_c, c_last), (bias, weight_c), mask_pad in _tiles(bidirectional, *operands):
             tile = _Tile(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target)
-            length, block = tile.length, tile.block
-            shape = tile.shape
+            length, block, shape = tile.length, tile.block, tile.shape
             states, move, room = scratch.arrays(tile, (block + 1, *shape), (1, *shape), (5, block, *shape))
             all_saved = c is not None and len(c) == length
             saved = () if c is None or all_saved or save_every is None else saved_after(length, save_every, reverse)
@@ -326,7 +325,8 @@ def backward(
 ) -> None:
     """Writes the gradients in place; those that are None are not wanted, nor computed. All checks are the caller's."""
     per_step = weight_c is not None and weight_c.ndim == 4
-    through_state = not (grad_u is None and grad_bias is None and grad_weight_c is None and grad_c0 is None)
+    of_gates = not (grad_u is None and grad_bias is None and grad_weight_c is None)
+    through_state = of_gates or grad_c0 is not None
     summed = slice(0 if grad_bias is not None else 2, 2 if grad_weight_c is None or per_step else 4)  # of the terms
     if not u.size:  # no block adds to them
         for gradient in (grad_bias, None if per_step else grad_weight_c):
@@ -345,9 +345,9 @@ def backward(
             c0, mask_c, grad_c_last, grad_c0 = of_states
             bias, weight_c, grad_bias, grad_weight_c = of_columns
             tile = _Tile(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target)
-            length, block = tile.length, tile.block
+            length, block, shape = tile.length, tile.block, tile.shape
             history = _History(tile, c, save_every, reverse)
-            span, shape = history.span, tile.shape
+            span = history.span
             carry, room, *history.spans = scratch.arrays(
                 tile, shape, (7, block, *shape), (span + 1, *shape), (3, span, *shape), (span, *shape)
             )
@@ -404,6 +404,8 @@ def backward(
                     add(p, multiply(adjoint, v[0], carried), p)
                 run_carry(carry, gc, p, keep, None if v is None else multiply(gu2, v[1], carried), pad)
                 # What does: gradients of the block.
+                if not of_gates:
+                    continue
                 multiply(adjoint, gc, gu1)
                 if grad_weight_c is not None:
                     multiply(gu1, c_prev, p)
