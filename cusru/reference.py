@@ -23,44 +23,82 @@ g = 1 - f, computed by itself, c = c - (c - z)*g and carry = gc + gc*(A*v_f - g)
 formed directly. (c - z must not overflow: |c| and |z| up to half the largest number, in the kernels too.)
 
 Columns are cut into tiles and time into blocks that stay in cache; all that is not recurrent is computed for a whole block, in
-contiguous arrays of the state's dtype that the next block uses again, and a short loop does the rest. Operands of that dtype
-are read where they lie, others copied. The cuts depend on shape and dtype only, so neither memory layout nor save_every can
-change a bit of a result. bfloat16, which NumPy lacks, arrives as its bits in uint16.
+contiguous arrays of the state's dtype that the next block uses again, and a short loop does the rest. The cuts depend on shape
+and dtype only, so neither memory layout nor save_every can change a bit of a result. bfloat16, which NumPy lacks, arrives as
+its bits in uint16.
+
+A small problem (one step of 512 columns) costs what its calls cost, 0.3 us each, 0.5 more where an operand is strided or has to
+be broadcast: so it is cut nowhere, u is taken apart once, and both gates are computed as one where the state before each step is
+known: of one step, or of all in a backward that has them. Its bits are those that it would have as a part of a large one.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import contextvars
+import functools
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
 from itertools import repeat
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, ParamSpec
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 MaybeArray = Array | None
+P = ParamSpec("P")
 
 SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
 SMALL_F = float(1 / (1 + np.exp(4.0)))  # forget gates below this form f * c directly
 TILE_COLUMNS = 8192  # a step's ufunc calls then cost little next to their work, and its rows stay in L2
-BLOCK_BYTES = 512 * 1024  # of one contiguous array; a backward has eight, and three of save_every steps more
+BLOCK_BYTES = 512 * 1024  # of one contiguous array; a backward has seven, and five of save_every steps more
+SMALL_BYTES = 16 * 1024  # of one array of all steps: as fast to allocate as to borrow
 KEPT_BYTES = 16 << 20  # of scratch memory, at most, that a call leaves to later ones: a backward's with save_every = 32
 ALL_KEPT_BYTES = 64 << 20  # that all calls have left, of all threads
 RUNNING_SUM = 8  # so many terms, and no more, are added one after another
+
+BFLOAT16, FLOAT32, FLOAT64 = np.dtype(np.uint16), np.dtype(np.float32), np.dtype(np.float64)
+# As arrays, which a ufunc need not convert.
+ZERO, ONE = ({dtype: np.full((), value, dtype) for dtype in (FLOAT32, FLOAT64)} for value in (0, 1))
+SMALL_E = {dtype: np.full((), SMALL_F / (1 - SMALL_F), dtype) for dtype in (FLOAT32, FLOAT64)}
+add, divide, exp, less, multiply, negative, subtract = np.add, np.divide, np.exp, np.less, np.multiply, np.negative, np.subtract
+
+_quiet = contextvars.Context()  # NumPy's errstate is a variable of the context
+_quiet.run(np.seterr, all="ignore")
+
+
+def quiet(function: Callable[P, None]) -> Callable[P, None]:
+    """np.errstate(all="ignore"), which takes four times as long."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        _quiet.copy().run(function, *args, **kwargs)  # a copy, for a context runs one call at a time
+
+    return call
 
 
 # --------------------------------------------------------------------------------------------------------- the equations
 
 
-def gates(e: Array, shut: Array) -> None:
-    """Of e = exp(a): e becomes sigmoid(a) and shut 1 - sigmoid(a), each to full relative accuracy."""
-    np.add(e, 1, out=shut)
-    np.divide(1, shut, out=shut)
-    np.multiply(e, shut, out=e)
-    if np.fmin.reduce(shut, axis=None, initial=1) == 0:  # where exp overflowed, e is inf * 0; fmin passes NaN over
-        np.copyto(e, 1, where=shut == 0)
+def exponentials(e: Array, v: MaybeArray, c_prev: Array, below: Array) -> None:
+    """e: the arguments of some gates, less v * c_prev; becomes the exponentials of the whole, and below 1 + e."""
+    if v is not None:
+        for j in range(len(v)):  # one by one, most often none has to be broadcast
+            multiply(v[j], c_prev, below[j])
+        add(e, below, e)
+    exp(e, e)
+    add(e, ONE[e.dtype], below)
+
+
+def gates(e: Array, below: Array) -> None:
+    """Of e = exp(a) and below = 1 + e: e becomes sigmoid(a) and below 1 - sigmoid(a), each to full relative accuracy."""
+    divide(ONE[e.dtype], below, below)
+    multiply(e, below, e)
+    if not below.item(below.argmin()) > 0:  # or it is NaN: where exp overflowed, e is inf * 0
+        np.copyto(e, 1, where=below == 0)
 
 
 def activate(name: str, c: Array) -> Array:
@@ -100,24 +138,24 @@ def slope(name: str, c: Array) -> MaybeArray:
     return None
 
 
-def run_states(states: Array, z: Array, e: Array, move: Array, v: MaybeArray, pad: Pad | None) -> None:
-    """states[0] is known, (steps + 1, n); fills the rest. e: the forget gate's argument, less v * c; becomes the exponential
-    of the whole. move: becomes (c_prev - z) * (1 - f)."""
-    add, multiply, subtract, divide, exp, less = np.add, np.multiply, np.subtract, np.divide, np.exp, np.less
-    one, bound = np.ones((), e.dtype), np.full((), SMALL_F / (1 - SMALL_F), e.dtype)  # as arrays, which a ufunc need not convert
-    weights: Any
-    below: Any  # 1 + e
-    small: Any
-    if v is None:  # all of it is known beforehand
-        exp(e, e)
-        weights, below, small = repeat(None), add(e, one), less(e, bound)
-    else:  # each step uses the same two rows
-        weights = v if v.ndim == 2 else repeat(v)
-        below, small = repeat(np.empty_like(states[0])), repeat(np.empty(states.shape[1], bool))
-    stops = pad.steps if pad else repeat(None)
-    c = states[0]
+def run_states(states: Array, z: Array, e: Array, below: Array, move: Array, v: MaybeArray, pad: Pad | None) -> None:
+    """states[0] is known; fills the others. e and below are the exponential of the forget gate's argument and 1 + e, where v is
+    None; else e comes as the argument less v * c and becomes the exponential, and below[0] is used at each step. move: becomes
+    (c_prev - z) * (1 - f), the last step's if it has one row."""
+    one, bound = ONE[e.dtype], SMALL_E[e.dtype]
+    small: MaybeArray = None
+    if v is not None:
+        below, small = below[:1], np.empty((1, *z.shape[1:]), bool)
+    elif not e.item(e.argmin()) >= bound.item():  # or it is NaN
+        small = less(e, bound)
+    steps: Iterable[Any]
+    if len(z) == 1:
+        c, steps = states[:1], [(states[1:], z, e, below, move, v, small, pad and pad.columns)]
+    else:
+        c, stops = states[0], repeat(None) if pad is None else pad.steps
+        steps = zip(states[1:], z, e, _rows(below), _rows(move), _rows(v), _rows(small), stops, strict=False)
     # c = c - (c - z) / (1 + e), or (e*c + z) / (1 + e) where f = e / (1 + e) is small
-    for new, zt, et, mt, vt, bt, st, stop in zip(states[1:], z, e, move, weights, below, small, stops, strict=False):
+    for new, zt, et, bt, mt, vt, st, stop in steps:
         if vt is not None:
             multiply(vt, c, mt)
             add(et, mt, et)
@@ -127,49 +165,69 @@ def run_states(states: Array, z: Array, e: Array, move: Array, v: MaybeArray, pa
         subtract(c, zt, mt)
         divide(mt, bt, mt)
         subtract(c, mt, new)
-        (few,) = st.nonzero()
-        for i in few if len(few) < 3 else [few]:  # an array of indices costs as much as three numbers
-            new[i] = (et[i] * c[i] + zt[i]) / bt[i]
+        if st is not None and b"\1" in st.tobytes():  # st.any() takes ten times as long
+            (few,) = st.ravel().nonzero()  # flat: much faster than by rows and columns
+            to, ef, cf, zf, bf = new.ravel(), et.ravel(), c.ravel(), zt.ravel(), bt.ravel()
+            for i in few if len(few) < 3 else [few]:  # an array of indices costs as much as three numbers
+                to[i] = (ef[i] * cf[i] + zf[i]) / bf[i]
         if stop is not None:
             np.copyto(new, c, where=stop)
         c = new
 
 
+def _rows(a: MaybeArray) -> Iterable[Any]:
+    """For each step; one that stands alone, or None, is for all."""
+    return repeat(None) if a is None else a if len(a) > 1 else repeat(a[0])
+
+
 def split(f: Array, g: Array, p: Array, out: Array) -> MaybeArray:
     """f as keep + p: 1 and p = -g or, where f is small, 0 and f. Returns keep, None where all are 1. An element's arithmetic
     does not depend on what the others are: 1 * c is c."""
-    np.negative(g, p)
-    (few,) = (f.reshape(-1) < SMALL_F).nonzero()  # flat: much faster than by rows and columns
-    if not len(few):
+    negative(g, p)
+    if f.item(f.argmin()) >= SMALL_F:
         return None
-    p.reshape(-1)[few] = f.reshape(-1)[few]
+    (few,) = (f < SMALL_F).ravel().nonzero()
+    if not len(few):  # it was NaN
+        return None
+    p.put(few, f.take(few))
     out.fill(1)
-    out.reshape(-1)[few] = 0
+    out.put(few, 0)
     return out
 
 
 def run_carry(carry: Array, gc: Array, p: Array, keep: MaybeArray, q: MaybeArray, pad: Pad | None) -> None:
     """From the last step to the first: gc comes as gh * r*m * activation'(c), and the carry is added to it; then
-    carry = keep*gc + (p*gc + q)."""
-    add, multiply = np.add, np.multiply
-    new, kept = np.empty_like(carry), np.empty_like(carry)
+    carry = keep*gc + (p*gc + q). p and keep are lost."""
     for t in range(len(gc) - 1, -1, -1):
-        row = gc[t]
+        row, new = gc[t], p[t]
         add(row, carry, row)
-        multiply(p[t], row, new)
+        multiply(new, row, new)
         if q is not None:
             add(new, q[t], new)
         if keep is not None:
-            row = multiply(keep[t], row, kept)
+            kept = keep[t]
+            row = multiply(kept, row, kept)
         if pad is not None and (stop := pad.steps[t]) is not None:
-            np.copyto(carry, np.add(new, row, new), where=~stop)
+            np.copyto(carry, add(new, row, new), where=~stop)
         else:
             add(new, row, carry)
+
+
+def reset_difference(a: Array, s: MaybeArray, m: MaybeArray, gate_mask: bool, out: Array) -> Array:
+    """gr / gh: m*a - s, or m * (a - s) where the mask is on the gate."""
+    if m is not None and not gate_mask:
+        a = multiply(a, m, out)
+    if s is not None:
+        a = subtract(a, s, out)
+    if m is not None and gate_mask:
+        a = multiply(a, m, out)
+    return a
 
 
 # -------------------------------------------------------------------------------------------------------- the two passes
 
 
+@quiet
 def forward(
     u: Array,
     x: MaybeArray,
@@ -190,37 +248,57 @@ def forward(
     c_last: MaybeArray,
 ) -> None:
     """Writes h, c and c_last in place; operands may have any strides. All checks are the caller's."""
-    length = u.shape[0]
-    with np.errstate(all="ignore"), _Scratch() as scratch:
-        for tile in _tiles(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target, bidirectional):
-            saved, h_part, c_part = Saved(length, save_every, tile.reverse), tile.part(h), tile.part(c)
-            states, *room = scratch.arrays(tile, tile.block + 1, tile.block, tile.block, tile.block)
-            states[0] = tile.c0
-            for t0 in range(0, length, tile.block):
-                t1 = min(t0 + tile.block, length)
-                now, pad, (r, q, move) = states[: t1 - t0 + 1], tile.pad(t0, t1), (a[: t1 - t0] for a in room)
-                v_f, v_r = tile.weights(t0, t1)
-                run_states(now, tile.candidates(t0, t1), tile.argument(t0, t1, 1, out=r), move, v_f, pad)
-                if h_part is not None:
-                    tile.argument(t0, t1, 2, out=r)
-                    if v_r is not None:
-                        r += np.multiply(v_r, now[:-1], q)
-                    gates(np.exp(r, r), q)
-                    w, s = tile.skip_factor(r, q, out=move), tile.skip(t0, t1)
+    scratch = _Scratch()
+    operands = (u, x, h, c), (c0, mask_c, c_last), (bias, weight_c), mask_pad
+    try:
+        for (reverse, _), (u, x, h, c), (c0, mask_c, c_last), (bias, weight_c), mask_pad in _tiles(bidirectional, *operands):
+            tile = _Tile(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target)
+            length, block, shape = tile.length, tile.block, tile.shape
+            states, move, room = scratch.arrays(tile, (block + 1, *shape), (1, *shape), (5, block, *shape))
+            all_saved = c is not None and len(c) == length
+            saved = () if c is None or all_saved or save_every is None else saved_after(length, save_every, reverse)
+            now = states[:1]
+            load(tile.c0, now)
+            for t0 in range(0, length, block):
+                t1 = min(t0 + block, length)
+                steps = t1 - t0
+                if t0:
+                    states[0] = now[-1]
+                now, rows = states[: steps + 1], room[:, :steps]
+                e, below = rows[1:3], rows[3:]
+                u0, f, r, g, q = rows[0], rows[1], rows[2], rows[3], rows[4]  # faster than to unpack it
+                pad, v = tile.pad(t0, t1), tile.weights(t0, t1)
+                load(tile.planes[:3, t0:t1], rows[:3])
+                if tile.bias is not None:
+                    add(e, tile.bias, e)
+                late = None if steps == 1 else v  # where the states that the gates look at are not all known
+                if late is None:
+                    exponentials(e, v, now[:1], below)
+                new = now[1:]
+                run_states(now, activate(candidate, u0), f, g, move, None if late is None else late[0], pad)
+                if h is not None:
+                    if late is not None:
+                        exponentials(e[1:], late[1:], now[:-1], below[1:])
+                    gates(r, q)
+                    w, s = tile.skip_factor(r, q, out=f), tile.skip(t0, t1, out=g)
                     if tile.mask is not None:
-                        r *= tile.mask
-                    r *= activate(activation, now[1:])
+                        multiply(r, tile.mask, r)
+                    multiply(r, activate(activation, new), r)
                     if s is None:
-                        tile.store(r, h_part, t0, t1, pad)
+                        store(r, h[t0:t1], pad)
                     else:
-                        tile.put(np.add, r, np.multiply(w, s, q), h_part, t0, t1, pad)
-                if c_part is not None and save_every is not None:
-                    tile.store(now[saved.rows(t0, t1)], c_part, *saved.indices(t0, t1))
-                states[0] = now[-1]
+                        put(add, r, multiply(w, s, q), h[t0:t1], pad)
+                if all_saved:
+                    c[t0:t1] = new
+                for i in range(bisect_right(saved, t0), bisect_right(saved, t1)) if saved else ():
+                    c[i] = now[saved[i] - t0]
             if c_last is not None:
-                narrow(states[0].reshape(tile.shape), c_last[tile.b, tile.d])
+                narrow(now[-1], c_last)
+    finally:
+        scratch.leave()
 
 
+@quiet
 def backward(
     grad_h: Array,
     grad_c_last: MaybeArray,
@@ -245,218 +323,223 @@ def backward(
     grad_weight_c: MaybeArray,
     grad_c0: MaybeArray,
 ) -> None:
-    """Writes the gradients in place; those that are None are not wanted. All checks are the caller's."""
-    length = u.shape[0]
+    """Writes the gradients in place; those that are None are not wanted, nor computed. All checks are the caller's."""
     per_step = weight_c is not None and weight_c.ndim == 4
-    sums = (grad_bias, None if per_step else grad_weight_c)
-    with np.errstate(all="ignore"), _Scratch() as scratch:
-        for total in sums:
-            if total is not None:
-                total[...] = 0  # +0 has the same bits in every dtype, bfloat16 included
-        totals = _Totals(u, *sums)
-        for tile in _tiles(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target, bidirectional):
-            block, span = tile.block, min(length, tile.block if save_every == 1 else save_every + tile.block)
-            carry, *room, gradients, states, e, move = scratch.arrays(
-                tile, 1, block, block, block, block, 4 * block, span + 1, span, span
+    of_gates = not (grad_u is None and grad_bias is None and grad_weight_c is None)
+    through_state = of_gates or grad_c0 is not None
+    summed = slice(0 if grad_bias is not None else 2, 2 if grad_weight_c is None or per_step else 4)  # of the terms
+    if not u.size:  # no block adds to them
+        for gradient in (grad_bias, None if per_step else grad_weight_c):
+            if gradient is not None:
+                gradient[...] = 0  # +0 has the same bits in every dtype, bfloat16 included
+    scratch, total = _Scratch(), None
+    operands = (
+        (u, x, grad_h, c, grad_u, grad_x),
+        (c0, mask_c, grad_c_last, grad_c0),
+        (bias, weight_c, grad_bias, grad_weight_c),
+        mask_pad,
+    )
+    try:
+        for (reverse, first), of_steps, of_states, of_columns, mask_pad in _tiles(bidirectional, *operands):
+            u, x, grad_h, c, grad_u, grad_x = of_steps
+            c0, mask_c, grad_c_last, grad_c0 = of_states
+            bias, weight_c, grad_bias, grad_weight_c = of_columns
+            tile = _Tile(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target)
+            length, block, shape = tile.length, tile.block, tile.shape
+            history = _History(tile, c, save_every, reverse)
+            span = history.span
+            carry, room, *history.spans = scratch.arrays(
+                tile, shape, (7, block, *shape), (span + 1, *shape), (3, span, *shape), (span, *shape)
             )
-            carry, gradients = carry[0], gradients.reshape(4, block, -1)
-            history = History(tile, c, save_every, states, e, move)
-            gh_part, gu_parts, gs_part = tile.part(grad_h), tile.parts(grad_u), tile.part(grad_x)
-            gv_parts = tile.parts(grad_weight_c) if per_step else None
-            if gu_parts and len(gu_parts) == 4:
-                gs_part = gu_parts[3]
-            carry[:] = 0 if grad_c_last is None else widen(grad_c_last[tile.b, tile.d], tile.dtype).reshape(-1)
+            gu = None if grad_u is None else grad_u.transpose(3, 0, 1, 2)
+            if gu is not None and len(gu) == 4:
+                grad_x = gu[3]
+            if grad_c_last is None:
+                carry.fill(0)
+            else:
+                load(grad_c_last, carry)
+            if first:  # of its columns
+                total = None
             for t0 in reversed(range(0, length, block)):
                 t1 = min(t0 + block, length)
-                c_prev, c_next, f, adjoint = history.read(t0, t1)
-                r, q, g, spare = (a[: t1 - t0] for a in room)
-                gu1, gu2, p, carried = terms = gradients[:, : t1 - t0]
-                gh, pad, (v_f, v_r) = tile.load(gh_part, t0, t1), tile.pad(t0, t1), tile.weights(t0, t1)
+                steps, pad, v = t1 - t0, tile.pad(t0, t1), tile.weights(t0, t1)
+                c_prev, c_next, planes, adjoint = history.read(t0, t1)
+                rows = room[:, :steps]
+                e, below, terms = planes[1:], rows[:2], rows[2:6]
+                u0, f, r = planes[0], planes[1], planes[2]
+                g, q, gu1, gu2, p, carried, spare = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6]
+                if history.complete:
+                    load(tile.planes[:3, t0:t1], planes)
+                    if tile.bias is not None:
+                        add(e, tile.bias, e)
+                    exponentials(e, v, c_prev, below)
+                    subtract(c_prev, activate(candidate, u0), adjoint)
+                    divide(adjoint, g, adjoint)
+                else:
+                    load(tile.planes[2, t0:t1], r)
+                    if tile.bias is not None:
+                        add(r, tile.bias[1], r)
+                    exponentials(e[1:], None if v is None else v[1:], c_prev, below[1:])
+                    add(f, ONE[f.dtype], g)
+                gates(e, below)
+                multiply(adjoint, f, adjoint)  # A
                 # What does not depend on the carry: the reset gate's side, ...
-                tile.argument(t0, t1, 2, out=r)
-                if v_r is not None:
-                    r += np.multiply(v_r, c_prev, p)
-                gates(np.exp(r, r), q)
-                a, da, s = activate(activation, c_next), slope(activation, c_next), tile.skip(t0, t1)
-                difference = _reset_difference(a, s, tile.mask, tile.gate_mask, out=p)
-                w = tile.skip_factor(r, q, out=spare)
-                gc = np.multiply(gh, r, r)
-                np.multiply(gc, q, gu2)  # a saturated gate's 0 first: gh * difference may overflow
-                gu2 *= difference
-                if gs_part is not None:
-                    if tile.scaled:
-                        w = np.multiply(w, tile.scale_x, q)
-                    tile.put(np.multiply, gh, w, gs_part, t0, t1, pad)
+                gh, s = tile.widened(grad_h[t0:t1]), tile.skip(t0, t1, out=gu1)
+                if grad_x is not None:
+                    w = tile.skip_factor(r, q, out=spare)
+                    put(multiply, gh, w if tile.scale is None else multiply(w, tile.scale, spare), grad_x[t0:t1], pad)
+                if not through_state:
+                    continue
+                difference = reset_difference(activate(activation, c_next), s, tile.mask, tile.gate_mask, out=p)
+                gc = multiply(gh, r, r)
+                multiply(gc, q, gu2)  # a saturated gate's 0 first: gh * difference may overflow
+                multiply(gu2, difference, gu2)
                 if tile.mask is not None:
-                    gc *= tile.mask
-                if da is not None:
-                    gc *= da
+                    multiply(gc, tile.mask, gc)
+                if (da := slope(activation, c_next)) is not None:
+                    multiply(gc, da, gc)
                 # ... and the forget gate's.
-                gates(f, g)
-                adjoint *= f  # A
                 keep = split(f, g, p, out=spare)
-                if v_f is not None:
-                    p += np.multiply(adjoint, v_f, carried)
-                run_carry(carry, gc, p, keep, None if v_r is None else np.multiply(gu2, v_r, carried), pad)
+                if v is not None:
+                    add(p, multiply(adjoint, v[0], carried), p)
+                run_carry(carry, gc, p, keep, None if v is None else multiply(gu2, v[1], carried), pad)
                 # What does: gradients of the block.
-                np.multiply(adjoint, gc, gu1)
+                if not of_gates:
+                    continue
+                multiply(adjoint, gc, gu1)
                 if grad_weight_c is not None:
-                    np.multiply(terms[:2], c_prev, terms[2:])
+                    multiply(gu1, c_prev, p)
+                    multiply(gu2, c_prev, carried)
                 if pad:
                     np.copyto(terms, 0, where=pad.columns)
-                if gu_parts is not None:
-                    du0 = None if candidate == "identity" else slope(candidate, tile.load(tile.u[0], t0, t1))
-                    if du0 is not None:
-                        gc *= du0
-                    tile.put(np.multiply, gc, g, gu_parts[0], t0, t1, pad)
-                    tile.store(gu1, gu_parts[1], t0, t1)
-                    tile.store(gu2, gu_parts[2], t0, t1)
-                if gv_parts is not None:
-                    tile.store(terms[2], gv_parts[0], t0, t1)
-                    tile.store(terms[3], gv_parts[1], t0, t1)
-                totals.add(tile, terms)
+                if gu is not None:
+                    if (du0 := None if candidate == "identity" else slope(candidate, u0)) is not None:
+                        multiply(gc, du0, gc)
+                    store(multiply(gc, g, gc), gu[0, t0:t1], pad)
+                    narrow(gu1, gu[1, t0:t1])
+                    narrow(gu2, gu[2, t0:t1])
+                if per_step and grad_weight_c is not None:
+                    narrow(p, grad_weight_c[t0:t1, ..., 0])
+                    narrow(carried, grad_weight_c[t0:t1, ..., 1])
+                if summed.start < summed.stop:
+                    total = with_block(total, terms[summed])
             if grad_c0 is not None:
-                narrow(carry.reshape(tile.shape), grad_c0[tile.b, tile.d])
-        totals.finish()
-
-
-def _reset_difference(a: Array, s: MaybeArray, m: MaybeArray, gate_mask: bool, out: Array) -> Array:
-    """gr / gh: m*a - s, or m * (a - s) where the mask is on the gate."""
-    if m is not None and not gate_mask:
-        a = np.multiply(a, m, out=out)
-    if s is not None:
-        a = np.subtract(a, s, out=out)
-    if m is not None and gate_mask:
-        a = np.multiply(a, m, out=out)
-    return a
+                narrow(carry, grad_c0)
+            if total is not None:  # once more after each tile of the same columns
+                sums, errors = total
+                if errors is not None:
+                    sums = np.where(np.isfinite(sums), sums + errors, sums)
+                if grad_bias is not None:
+                    narrow(sums[:2], grad_bias)
+                if summed.stop == 4:
+                    narrow(sums[-2:], grad_weight_c)
+    finally:
+        scratch.leave()
 
 
 # ------------------------------------------------------------------------------------------- tiles, blocks, saved states
 
 
 class Pad(NamedTuple):
-    columns: Array  # (steps, n), where there is padding
+    columns: Array  # (steps, b, 1), where there is padding
     steps: list[MaybeArray]  # its rows, None for those without any
 
 
 class _Tile:
-    """Some columns of one direction. A part is a tile's share of an operand, in the order in which time is processed: (L, n)
-    where the layout allows that without a copy, else (L, b, d)."""
+    """What the passes read of some columns of one direction, time in the order in which it is processed."""
 
     def __init__(
-        self, b: slice, d: slice, reverse: bool, u: Array, x: MaybeArray, bias: MaybeArray, weight_c: MaybeArray,
-        c0: MaybeArray, mask_c: MaybeArray, mask_pad: MaybeArray, candidate: str, scale_x: float, mask_target: str,
+        self, u: Array, x: MaybeArray, bias: MaybeArray, weight_c: MaybeArray, c0: MaybeArray, mask_c: MaybeArray,
+        mask_pad: MaybeArray, candidate: str, scale_x: float, mask_target: str,
     ) -> None:  # fmt: skip
-        self.b, self.d, self.reverse = b, d, reverse
-        self.shape = b.stop - b.start, d.stop - d.start
-        self.columns = self.shape[0] * self.shape[1]
-        self.dtype = state_dtype(u)
-        self.block = max(1, min(len(u), BLOCK_BYTES // (self.dtype.itemsize * self.columns)))  # steps
-        self.candidate, self.scale_x, self.gate_mask = candidate, self.dtype.type(scale_x), mask_target == "gate"
-        self.u = self.parts(u)
-        self.s = self.u[3] if u.shape[3] == 4 else self.part(x)
-        self.scaled = u.shape[3] == 3 and scale_x != 1
+        self.length, batch, dim, k = u.shape
+        self.shape = batch, dim
+        self.dtype = dtype = state_dtype(u)
+        step_bytes = dtype.itemsize * batch * dim
+        self.small = self.length * step_bytes <= SMALL_BYTES
+        self.block = max(1, min(self.length, BLOCK_BYTES // step_bytes))  # steps
+        self.planes = u.transpose(3, 0, 1, 2)
+        self.s = x if k == 3 else self.planes[3]
+        self.scale = None if k == 4 or scale_x == 1 else np.array(scale_x, dtype)
         self.bias = None if bias is None else self.rows(bias)
-        self.v_parts = self.parts(weight_c) if weight_c is not None and weight_c.ndim == 4 else None
-        self.v = None if weight_c is None or weight_c.ndim == 4 else self.rows(weight_c)
-        self.c0 = 0 if c0 is None else self.plane(c0)
-        self.mask = None if mask_c is None else self.plane(mask_c)
-        self.mask_pad = mask_pad if mask_pad is None else (mask_pad[::-1] if reverse else mask_pad)[:, b]
-
-    def plane(self, a: Array) -> Array:
-        """(B, D) as (n,)."""
-        return widen(a[self.b, self.d], self.dtype).reshape(-1)
+        self.per_step = weight_c is not None and weight_c.ndim == 4
+        self.v = None if weight_c is None else weight_c.transpose(3, 0, 1, 2) if self.per_step else self.rows(weight_c)
+        self.mask = None if mask_c is None else widen(mask_c, dtype)
+        self.c0 = ZERO[dtype] if c0 is None else c0
+        self.mask_pad, self.candidate, self.gate_mask = mask_pad, candidate, mask_target == "gate"
 
     def rows(self, a: Array) -> Array:
-        """(2, D) as (2, n)."""
-        full = np.empty((2, *self.shape), self.dtype)
-        full[...] = widen(a[:, self.d], self.dtype)[:, None]
-        return full.reshape(2, -1)
+        """(2, D) as (2, 1, b, D)."""
+        a = a[:, None, None]
+        if self.shape[0] == 1 and a.dtype == self.dtype:
+            return a
+        full = np.empty((2, 1, *self.shape), self.dtype)
+        load(a, full)
+        return full
 
-    def part(self, a: Any) -> Any:
-        """Of (L, B, D), or None."""
-        if a is None:
-            return None
-        a = (a[::-1] if self.reverse else a)[:, self.b, self.d]
-        flat = self.shape[0] == 1 or a.strides[1] == self.shape[1] * a.strides[2]
-        return a.reshape(len(a), self.columns) if flat else a
+    def widened(self, a: Array) -> Array:
+        """In the state's dtype, to be read only: the caller's own memory where it is of that."""
+        return a if a.dtype == self.dtype else widen(a, self.dtype)
 
-    def parts(self, a: MaybeArray) -> Any:
-        """Of (L, B, D, k), or None."""
-        return None if a is None else [self.part(a[..., j]) for j in range(a.shape[3])]
+    def weights(self, t0: int, t1: int) -> MaybeArray:
+        """(2, 1, b, d), or (2, steps, b, d)."""
+        return self.v if self.v is None or not self.per_step else self.widened(self.v[:, t0:t1])
 
-    def load(self, part: Array, t0: int, t1: int) -> Array:
-        """(steps, n) in the state's dtype, to be read only: the caller's own memory where its layout allows."""
-        block = part[t0:t1]
-        return (block if block.dtype == self.dtype else widen(block, self.dtype)).reshape(len(block), self.columns)
-
-    def store(self, block: Array, part: Array, t0: int, t1: int, pad: Pad | None = None) -> None:
-        if pad:
-            np.copyto(block, 0, where=pad.columns)
-        out = part[t0:t1]
-        narrow(block.reshape(out.shape), out)
-
-    def put(self, ufunc: np.ufunc, a: Array, b: Array, part: Array, t0: int, t1: int, pad: Pad | None) -> None:
-        """Stores ufunc(a, b), without a pass of its own where NumPy itself can write it."""
-        if pad or part.dtype == np.uint16:
-            self.store(ufunc(a, b), part, t0, t1, pad)
-        else:
-            out = part[t0:t1]
-            ufunc(a.reshape(out.shape), b.reshape(out.shape), out, casting="same_kind")
-
-    def argument(self, t0: int, t1: int, j: int, out: Array) -> Array:
-        """u_j + b_j, to which v_j * c is to be added."""
-        np.copyto(out, self.load(self.u[j], t0, t1))  # it is strided: a copy and a sum in place are faster than one sum
-        if self.bias is not None:
-            out += self.bias[j - 1]
-        return out
-
-    def candidates(self, t0: int, t1: int) -> Array:
-        return activate(self.candidate, self.load(self.u[0], t0, t1))
-
-    def weights(self, t0: int, t1: int) -> tuple[MaybeArray, MaybeArray]:
-        if self.v is not None:
-            return self.v[0], self.v[1]
-        if self.v_parts is not None:
-            return self.load(self.v_parts[0], t0, t1), self.load(self.v_parts[1], t0, t1)
-        return None, None
-
-    def skip(self, t0: int, t1: int) -> MaybeArray:
+    def skip(self, t0: int, t1: int, out: Array) -> MaybeArray:
         if self.s is None:
             return None
-        s = self.load(self.s, t0, t1)
-        return np.multiply(s, self.scale_x) if self.scaled else s
+        s = self.widened(self.s[t0:t1])
+        return s if self.scale is None else multiply(s, self.scale, out)
 
     def skip_factor(self, r: Array, q: Array, out: Array) -> Array:
         """w = 1 - r, or 1 - m*r as (1 - r) + (1 - m)*r, which does not cancel at m = 1."""
         if self.mask is None or not self.gate_mask:
             return q
-        np.multiply(r, 1 - self.mask, out)
-        return np.add(q, out, out)
+        multiply(r, 1 - self.mask, out)
+        return add(q, out, out)
 
     def pad(self, t0: int, t1: int) -> Pad | None:
         if self.mask_pad is None:
             return None
-        mask = self.mask_pad[t0:t1] != 0
-        if not mask.any():
+        columns = self.mask_pad[t0:t1, :, None] != 0
+        if not columns.any():
             return None
-        columns = np.repeat(mask, self.shape[1], axis=1)
         return Pad(columns, [row if row.any() else None for row in columns])
 
 
+Operands = tuple[Any, ...]  # arrays or None
+
+
 def _tiles(
-    u: Array, x: MaybeArray, bias: MaybeArray, weight_c: MaybeArray, c0: MaybeArray, mask_c: MaybeArray, mask_pad: MaybeArray,
-    candidate: str, scale_x: float, mask_target: str, bidirectional: bool,
-) -> Iterator[_Tile]:  # fmt: skip
-    _, batch, dim, _ = u.shape
+    bidirectional: bool, steps: Operands, states: Operands, rows: Operands, mask_pad: MaybeArray
+) -> Iterable[tuple[tuple[bool, bool], Operands, Operands, Operands, MaybeArray]]:
+    """Of each tile whether its time runs backward, whether it is the first of its columns, and its share of the operands:
+    (L, B, D, ...), of which u is the first, (B, D), (2, D) or per step, (L, B)."""
+    batch, dim = steps[0].shape[1:3]
+    if not bidirectional and 0 < batch * dim <= TILE_COLUMNS:
+        return [((False, True), steps, states, rows, mask_pad)]
+    return _cut(bidirectional, steps, states, rows, mask_pad)
+
+
+def _cut(
+    bidirectional: bool, steps: Operands, states: Operands, rows: Operands, mask_pad: MaybeArray
+) -> Iterable[tuple[tuple[bool, bool], Operands, Operands, Operands, MaybeArray]]:
+    batch, dim = steps[0].shape[1:3]
     width = dim // 2 if bidirectional else dim
-    operands = u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target
     for start in range(0, dim, width or 1):
+        time = slice(None, None, -1 if start else 1)
         for d0 in range(start, start + width, TILE_COLUMNS):
             d = slice(d0, min(d0 + TILE_COLUMNS, start + width))
-            rows = max(1, TILE_COLUMNS // (d.stop - d.start))
-            for b0 in range(0, batch, rows):
-                yield _Tile(slice(b0, min(b0 + rows, batch)), d, start > 0, *operands)
+            count = max(1, TILE_COLUMNS // (d.stop - d.start))
+            for b0 in range(0, batch, count):
+                b = slice(b0, b0 + count)
+                yield (
+                    (start > 0, b0 == 0),
+                    tuple([a if a is None else a[time, b, d] for a in steps]),
+                    tuple([a if a is None else a[b, d] for a in states]),
+                    tuple([a if a is None else a[:, d] if a.ndim == 2 else a[time, b, d] for a in rows]),
+                    mask_pad if mask_pad is None else mask_pad[time, b],
+                )
 
 
 class _Scratch:
@@ -465,169 +548,160 @@ class _Scratch:
     one step of the interpreter's."""
 
     kept: ClassVar[list[Array]] = []
+    memory: MaybeArray = None
 
-    def __enter__(self) -> _Scratch:
-        try:
-            self.memory = self.kept.pop()
-        except IndexError:
-            self.memory = np.empty(0, np.uint8)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def leave(self) -> None:
+        """Whatever happened, at the end."""
+        if self.memory is None:
+            return
         self.kept.append(self.memory)
         with contextlib.suppress(IndexError):  # another thread's calls may have emptied it
             while sum([a.nbytes for a in self.kept[:]]) > ALL_KEPT_BYTES:
                 self.kept.pop(0)  # the one that has been there longest
 
-    def arrays(self, tile: _Tile, *rows: int) -> list[Array]:
-        """One of (rows, n) for each number; they replace those of the tile before."""
-        nbytes = sum(rows) * tile.columns * tile.dtype.itemsize
+    def arrays(self, tile: _Tile, *shapes: tuple[int, ...]) -> list[Array]:
+        """They replace those of the tile before."""
+        if tile.small:
+            return [np.empty(shape, tile.dtype) for shape in shapes]
+        sizes = [math.prod(shape) for shape in shapes]
+        whole, arrays, start = self._borrowed(sum(sizes) * tile.dtype.itemsize).view(tile.dtype), [], 0
+        for shape, size in zip(shapes, sizes, strict=True):
+            arrays.append(whole[start : start + size].reshape(shape))
+            start += size
+        return arrays
+
+    def _borrowed(self, nbytes: int) -> Array:
+        if self.memory is None:
+            try:
+                self.memory = self.kept.pop()
+            except IndexError:
+                self.memory = np.empty(0, np.uint8)
         memory = self.memory if nbytes <= self.memory.nbytes else np.empty(nbytes, np.uint8)
         if nbytes <= KEPT_BYTES:
             self.memory = memory
-        whole = memory[:nbytes].view(tile.dtype).reshape(-1, tile.columns)
-        arrays, start = [], 0
-        for count in rows:
-            arrays.append(whole[start : start + count])
-            start += count
-        return arrays
+        return memory[:nbytes]
 
 
-class Saved(NamedTuple):
-    """Which states c holds, in the order of processing: c[i] after min(first + i*every, length) steps."""
-
-    length: int
-    every: int | None
-    reverse: bool
-
-    @property
-    def first(self) -> int:
-        every = self.every or 1  # of a reversed column the first block is the one that L cuts short
-        return (self.length - 1) % every + 1 if self.reverse else every
-
-    def end(self, i: int) -> int:
-        return min(self.first + i * (self.every or 1), self.length)
-
-    def indices(self, t0: int, t1: int) -> tuple[int, int]:
-        """The range of i whose states arise in the steps [t0, t1)."""
-        every = self.every or 1
-        count = -(-self.length // every)
-        begin, stop = (max(0, -((self.first - t - 1) // every)) for t in (t0, t1))
-        return begin, count if t1 == self.length else stop
-
-    def rows(self, t0: int, t1: int) -> slice | list[int]:
-        if self.every == 1:
-            return slice(1, None)
-        return [self.end(i) - t0 for i in range(*self.indices(t0, t1))]
+def saved_after(length: int, every: int, reverse: bool) -> list[int] | range:
+    """After how many steps, in the order of processing, the states arise that c holds."""
+    if every == 1:
+        return range(1, length + 1)
+    first = (length - 1) % every + 1 if reverse else every  # of a reversed column the first block is the one that L cuts short
+    return [*range(first, length, every), length]
 
 
-class History:
-    """The states of a tile for the backward: read where all are saved, else run again from the last one saved."""
+class _History:
+    """The states of a tile for the backward: read where all are saved (complete), else run again from the last one saved."""
 
-    def __init__(self, tile: _Tile, c: Array, every: int, states: Array, e: Array, move: Array) -> None:
-        self.tile, self.c, self.saved = tile, tile.part(c), Saved(len(tile.u[0]), every, tile.reverse)
-        self.low = self.saved.length  # states[i] is the state after low + i steps, e[i] and move[i] go with the next one
-        self.spans = states, e, move
+    spans: list[Array]  # states[i] is the state after low + i steps, planes[:, i] and move[i] are the next one's
+
+    def __init__(self, tile: _Tile, c: Array, every: int, reverse: bool) -> None:
+        length = tile.length
+        self.tile, self.c, self.low = tile, c, length
+        self.complete = len(c) == length
+        self.span = min(length, tile.block if self.complete else tile.block + every)
+        self.saved = () if self.complete else saved_after(length, every, reverse)
 
     def read(self, t0: int, t1: int) -> tuple[Array, Array, Array, Array]:
-        """For the steps [t0, t1), (steps, n) each: the states before and after, the exponential of the forget gate's argument,
-        and (c_prev - z) * (1 - f). The last two are the caller's to change. Blocks are read from the last to the first."""
-        if self.saved.every == 1:
-            return self._read_saved(t0, t1)
-        if t0 < self.low:
-            self._run_again(t0, t1)
-        states, e, move = self.spans
-        now, after = slice(t0 - self.low, t1 - self.low), slice(t0 - self.low + 1, t1 - self.low + 1)
-        return states[now], states[after], e[now], move[now]
-
-    def _read_saved(self, t0: int, t1: int) -> tuple[Array, Array, Array, Array]:
-        tile = self.tile
-        e, move = (a[: t1 - t0] for a in self.spans[1:])
+        """For the steps [t0, t1), each of which comes first: the states before and after, and room for the planes of u and for
+        (c_prev - z) * (1 - f). Where steps are run again, these hold u0, the exponential of the forget gate's argument, and
+        that product. The last two are the caller's to change. Blocks are read from the last to the first."""
+        states, planes, move = self.spans
+        if not self.complete:
+            if t0 < self.low:
+                self._run_again(t0, t1)
+            now, after = slice(t0 - self.low, t1 - self.low), slice(t0 - self.low + 1, t1 - self.low + 1)
+            return states[now], states[after], planes[:, now], move[now]
+        steps = t1 - t0
         if t0 > 0:
-            states = tile.load(self.c, t0 - 1, t1)
+            c_prev = self.c[t0 - 1 : t1 - 1]
         else:
-            states = self.spans[0][: t1 + 1]
-            states[0] = tile.c0
-            states[1:] = tile.load(self.c, 0, t1)
-        v_f, _ = tile.weights(t0, t1)
-        tile.argument(t0, t1, 1, out=e)
-        if v_f is not None:
-            e += np.multiply(v_f, states[:-1], move)
-        np.exp(e, e)
-        np.subtract(states[:-1], tile.candidates(t0, t1), move)
-        move /= e + 1
-        return states[:-1], states[1:], e, move
+            c_prev = states[:steps]
+            load(self.tile.c0, c_prev[:1])
+            if steps > 1:
+                c_prev[1:] = self.c[: steps - 1]
+        return c_prev, self.c[t0:t1], planes[:, :steps], move[:steps]
 
     def _run_again(self, t0: int, t1: int) -> None:
         """From the last state saved at or before t0, c0 if there is none, to where the block after this one began to."""
-        tile, saved, known = self.tile, self.saved, self.low
-        states, e, move = self.spans
-        i = (t0 - saved.first) // (saved.every or 1)
-        self.low = low = saved.end(i) if i >= 0 else 0
+        tile, known = self.tile, self.low
+        states, planes, move = self.spans
+        i = bisect_right(self.saved, t0) - 1
+        self.low = low = self.saved[i] if i >= 0 else 0
         if rest := t1 - known:  # steps of this block that were run with the block after it
             states[known - low + 1 : t1 - low + 1] = states[1 : rest + 1]  # NumPy sees to the overlap
-            e[known - low : t1 - low] = e[:rest]
+            planes[:2, known - low : t1 - low] = planes[:2, :rest]
             move[known - low : t1 - low] = move[:rest]
-        states[0] = tile.c0 if i < 0 else tile.load(self.c, i, i + 1)[0]
+        if i < 0:
+            load(tile.c0, states[0])
+        else:
+            states[0] = self.c[i]
         for t in range(low, known, tile.block):
             end = min(t + tile.block, known)
-            now, after = slice(t - low, end - low), slice(t - low, end - low + 1)
-            argument, (v_f, _) = tile.argument(t, end, 1, out=e[now]), tile.weights(t, end)
-            run_states(states[after], tile.candidates(t, end), argument, move[now], v_f, tile.pad(t, end))
+            now, v, new = slice(t - low, end - low), tile.weights(t, end), states[t - low : end - low + 1]
+            load(tile.planes[:2, t:end], planes[:2, now])
+            if tile.bias is not None:
+                add(planes[1, now], tile.bias[0], planes[1, now])
+            below = planes[2:, now]  # not in use yet
+            if v is None:
+                exponentials(planes[1:2, now], None, new, below)
+            z = activate(tile.candidate, planes[0, now])
+            run_states(new, z, planes[1, now], below[0], move[now], None if v is None else v[0], tile.pad(t, end))
 
 
-class _Totals:
-    """Sums over L and B of gu1, gu2, gu1 * c, gu2 * c: pairwise within a block, compensated from block to block."""
+Total = tuple[Array, MaybeArray]  # of some blocks' terms, and what rounding took from it
 
-    def __init__(self, u: Array, grad_bias: MaybeArray, grad_weight_c: MaybeArray) -> None:
-        self.outs = ((slice(0, 2), grad_bias), (slice(2, 4), grad_weight_c))
-        self.wanted = slice(0 if grad_bias is not None else 2, 4 if grad_weight_c is not None else 2)
-        self.sums, self.errors = np.zeros((2, 4, u.shape[2]), state_dtype(u))
 
-    def add(self, tile: _Tile, block: Array) -> None:
-        if self.wanted.start == self.wanted.stop:
-            return
-        width = tile.shape[1]
-        terms = block[self.wanted].reshape(-1, block[0].size // width, width)
-        while (count := terms.shape[1]) > RUNNING_SUM:
-            part = count // RUNNING_SUM
-            whole = terms[:, : RUNNING_SUM * part].reshape(len(terms), RUNNING_SUM, part, width)
-            rest = terms[:, RUNNING_SUM * part :]
-            terms = np.add.reduce(whole, axis=1)
-            terms[:, 0] += np.add.reduce(rest, axis=1)
-        old, term = self.sums[self.wanted, tile.d], np.add.reduce(terms, axis=1)
-        new = old + term
-        shadow = new - old
-        self.errors[self.wanted, tile.d] += (old - (new - shadow)) + (term - shadow)
-        self.sums[self.wanted, tile.d] = new
-
-    def finish(self) -> None:
-        totals = np.where(np.isfinite(self.sums), self.sums + self.errors, self.sums)
-        for rows, out in self.outs:
-            if out is not None:
-                narrow(totals[rows], out)
+def with_block(total: Total | None, terms: Array) -> Total:
+    """Adds terms, (count, steps, b, d), over steps and b: pairwise within the block, compensated from block to block."""
+    width = terms.shape[3]
+    terms = terms.reshape(len(terms), -1, width)
+    while (count := terms.shape[1]) > RUNNING_SUM:
+        part = count // RUNNING_SUM
+        whole = terms[:, : RUNNING_SUM * part].reshape(len(terms), RUNNING_SUM, part, width)
+        rest = terms[:, RUNNING_SUM * part :]
+        terms = add.reduce(whole, 1)
+        terms[:, 0] += add.reduce(rest, 1)
+    term = terms[:, 0] if count == 1 else add.reduce(terms, 1)
+    if total is None:
+        return add(term, ZERO[term.dtype]), None  # no -0, which beside others would become 0
+    old, errors = total
+    new = old + term
+    shadow = new - old
+    error = (old - (new - shadow)) + (term - shadow)
+    return new, error if errors is None else errors + error
 
 
 # ---------------------------------------------------------------------------------------------------------------- dtypes
 
 
 def state_dtype(u: Array) -> np.dtype:
-    return np.dtype(np.float64 if u.dtype == np.float64 else np.float32)
+    return FLOAT64 if u.dtype == FLOAT64 else FLOAT32
 
 
 def widen(a: Array, dtype: npt.DTypeLike) -> Array:
     """A contiguous copy in the state's dtype."""
-    if a.dtype != np.uint16:
+    if a.dtype != BFLOAT16:
         return np.array(a, dtype=dtype, order="C")
     bits = np.array(a, dtype=np.uint32, order="C")
     bits <<= 16
     return bits.view(np.float32).astype(dtype, copy=False)
 
 
+def load(a: Array, out: Array) -> None:
+    """The same, into out."""
+    if a.dtype == BFLOAT16:
+        bits = out.view(np.uint32)
+        bits[...] = a
+        bits <<= 16
+    else:
+        out[...] = a  # np.copyto takes three times as long
+
+
 def narrow(a: Array, out: Array) -> None:
     """Writes a to out, to the nearest, ties to even; what is too large becomes inf, and a NaN stays one."""
-    if out.dtype != np.uint16:
-        np.copyto(out, a, casting="same_kind")
+    if out.dtype != BFLOAT16:
+        out[...] = a
         return
     bits = np.ascontiguousarray(a, dtype=np.float32).view(np.uint32)
     rounded = bits >> 16
@@ -639,3 +713,17 @@ def narrow(a: Array, out: Array) -> None:
     if nan.any():
         np.copyto(rounded, (bits >> 16) | 0x40, where=nan)
     np.copyto(out, rounded, casting="unsafe")
+
+
+def store(a: Array, out: Array, pad: Pad | None) -> None:
+    if pad is not None:
+        np.copyto(a, 0, where=pad.columns)
+    narrow(a, out)
+
+
+def put(ufunc: np.ufunc, a: Array, b: Array, out: Array, pad: Pad | None) -> None:
+    """Stores ufunc(a, b), without a pass of its own where NumPy itself can write it."""
+    if pad is None and out.dtype != BFLOAT16:
+        ufunc(a, b, out)
+    else:
+        store(ufunc(a, b), out, pad)

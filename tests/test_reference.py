@@ -1,5 +1,6 @@
 """cusru.reference against finite differences, the naive oracle, the published sru package, and its own promises."""
 
+import sys
 import warnings
 
 import ml_dtypes
@@ -14,6 +15,7 @@ from cusru import reference
 pytestmark = pytest.mark.filterwarnings("error")
 DTYPES = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 TENSORS = ("u", "x", "bias", "weight_c", "c0", "mask_c", "mask_pad")
+GRADIENTS = ("u", "x", "bias", "weight_c", "c0")
 OPTIONS = ("activation", "candidate", "scale_x", "mask_target", "bidirectional", "save_every")
 
 
@@ -73,9 +75,10 @@ def run_forward(case, save_every="same", layout=np.empty):
     return out
 
 
-def run_backward(case, grad_h, grad_c_last, c, layout=np.empty):
+def run_backward(case, grad_h, grad_c_last, c, layout=np.empty, wanted=GRADIENTS):
     options = {name: case[name] for name in OPTIONS}
-    out = {n: None if case[n] is None else layout(case[n].shape, case[n].dtype) for n in ("u", "x", "bias", "weight_c", "c0")}
+    asked = {n: case[n] is not None and n in wanted for n in GRADIENTS}
+    out = {n: layout(case[n].shape, case[n].dtype) if asked[n] else None for n in GRADIENTS}
     reference.backward(
         grad_h, grad_c_last, c, *(case[name] for name in TENSORS), **options, **{f"grad_{n}": g for n, g in out.items()}
     )
@@ -540,3 +543,205 @@ def test_bfloat16_rounds_to_nearest_even_and_keeps_nan():
     everything = np.arange(2**16, dtype=np.uint16)
     expected = everything.view(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(reference.widen(everything, np.dtype(np.float32)), expected)
+
+
+# ----------------------------------------------------------------------------------------------- small problems, and parts
+
+
+def bits(results):
+    """By name; any NaN is as good as another, whose sign and payload IEEE 754 leaves open where two of them meet."""
+    widened = {n: a if a is None or a.dtype != np.uint16 else oracle.widen(a) for n, a in results.items()}
+    return {n: None if a is None else np.where(np.isnan(a), np.nan, a).tobytes() for n, a in widened.items()}
+
+
+def with_cuts(monkeypatch):
+    """As if the problem were one of several tiles, in borrowed memory; the cuts are the same."""
+    monkeypatch.setattr(reference, "_tiles", reference._cut)
+    monkeypatch.setattr(reference, "SMALL_BYTES", -1)
+
+
+WIDTHS = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100)
+HARD = (100.0, np.nan, np.inf, -np.inf)  # what some elements are multiplied by: gates saturate, sums overflow
+
+
+@st.composite
+def small_cases(draw, dtype, **fixed):
+    """A case in some layout, and what its backward is given."""
+    options = {
+        "length": st.sampled_from((1, 1, 1, 2, 3, 20, 33)),
+        "batch": st.sampled_from((1, 1, 2, 8)),
+        "dim": st.sampled_from(WIDTHS),
+        "bidirectional": st.booleans(),
+        "k": st.sampled_from((3, 4)),
+        "weight": st.sampled_from(("none", "static", "step")),
+        "activation": st.sampled_from(("identity", "tanh", "relu", "selu")),
+        "candidate": st.sampled_from(("identity", "tanh")),
+        "scale_x": st.sampled_from((1.0, 1.7)),
+        "mask_target": st.sampled_from(("state", "gate")),
+        "save_every": st.sampled_from((1, 2, 7, 32)),
+        "param_dtype": st.sampled_from((dtype, "float64" if dtype == "float64" else "float32")),
+    } | dict.fromkeys(("skip", "bias", "c0", "mask_c", "pad"), st.booleans())
+    chosen = {n: draw(s) for n, s in options.items()} | fixed
+    chosen["bidirectional"] &= chosen["dim"] % 2 == 0
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    case = make_case(rng, chosen.pop("length"), chosen.pop("batch"), chosen.pop("dim"), dtype=dtype, **chosen)
+    layout = draw(st.sampled_from((np.empty, scattered, unaligned)))
+    factors, small_gates = draw(st.lists(st.sampled_from(HARD), max_size=2)), draw(st.booleans())
+    for name in ("u", "x", "c0"):
+        if case[name] is not None:
+            values = oracle.widen(case[name]).astype(np.float64)
+            for factor in factors:
+                values[rng.random(values.shape) < 0.1] *= factor
+            if name == "u":
+                values[..., 1] -= 4 * small_gates
+            case[name] = rounded(values, chosen["param_dtype"] if name == "c0" else dtype)
+    shape = case["u"].shape[:3]
+    case["grad_h"] = rounded(rng.standard_normal(shape), dtype)
+    case["grad_c_last"] = rounded(rng.standard_normal(shape[1:]), dtype) if draw(st.booleans()) else None
+    for name, a in case.items():
+        if isinstance(a, np.ndarray):
+            case[name] = layout(a.shape, a.dtype)
+            case[name][...] = a
+    return case
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_small_problem_has_the_bits_of_a_part_of_a_large_one(dtype, monkeypatch):
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @given(small_cases(dtype))
+    def run(case):
+        def results():
+            out = run_forward(case)
+            return bits(out | run_backward(case, case["grad_h"], case["grad_c_last"], out["c"]))
+
+        small = results()
+        with monkeypatch.context() as patch:
+            with_cuts(patch)
+            assert small == results()
+
+    run()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sequence_given_in_parts_has_the_bits_of_the_whole(dtype):
+    """Parts of one step too, which know their state beforehand. (Of a parameter's gradient, a sum over steps, this is no law.)"""
+    state = "float64" if dtype == "float64" else "float32"
+
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @given(small_cases(dtype, bidirectional=False), st.sampled_from((1, 1, 2, 5)))
+    def run(case, steps):
+        length, *plane = case["u"].shape[:3]
+        # In the state's dtype, in which one part hands it to the next.
+        case["c0"] = np.zeros(plane, state) if case["c0"] is None else rounded(oracle.widen(case["c0"]), state)
+        by_step = [
+            n for n, a in case.items() if isinstance(a, np.ndarray) and n != "grad_c_last" and len(a) == length and a.ndim > 2
+        ]
+        whole = run_forward(case | {"save_every": 1})
+        gradients = run_backward(case | {"save_every": 1}, case["grad_h"], case["grad_c_last"], whole["c"])
+        parts, outs = [], []
+        for t in range(0, length, steps):
+            part = case | {n: case[n][t : t + steps] for n in by_step}
+            if outs:
+                part["c0"] = outs[-1]["c_last"]
+            if case["mask_pad"] is not None:
+                part["mask_pad"] = case["mask_pad"][t : t + steps]
+            parts.append(part)
+            outs.append(run_forward(part))
+        found = {"h": np.concatenate([out["h"] for out in outs]), "c_last": outs[-1]["c_last"]}
+        assert bits(found) == bits({n: whole[n] for n in found})
+        carry, of_parts = case["grad_c_last"], []
+        for part, out in zip(reversed(parts), reversed(outs), strict=True):
+            of_parts.insert(0, run_backward(part, part["grad_h"], carry, out["c"]))
+            carry = of_parts[0]["c0"]
+        found = {n: np.concatenate([g[n] for g in of_parts]) for n in GRADIENTS if n in by_step} | {"c0": carry}
+        assert bits(found) == bits({n: gradients[n] for n in found})
+
+    run()
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["small", "cut"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_that_is_wanted_has_its_bits_whatever_else_is(dtype, cut, monkeypatch):
+    if cut:
+        with_cuts(monkeypatch)
+
+    @settings(max_examples=100, deadline=None, derandomize=True, database=None)
+    @given(small_cases(dtype), st.sets(st.sampled_from(GRADIENTS)))
+    def run(case, wanted):
+        out = run_forward(case)
+        every = run_backward(case, case["grad_h"], case["grad_c_last"], out["c"])
+        some = run_backward(case, case["grad_h"], case["grad_c_last"], out["c"], wanted=wanted)
+        assert bits(some) == bits({n: a if n in wanted else None for n, a in every.items()})
+
+    run()
+
+
+def counted(run, name, monkeypatch):
+    """Calls of Python's and C's functions in reference.<name>, and of NumPy's ufuncs, which a profiler does not see."""
+    function, counts = getattr(reference, name), {"functions": 0, "ufuncs": 0}
+
+    def profile(frame, event, argument):
+        counts["functions"] += event in ("call", "c_call")
+
+    def profiled(*args, **options):
+        before = sys.getprofile()
+        sys.setprofile(profile)
+        try:
+            function(*args, **options)
+        finally:
+            sys.setprofile(before)
+
+    def counting(ufunc):
+        def call(*args):
+            counts["ufuncs"] += 1
+            return ufunc(*args)
+
+        call.reduce = ufunc.reduce
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, name, profiled)
+        run()
+    with monkeypatch.context() as patch:
+        for ufunc in ("add", "divide", "exp", "less", "multiply", "negative", "subtract"):
+            patch.setattr(reference, ufunc, counting(getattr(reference, ufunc)))
+        run()
+    return counts
+
+
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("wanted", [*GRADIENTS, "none"])
+def test_what_no_wanted_gradient_needs_is_not_computed(wanted, length, monkeypatch):
+    case = make_case(np.random.default_rng(12), length, 2, 4, candidate="tanh", pad=False)
+    out, called = run_forward(case), []
+
+    def ufuncs(names):
+        return counted(lambda: run_backward(case, out["h"], None, out["c"], wanted=names), "backward", monkeypatch)["ufuncs"]
+
+    everything, without = ufuncs(GRADIENTS), ufuncs(set(GRADIENTS) - {wanted})
+    assert ufuncs({wanted}) < everything
+    assert without < everything or wanted in ("none", "bias", "c0")  # which cost no ufunc that others do not need
+    for name in ("run_carry", "slope", "with_block"):
+        function = getattr(reference, name)
+        monkeypatch.setattr(reference, name, lambda *a, n=name, f=function: (called.append((n, a[0])), f(*a))[1])
+    run_backward(case, out["h"], None, out["c"], wanted={wanted})
+    names = [name for name, _ in called]
+    assert ("run_carry" in names) == (wanted not in ("x", "none"))
+    assert (("slope", "tanh") in [call for call in called if call[0] == "slope"]) == (wanted == "u")
+    assert ("with_block" in names) == (wanted in ("bias", "weight_c"))
+
+
+@pytest.mark.parametrize("save_every", [1, 32])
+def test_one_step_costs_few_calls(save_every, monkeypatch):
+    rng = np.random.default_rng(13)
+    options = dict(mask_c=False, pad=False, dtype="float32", scale_x=1.3, save_every=save_every)
+    case = make_case(rng, 1, 1, 512, gain=0.1, **options)
+    case["bias"][0] = 9  # no small forget gate
+    out = run_forward(case)
+    forward = counted(lambda: run_forward(case), "forward", monkeypatch)
+    backward = counted(lambda: run_backward(case, out["h"], out["c_last"], out["c"]), "backward", monkeypatch)
+    print(forward, backward)
+    reached = {"functions": (43, 63), "ufuncs": (15, 31)}
+    for what, (of_forward, of_backward) in reached.items():
+        assert 0 < forward[what] <= 1.5 * of_forward
+        assert 0 < backward[what] <= 1.5 * of_backward
