@@ -56,11 +56,13 @@ class Seen(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.names: list[str] = []
         self.largest: dict[str, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function.name().removeprefix("aten::").split(".")[0]
+        self.names.append(name)
         made = result.numel() if isinstance(result, torch.Tensor) else 0
         self.largest[name] = max(self.largest.get(name, 0), made)
         return result
@@ -613,6 +615,123 @@ def test_a_parameter_that_is_computed_is_computed_once_a_call():
     assert counted.calls == 1
 
 
+PARAMETERS = ("weight", "weight_proj", "weight_c", "bias", "scale_x")
+
+
+class AsItIs(nn.Module):
+    def forward(self, a):
+        return a
+
+
+def replaced(cell: nn.Module, name: str, value: torch.Tensor) -> None:
+    setattr(cell, name, value if name == "scale_x" else nn.Parameter(value))
+
+
+def put_among_its_own(cell: nn.Module, name: str, value: torch.Tensor) -> None:
+    """As torch.func.functional_call does, and FSDP."""
+    (cell._buffers if name == "scale_x" else cell._parameters)[name] = value
+
+
+def made_an_attribute(cell: nn.Module, name: str, value: torch.Tensor) -> None:
+    """As pruning, the older weight_norm, WeightDrop and DataParallel's replicas do."""
+    delattr(cell, name)
+    setattr(cell, name, value)
+
+
+def computed(cell: nn.Module, name: str, value: torch.Tensor) -> None:
+    replaced(cell, name, value)
+    torch.nn.utils.parametrize.register_parametrization(cell, name, AsItIs())
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("change", [replaced, put_among_its_own, made_an_attribute, computed])
+def test_a_parameter_is_the_one_that_the_cell_has_at_the_call(change, name):
+    x = normal(L, B, H)
+    cell, expected = (model(SRUCell, H, H, n_proj=2) for _ in range(2))
+    before = cell(x)[0]
+    value = (getattr(cell, name) * 1.5).detach()
+    expected.load_state_dict(expected.state_dict() | {name: value})
+    change(cell, name, value)
+    assert torch.equal(cell(x)[0], expected(x)[0])
+    assert not torch.allclose(cell(x)[0], before)
+
+
+def test_what_a_hook_or_a_subclass_sees_of_an_absent_state_is_zeros():
+    seen: list[torch.Tensor] = []
+
+    class Own(SRUCell):
+        def compute_UV(self, input, c0, mask_pad):
+            seen.append(c0)
+            return super().compute_UV(input, c0, mask_pad)
+
+        def apply_recurrence(self, U, V, residual, c0, scale_val, mask_c, mask_pad):
+            seen.append(c0)
+            return super().apply_recurrence(U, V, residual, c0, scale_val, mask_c, mask_pad)
+
+    model(Own)(normal(L, B, I))
+    layers = model(SRU, I, H, 3)
+    for cell in layers.rnn_lst:
+        cell.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+        cell.register_forward_hook(lambda _, args, __: seen.append(args[1]))
+    layers(normal(L, B, I))
+    assert len(seen) == 2 + 2 * 3
+    assert all(torch.equal(c0, torch.zeros(B, H, dtype=torch.float64)) for c0 in seen)
+
+
+def test_hooks_of_a_cell_and_of_all_modules_run_once_a_call():
+    layers, x, counts = model(SRU, I, H, 3), normal(L, B, I).requires_grad_(), {}
+
+    def count(name):
+        def hook(module, *_):
+            if isinstance(module, SRUCell):
+                counts[name] = counts.get(name, 0) + 1
+
+        return hook
+
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(count("all, before")),
+        nn.modules.module.register_module_forward_hook(count("all, after")),
+        nn.modules.module.register_module_full_backward_hook(count("all, backward")),
+    ]
+    try:
+        for cell in layers.rnn_lst:
+            cell.register_forward_pre_hook(count("before"))
+            cell.register_forward_hook(count("after"))
+            cell.register_full_backward_hook(count("backward"))
+        layers(x)[0].sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert counts == dict.fromkeys(("all, before", "all, after", "all, backward", "before", "after", "backward"), 3)
+
+
+def test_a_step_makes_no_tensor_and_no_call_beyond_what_was_reached(monkeypatch):
+    """One step, the recurrence replaced. Python's calls: half as many again as on 2026-11-26 (CPython 3.11, torch 2.13)."""
+    h, c, x, mask_pad = normal(1, B, H), normal(B, H), normal(1, B, H), torch.zeros(1, B, dtype=torch.bool)
+    cell, layers, states = model(SRUCell, H, H), model(SRU, H, H, 4), normal(4, B, H)
+    monkeypatch.setattr("cusru.torch.modules.sru", lambda *_, **__: (h, c))
+    layer = ["view", "mm", "view"]
+    for run, made, reached in (
+        (lambda: cell(x), ["zeros", *layer], 31),
+        (lambda: cell(x, c, mask_pad), layer, 36),
+        (lambda: cell(x[0], c), ["select", "unsqueeze", "mm", "view"], 33),
+        (lambda: layers(x), ["zeros", *layer * 4, "stack"], 135),
+        (lambda: layers(x, states, mask_pad), ["unbind", *layer * 4, "stack"], 152),
+    ):
+        with torch.no_grad():
+            with Seen() as seen:
+                run()
+            assert sorted(seen.names) == sorted(made)
+            events: list[str] = []
+            before = sys.getprofile()
+            sys.setprofile(lambda _, event, __, events=events: events.append(event))
+            try:
+                run()
+            finally:
+                sys.setprofile(before)
+        assert events.count("call") <= 1.5 * reached
+
+
 def test_sizes_that_numpy_counted_are_compiled_too():
     torch._dynamo.reset()
     old = classic.SRU(np.int64(I), np.int64(H), np.int32(1))
@@ -694,6 +813,52 @@ BAD_CALLS = {
 def test_a_bad_call_names_the_argument(case):
     changes, error, words = BAD_CALLS[case]
     raises(error, words, model(bidirectional=True), **(dict(input=X) | changes))
+
+
+C0, MASK = normal(B, H), torch.zeros(L, B)
+BAD_CELL_CALLS = {
+    "input of rank 1": (dict(input=X[0, 0]), ValueError, ["input", r"\[6\]"]),
+    "input of another size": (dict(input=normal(L, B, I + 1)), ValueError, ["input", r"\[9, 4, 7\]", "input_size = 6"]),
+    "input a list": (dict(input=[1.0]), TypeError, ["input", "torch.Tensor", "list"]),
+    "input absent": (dict(input=None), TypeError, ["input", "torch.Tensor", "NoneType"]),
+    "input of integers": (dict(input=X.long()), TypeError, ["input", "int64"]),
+    "input of another dtype": (dict(input=X.float()), TypeError, ["input", "float32", "float64"]),
+    "input sparse": (dict(input=X.to_sparse()), TypeError, ["input", "sparse"]),
+    "input negated": (dict(input=torch._neg_view(X)), TypeError, ["input", "negated"]),
+    "input elsewhere": (dict(input=X.to("meta")), ValueError, ["input", "meta", "cpu"]),
+    "c0 of another batch": (dict(c0=normal(B + 1, H)), ValueError, ["c0", r"\[5, 5\]", r"\[4, 5\]"]),
+    "c0 a list": (dict(c0=[1.0]), TypeError, ["c0", "torch.Tensor", "list"]),
+    "c0 of integers": (dict(c0=C0.long()), TypeError, ["c0", "int64"]),
+    "c0 complex": (dict(c0=C0.cfloat()), TypeError, ["c0", "complex64"]),
+    "c0 conjugated": (dict(c0=C0.cfloat().conj()), TypeError, ["c0", "conjugated"]),
+    "c0 sparse": (dict(c0=C0.to_sparse()), TypeError, ["c0", "sparse"]),
+    "c0 negated": (dict(c0=torch._neg_view(C0)), TypeError, ["c0", "negated"]),
+    "c0 elsewhere": (dict(c0=C0.to("meta")), ValueError, ["c0", "meta", "cpu"]),
+    "mask_pad transposed": (dict(mask_pad=MASK.T), ValueError, ["mask_pad", r"\[4, 9\]", r"\[9, 4\]"]),
+    "mask_pad a list": (dict(mask_pad=[0]), TypeError, ["mask_pad", "torch.Tensor", "list"]),
+    "mask_pad sparse": (dict(mask_pad=MASK.to_sparse()), TypeError, ["mask_pad", "sparse"]),
+    "mask_pad negated": (dict(mask_pad=torch._neg_view(MASK)), TypeError, ["mask_pad", "negated"]),
+    "mask_pad elsewhere": (dict(mask_pad=MASK.to("meta")), ValueError, ["mask_pad", "meta", "cpu"]),
+    "the first of two faults": (dict(input=X.to("meta"), c0=[1.0]), TypeError, ["c0", "torch.Tensor", "list"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_CELL_CALLS)
+def test_a_bad_call_of_a_cell_names_the_argument(case):
+    changes, error, words = BAD_CELL_CALLS[case]
+    raises(error, words, model(SRUCell), **(dict(input=X) | changes))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_one_layer_that_was_moved_is_named_by_what_it_meets(which):
+    for move, error, words in (
+        (lambda cell: cell.to("meta"), ValueError, ["is on cpu, and the parameters on meta"]),
+        (lambda cell: cell.half(), TypeError, ["input has dtype torch.float64, and the parameters torch.float16"]),
+    ):
+        layers = model(num_layers=3)
+        layers(X)
+        move(layers.rnn_lst[which])
+        raises(error, words, layers, input=X)
 
 
 BAD_MODELS = {

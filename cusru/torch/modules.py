@@ -185,32 +185,32 @@ class SRUCell(nn.Module):
         """
         if not torch.jit.is_scripting():
             checks.inputs(self, input, c0, mask_pad, is_own=self.custom_m is None)
-        if input.dim() != 2 and input.dim() != 3:
-            raise ValueError(f"input has shape {list(input.shape)}; expected (L, B, input_size) or (B, input_size)")
         shape = _sizes(input)
+        if len(shape) != 2 and len(shape) != 3:
+            raise ValueError(f"input has shape {shape}; expected (L, B, input_size) or (B, input_size)")
         if self.custom_m is None and shape[-1] != self.input_size:
             raise ValueError(f"input has shape {shape}; expected a last size of input_size = {self.input_size}")
-        batch = input.size(-2)
         if c0 is None:
-            c0 = torch.zeros(batch, self.output_size, dtype=input.dtype, device=input.device)
+            c0 = torch.zeros(input.size(-2), self.output_size, dtype=input.dtype, device=input.device)
         elif _sizes(c0) != [shape[-2], self.output_size]:
             raise ValueError(f"c0 has shape {_sizes(c0)}; expected {[shape[-2], self.output_size]}, (B, output_size)")
         if mask_pad is not None:
-            mask_pad = _as_padding(mask_pad, input)
+            mask_pad = _as_padding(mask_pad, shape)
 
         if not self.keep_memory_order:
             input = input.contiguous()
         residual = input
         if self.layer_norm is not None and not self.normalize_after:
             input = self._normalized(input)
-        if self.training and self.rnn_dropout > 0:
-            input = input * self.get_dropout_mask_((batch, input.size(-1)), self.rnn_dropout)
         mask_c: Tensor | None = None
-        if self.training and self.dropout > 0:
-            mask_c = self.get_dropout_mask_((batch, self.output_size), self.dropout)
+        if self.training:
+            if self.rnn_dropout > 0:
+                input = input * self.get_dropout_mask_((input.size(-2), input.size(-1)), self.rnn_dropout)
+            if self.dropout > 0:
+                mask_c = self.get_dropout_mask_((input.size(-2), self.output_size), self.dropout)
         scale_val: Tensor | None = None
         if self.rescale:
-            scale_val = self.scale_x
+            scale_val = self.scale_x if torch.jit.is_scripting() else _own(self, "scale_x")
         U, V = self.compute_UV(input, c0, mask_pad)
         h, c = self.apply_recurrence(U, V, residual, c0, scale_val, mask_c, mask_pad)
         if self.layer_norm is not None and self.normalize_after:
@@ -235,29 +235,31 @@ class SRUCell(nn.Module):
         mask_pad: Tensor | None,
     ) -> list[Tensor]:
         """The recurrence itself: U and V from `compute_UV`, the cell's input, (B, D) c0 and mask_c -> h and c."""
-        length = residual.size(0) if residual.dim() == 3 else 1
-        batch, width = residual.size(-2), self.output_size
-        k = _sizes(U)[-1] // width
-        low = U.dtype == torch.float16 or U.dtype == torch.bfloat16
-        dtype, own_bias = U.dtype, self.bias
-        if not (self.amp_recurrence_fp16 and low):
+        dtype, own_bias = U.dtype, self.bias if torch.jit.is_scripting() else _own(self, "bias")
+        stays = self.amp_recurrence_fp16 and (dtype == torch.float16 or dtype == torch.bfloat16)
+        if not stays and (residual.dtype != dtype or own_bias.dtype != dtype):
             dtype = torch.promote_types(torch.promote_types(dtype, residual.dtype), own_bias.dtype)
+        steps = residual if residual.dim() == 3 else residual.unsqueeze(0)
+        shape, width = steps.shape, self.output_size
+        k = _sizes(U)[-1] // width
 
-        u = U.reshape(length, batch, width, k).to(dtype)
+        u = U.reshape(shape[0], shape[1], width, k)
         x: Tensor | None = None
         if self.has_skip_term and k == 3:
-            x = residual.reshape(length, batch, width).to(dtype)
+            x = steps if steps.dtype == dtype else steps.to(dtype)
+        if u.dtype != dtype:
+            u = u.to(dtype)
         bias = to_parameter(own_bias, dtype)
-        weight_c = to_parameter(V.reshape(length, batch, width, 2) if V.dim() > 1 else V, dtype)
+        weight_c = to_parameter(V.reshape(shape[0], shape[1], width, 2) if V.dim() > 1 else V, dtype)
         c0_ = to_parameter(c0, dtype)
         mask_c = to_parameter(mask_c, dtype)
         scale_val = to_parameter(scale_val, dtype)
-        activation = "identity"
-        if self.activation_type == 1:
+        activation, activation_type = "identity", self.activation_type
+        if activation_type == 1:
             activation = "tanh"
-        elif self.activation_type == 2:
+        elif activation_type == 2:
             activation = "relu"
-        elif self.activation_type == 3:
+        elif activation_type == 3:
             activation = "selu"
         if torch.jit.is_scripting():
             h, _, c = torch.ops.cusru.sru_forward(
@@ -277,7 +279,7 @@ class SRUCell(nn.Module):
     def compute_UV(self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Tensor, Tensor]:
         """The projected input U (see `compute_U`) and V: weight_c, or the custom module's V (L, B, 2 * D) plus weight_c."""
         if self.custom_m is None:
-            return self.compute_U(input), self.weight_c
+            return self.compute_U(input), self.weight_c if torch.jit.is_scripting() else _own(self, "weight_c")
         ret = self.custom_m(input)
         if isinstance(ret, tuple) or isinstance(ret, list):  # noqa: SIM101  (torch.jit.script)
             if len(ret) != 2:
@@ -303,13 +305,15 @@ class SRUCell(nn.Module):
         """(L, B, input_size) -> (L * B, D * k); in a stack that is batch first, (L, B, D * k) that lies so in memory."""
         batch_first = self.keep_memory_order and input.dim() == 3
         x = input.transpose(0, 1) if batch_first else input
-        x = x.reshape(-1, self.input_size)
+        if x.dim() == 3:
+            x = x.reshape(-1, self.input_size)
         weight_proj = self.weight_proj
         if weight_proj is not None:
             x = x.mm(weight_proj)
-        U = x.mm(self.weight)
+        U = x.mm(self.weight if torch.jit.is_scripting() else _own(self, "weight"))
         if batch_first:
-            return U.view(input.size(1), input.size(0), U.size(-1)).transpose(0, 1)
+            shape = input.shape
+            return U.view(shape[1], shape[0], U.size(-1)).transpose(0, 1)
         return U
 
     def get_dropout_mask_(self, size: tuple[int, int], p: float) -> Tensor:
@@ -522,16 +526,16 @@ class SRU(nn.Module):
         return PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices), c
 
     def _forward(self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Tensor, Tensor]:
-        batch = input.size(1)
-        if _sizes(input)[2] != self.input_size:
-            raise ValueError(f"input has shape {_sizes(input)}; expected a last size of input_size = {self.input_size}")
+        shape = _sizes(input)
+        if shape[2] != self.input_size:
+            raise ValueError(f"input has shape {shape}; expected a last size of input_size = {self.input_size}")
         if c0 is None:
-            zeros = torch.zeros(batch, self.output_size, dtype=input.dtype, device=input.device)
+            zeros = torch.zeros(input.size(1), self.output_size, dtype=input.dtype, device=input.device)
             states = [zeros for _ in range(self.num_layers)]
         else:
-            states = self._states_of_layers(c0, _sizes(input)[1]).unbind(0)
+            states = self._states_of_layers(c0, shape[1]).unbind(0)
         if mask_pad is not None:
-            mask_pad = _as_padding(mask_pad, input)
+            mask_pad = _as_padding(mask_pad, shape)
         h = input
         if self.input_to_hidden is not None:
             h = self.input_to_hidden(h.transpose(0, 1)).transpose(0, 1) if self.batch_first else self.input_to_hidden(h)
@@ -541,6 +545,7 @@ class SRU(nn.Module):
             last.append(c)
         c = torch.stack(last)
         if self.nn_rnn_compatible_return:
+            batch = input.size(1)
             c = c.view(self.num_layers, batch, self.num_directions, self.hidden_size).transpose(1, 2)
             c = c.reshape(self.num_layers * self.num_directions, batch, self.hidden_size).contiguous()
         return h, c
@@ -548,10 +553,10 @@ class SRU(nn.Module):
     def _states_of_layers(self, c0: Tensor, batch: int) -> Tensor:
         """c0 as (num_layers, B, D)."""
         of_layers = [self.num_layers, batch, self.output_size]
-        of_rnn = [self.num_layers * self.num_directions, batch, self.hidden_size]
         shape = _sizes(c0)
         if shape == of_layers:
             return c0
+        of_rnn = [self.num_layers * self.num_directions, batch, self.hidden_size]
         if self.nn_rnn_compatible_return and shape == of_rnn:
             c0 = c0.reshape(self.num_layers, self.num_directions, -1, self.hidden_size).transpose(1, 2)
             return c0.reshape(self.num_layers, -1, self.output_size)
@@ -562,16 +567,25 @@ class SRU(nn.Module):
         """Does nothing, for callers of sru's method: the models that needed it name modules that sru 2.6.0 has not either."""
 
 
+def _own(cell: SRUCell, name: str) -> Tensor:
+    """cell.name, a parameter or buffer, without the detour of torch's __getattr__, which costs 0.5 us."""
+    tensors = cell._buffers if name == "scale_x" else cell._parameters
+    return tensors[name] if name in tensors else getattr(cell, name)
+
+
 def _sizes(a: Tensor) -> list[int]:
-    if not torch.jit.is_scripting() and torch.jit.is_tracing():
+    if not torch.jit.is_scripting() and _tracing_state() is not None:
         return sizes_of(a)
     return list(a.shape)
 
 
-def _as_padding(mask_pad: Tensor, input: Tensor) -> Tensor:
-    """(L, B) bool; for the one step of a 2-dimensional input also (B,)."""
-    expected = _sizes(input)[:-1]
-    if input.dim() == 2:
+_tracing_state = torch._C._get_tracing_state
+
+
+def _as_padding(mask_pad: Tensor, shape: list[int]) -> Tensor:
+    """(L, B) bool, for an input of that shape; where it is one step of 2 dimensions also (B,)."""
+    expected = shape[:-1]
+    if len(shape) == 2:
         expected = [1, expected[0]]
         if mask_pad.dim() == 1:
             mask_pad = mask_pad.unsqueeze(0)
@@ -582,7 +596,6 @@ def _as_padding(mask_pad: Tensor, input: Tensor) -> Tensor:
 
 def to_parameter(a: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """In the dtype of u or of the state, which is what the recurrence takes."""
-    state = torch.float64 if dtype == torch.float64 else torch.float32
-    if a is None or a.dtype == dtype or a.dtype == state:
+    if a is None or a.dtype == dtype:
         return a
-    return a.to(state)
+    return a.to(torch.float64 if dtype == torch.float64 else torch.float32)
