@@ -240,8 +240,7 @@ def _run_numpy(ready: Ready, arrays: list[Any], scale: float) -> None:
     for slot in ready.flat:
         arrays[slot] = arrays[slot].reshape(2, -1) if arrays[slot].size else arrays[slot].reshape(2, 0)
     if arrays[_SCALE] is not None:
-        with np.errstate(all="ignore"):
-            scale = float(reference.widen(arrays[_SCALE], np.float64).reshape(-1)[0])
+        scale = reference.widen(arrays[_SCALE], np.float32).item() if ready.bits else arrays[_SCALE].item()
     given, results = arrays[:_SCALE], arrays[-len(ready.operator.results) :]
     named = dict(zip(ready.operator.results, results, strict=True))
     if ready.operator is BACKWARD:

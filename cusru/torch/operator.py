@@ -150,14 +150,15 @@ def _straight(inputs: tuple[Any, ...], options: Options) -> tuple[Tensor, Tensor
     if kind is not Tensor and kind is not Parameter:
         return None
     try:
-        recorded = [slot for slot, a in enumerate(inputs) if isinstance(a, Tensor) and a.requires_grad]
-        if recorded and torch.is_grad_enabled():
-            if every is None or recorded[-1] >= len(BACKWARD.results) or dlpack.watched_by_torch():
-                return None
-            return _Straight.apply(options, *inputs)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled():
+            recorded = [slot for slot, a in enumerate(inputs) if isinstance(a, Tensor) and a.requires_grad]
+            if recorded:
+                if every is None or recorded[-1] >= len(BACKWARD.results) or dlpack.watched_by_torch():
+                    return None
+                return _Straight.apply(options, *inputs)  # type: ignore[no-any-return]
         if every is not None and (type(every) is not int or every < 1):
             return None
-        h, _, c_last = _run(FORWARD, inputs, options._replace(save_every=None))  # states are for a backward
+        h, _, c_last = _run(FORWARD, inputs, Options(*options[:-1], None))  # states are for a backward
         return h, c_last
     except _Unusual:
         return None
