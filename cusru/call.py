@@ -37,7 +37,7 @@ class Ready(NamedTuple):
     plan: Plan | None  # None: NumPy runs it
     fresh: tuple[tuple[int, dlpack.Blank], ...]  # slots of results that cusru allocates
     spans: tuple[tuple[int, int, int], ...]  # slots of arrays that were given, and from the address: first byte, end
-    views: tuple[dlpack.View | None, ...]  # of each array, parameters in two rows: how NumPy would see a CPU's memory
+    views: tuple[dlpack.View, ...]  # how NumPy would see a CPU's memory, parameters in two rows
     flat: tuple[int, ...]  # slots of parameters that are given as (2*D,)
     bits: bool  # whether there is bfloat16 among them, which NumPy knows by its bits alone
     options: dict[str, Any]  # of the reference
@@ -166,16 +166,14 @@ def prepare(
     extents = {slot: dlpack.extent(array) for slot, array in held.items()}
     laid_out = {_SLOTS[name]: one for name, one in {**problem.inputs, **problem.results}.items()}
     views = [
-        dlpack.View(one.shape, tuple([s * one.itemsize for s in one.strides]), dlpack.storage(one.dtype), extents[slot][0])
-        if (one := laid_out.get(slot))
-        else None
-        for slot in range(len(names) - 1)
+        dlpack.View(slot, one.shape, dlpack.storage(one.dtype), extents[slot][0], tuple([s * one.itemsize for s in one.strides]))
+        for slot, one in laid_out.items()
     ]
     own_memory = {slot for slot, _ in fresh}
     spans = [(slot, *extents[slot]) for slot, array in held.items() if array.size and slot not in own_memory]
     return Ready(
         operator, device, framework, chosen if multiprocessors >= 0 else None, tuple(fresh), tuple(spans), tuple(views),
-        tuple([slot for slot, a in held.items() if len(a.shape) == 1 and slot != _SCALE and slot < len(views)]),
+        tuple([slot for slot, a in held.items() if len(a.shape) == 1 and slot != _SCALE and slot < len(layouts) - 1]),
         any(a.dtype == "bfloat16" for a in held.values()),
         dict(
             activation=problem.activation, candidate=problem.candidate, mask_target=problem.mask_target,
@@ -217,7 +215,7 @@ def start(call: Call) -> list[Any] | None:
         elif framework == "numpy":
             _run_numpy(ready, objects[:-1], scale)
         else:
-            _run_numpy(ready, [v and dlpack.at(a, v) for a, v in zip(addresses, ready.views, strict=False)], scale)
+            _run_numpy(ready, dlpack.see(addresses, ready.views)[:-1], scale)
     return objects[-1 - len(ready.operator.results) : -1]
 
 

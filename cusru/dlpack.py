@@ -501,18 +501,23 @@ def may_be_written(obj: Any) -> bool:
 
 
 class View(NamedTuple):
-    """How NumPy sees CPU memory that somebody else holds."""
+    """How NumPy sees a CPU's memory that somebody else holds."""
 
+    slot: int  # the array's, in a list of addresses
     shape: tuple[int, ...]
-    strides: tuple[int, ...]  # in bytes
     storage: np.dtype[Any]
     low: int  # of the first byte, from the address of element [0, ..., 0]
+    strides: tuple[int, ...]  # in bytes
 
 
-def at(address: int, view: View) -> np.ndarray:
-    """The memory must outlive it. (A tensor's own numpy() takes longer, and forbids torch to resize it from then on.)"""
-    memory: Any = _MEMORY.from_address(address + view.low)
-    return np.ndarray(view.shape, view.storage, memory, -view.low, view.strides)
+def see(addresses: list[int], views: Iterable[View]) -> list[Any]:
+    """NumPy's arrays by their slots, None where there is none. The memory must outlive them. (A tensor's own numpy() takes
+    longer, and forbids torch to resize it from then on.)"""
+    arrays: list[Any] = [None] * len(addresses)
+    for slot, shape, storage, low, strides in views:
+        memory: Any = _MEMORY.from_address(addresses[slot] + low)
+        arrays[slot] = np.ndarray(shape, storage, memory, -low, strides)
+    return arrays
 
 
 _MEMORY = ctypes.c_char * sys.maxsize
