@@ -208,7 +208,7 @@ def test_interleaved_arrays_are_no_overlap(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_workspace_too_small_is_refused_when_its_signature_is_known() -> None:
-    given = inputs()
+    given = inputs(u=normal(40, B, D, 3), x=normal(40, B, D))
     o = cusru.sru_forward(**given)
     needed = cusru.workspace_size("backward", **given)
     assert needed
