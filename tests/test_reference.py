@@ -740,7 +740,6 @@ def test_one_step_costs_few_calls(save_every, monkeypatch):
     out = run_forward(case)
     forward = counted(lambda: run_forward(case), "forward", monkeypatch)
     backward = counted(lambda: run_backward(case, out["h"], out["c_last"], out["c"]), "backward", monkeypatch)
-    print(forward, backward)
     reached = {"functions": (43, 63), "ufuncs": (15, 31)}
     for what, (of_forward, of_backward) in reached.items():
         assert 0 < forward[what] <= 1.5 * of_forward
