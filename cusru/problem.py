@@ -110,7 +110,7 @@ def check(direction: str, inputs: Mapping[str, Any], options: Options, stream: A
     scale = 1.0
     if is_number("scale_x", objects["scale_x"]):
         scale = float(objects.pop("scale_x"))
-    required = {"u", "scale_x", "grad_h"}
+    required = {*OPERATORS[direction].required, "scale_x"}
     if "c" in objects and objects["c"] is None:
         raise ValueError("c is None: the backward needs the states that the forward saved (save_every=1, or S)")
     objects = {name: value for name, value in objects.items() if value is not None or name in required}
@@ -136,18 +136,8 @@ def check(direction: str, inputs: Mapping[str, Any], options: Options, stream: A
         raise ValueError(f"bidirectional needs an even D, half of it for each direction; u has shape {a.shape}, D = {width}")
 
     problem = Problem(
-        direction,
-        length,
-        batch,
-        width,
-        k,
-        a.dtype,
-        STATES[a.dtype],
-        activation,
-        candidate,
-        mask_target,
-        bidirectional,
-        save_every,
+        direction, length, batch, width, k, a.dtype, STATES[a.dtype],
+        activation, candidate, mask_target, bidirectional, save_every,
     )  # fmt: skip
     sizes = {"L": length, "S": problem.blocks, "B": batch, "D": width, "K": k, "R": 2, "F": 2 * width}
     for name, array in given.items():
@@ -201,7 +191,7 @@ def wanted_results(checked: Checked) -> dict[str, Wanted | None]:
 
 
 def check_result(array: Array, wanted: Wanted | None) -> None:
-    if wanted is None or array.dtype != wanted.dtype:  # of which others have better words
+    if wanted is None or array.dtype != wanted.dtype:  # the careful way has said so before, in better words
         raise TypeError(f"{array.name} has dtype {array.dtype}")
     if array.shape != wanted.shape:
         raise ValueError(f"{array.name} has shape {array.shape}; expected {wanted.shape}")

@@ -228,6 +228,15 @@ def test_the_struct_of_arguments_is_the_kernels_own() -> None:
     assert all(arguments.ARRAY[name].itemsize == 8 for name in arguments.ARRAY.names)
     assert arguments.ARGS.itemsize <= 4096, "more than a kernel may take by value"
 
+    names, strides = list(arguments.ARRAYS), {"u": ((1, 2, 3, 4), 2), "c0": ((5, 6), 4)}
+    numbers = {n: 50 + i for i, n in enumerate(arguments.ARGS.names[len(names) + 2 : -2])}
+    frame = arguments.frame(strides, numbers, 99)
+    (filled,) = arguments.fill(frame, range(1000, 1000 + len(names)), 7, 8, 0.5).view(arguments.ARGS)
+    assert [int(filled[n]["data"]) for n in names] == list(range(1000, 1000 + len(names)))
+    in_bytes = {"u": (2, 4, 6, 8), "c0": (0, 20, 24, 0)}
+    assert all(filled[n].tolist()[1:] == in_bytes.get(n, (0, 0, 0, 0)) for n in names)
+    assert filled.tolist()[len(names) :] == (7, 8, *numbers.values(), 0.5, 99)
+
     def enum(name: str) -> dict[str, int]:
         return {key: int(value) for key, value in re.findall(r"(\w+) = (\d+)", braces(f"enum {name}"))}
 

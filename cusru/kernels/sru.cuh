@@ -36,7 +36,7 @@ enum Flag {  // uniform over the launch
     GRAD_U_PACKED = 256,
 };
 
-struct Args {  // mirrored by raw_kernels.ARGS; an absent array has data == nullptr
+struct Args {  // arguments.ARRAYS has a row for each array; an absent one has data == nullptr
     Array u, x, bias, weight_c, c0, mask_c, mask_pad, scale_x;
     Array h, c, c_last;
     Array grad_h, grad_c_last, grad_u, grad_x, grad_bias, grad_weight_c, grad_c0;
