@@ -9,8 +9,8 @@
     device    with the driver and a GPU: the time that Python takes to enqueue a call, and its share of the kernel's
 
 Of what is on one line the times are from one run, in turn, and on a CPU those of one thread: ratios last, microseconds drift with
-the machine. Function calls are
-counted by sys.setprofile, Python's and those of C apart, without the stand-in's. With --json one object a line:
+the machine. Function calls are counted by sys.setprofile, Python's and those of C apart, without the stand-in's. With --json one
+object a line:
 
     group, what, shape        shape: [L, B, D]
     us                        ours
@@ -34,7 +34,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -79,8 +79,15 @@ def _compared(
     return Row(group, what, shape, ours, beside, theirs, ratio, of, goal, share, *(calls or (None, None)))
 
 
-# ---- cusru's functions ---------------------------------------------------------------------------------------------------
+def _or_why(group: str, what: str, measured: Iterator[Row]) -> Iterator[Row]:
+    """What can be measured, and why not the rest."""
+    try:
+        yield from measured
+    except peers.Unavailable as error:
+        yield Row(group, what, missing=str(error))
 
+
+# ---- cusru's functions ---------------------------------------------------------------------------------------------------
 
 Arrays = dict[str, np.ndarray]
 
@@ -121,21 +128,16 @@ GOALS = {
 }
 
 
-def counts(calls: Mapping[str, Call]) -> dict[str, Calls]:
-    for call in calls.values():
-        call(), call()  # what is kept for the next call is there
-    return {name: measuring.count_calls(call, without=stand_in.__file__) for name, call in calls.items()}
+def count(call: Call) -> Calls:
+    call(), call()  # what is kept for the next call is there
+    return measuring.count_calls(call, without=stand_in.__file__)
 
 
 def launch() -> Iterator[Row]:
-    try:
-        peers.import_or_say_why("cupy", 'pip install ".[cuda13]"')
-    except peers.Unavailable as error:
-        yield Row("launch", "cusru.sru_forward, sru_backward", missing=str(error))
-        return
+    peers.import_or_say_why("cupy", 'pip install ".[cuda13]"')
     with stand_in.no_driver() as cupy:
         calls = functions(functools.partial(stand_in.put, cupy))
-        counted, kernel, scope = counts(calls), cupy.RawKernel("", ""), cupy.cuda.Device(0)
+        kernel, scope = cupy.RawKernel("", ""), cupy.cuda.Device(0)
         own: dict[str, Call] = {
             "a launch": functools.partial(kernel, (1,), (1,), (None,)),
             "the current stream": functools.partial(cupy.cuda.get_current_stream, 0),
@@ -145,7 +147,7 @@ def launch() -> Iterator[Row]:
         times = measuring.in_turn({**calls, **own, EMPTY: _empty_calls})
         for name in calls:
             of = {"ours": times[name], EMPTY: times[EMPTY]}
-            yield _compared("launch", name, SHAPE, OURS, GOALS[name], EMPTY, of, counted[name])
+            yield _compared("launch", name, SHAPE, OURS, GOALS[name], EMPTY, of, count(calls[name]))
         for name in own:
             yield Row("launch", f"(of this, the stand-in's: {name})", us=times[name] * 1e6)
 
@@ -241,13 +243,9 @@ def multiples(found: Operators, rounds: int = 50) -> dict[str, dict[str, float]]
 
 
 def torch() -> Iterator[Row]:
-    try:
-        found = operators()
-    except peers.Unavailable as error:
-        yield Row("torch", "cusru.torch.sru", missing=str(error))
-        return
+    found = operators()
     with no_recurrence(), one_thread(sys.modules["torch"]):
-        counted, times = counts(found.ours), multiples(found)
+        times, counted = multiples(found), {name: count(call) for name, call in found.ours.items()}
     for name, goal in ((NO_GRAD, "at most 4"), (BOTH, "at most 3")):
         yield _compared("torch", name, SHAPE, OURS, goal, "bare Function", times[name], counted[name])
 
@@ -256,31 +254,22 @@ def torch() -> Iterator[Row]:
 
 
 def whole() -> Iterator[Row]:
-    try:
-        torch = peers.import_or_say_why("torch", 'pip install ".[torch]"')
-        peers.import_or_say_why("cusru.torch")
-    except peers.Unavailable as error:
-        yield Row("whole", "cusru.torch", missing=str(error))
-        return
-    with one_thread(torch):
-        yield from _whole(torch)
-
-
-def _whole(torch: Any) -> Iterator[Row]:
-    yield _layer(torch)
-    with warnings.catch_warnings():
+    torch = peers.import_or_say_why("torch", 'pip install ".[torch]"')
+    peers.import_or_say_why("cusru.torch")
+    with one_thread(torch), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a package that compiles when it is imported, and of gradients on a CPU
-        try:
-            sru = peers.import_or_say_why("sru", 'pip install ".[peers]"').SRU
-        except peers.Unavailable as error:
-            yield Row("whole", "SRU beside the sru package's", missing=str(error))
-            return
-        for shape in ((1, 1, 512), (1, 8, 256)):
-            for layers in (1, 4):
-                yield _inference(torch, sru, f"SRU, one step, {_layers(layers)}, no grad", shape, layers, "at least 0.8")
-        yield _inference(torch, sru, "SRU, 1 layer, no grad", (100, 1, 512), 1, "at least 1.0")
+        yield _layer(torch)
+        yield from _or_why("whole", "SRU beside the sru package's", _beside_sru(torch))
+
+
+def _beside_sru(torch: Any) -> Iterator[Row]:
+    sru = peers.import_or_say_why("sru", 'pip install ".[peers]"').SRU
+    for shape in ((1, 1, 512), (1, 8, 256)):
         for layers in (1, 4):
-            yield _decoder(torch, sru, layers)
+            yield _inference(torch, sru, f"SRU, one step, {_layers(layers)}, no grad", shape, layers, "at least 0.8")
+    yield _inference(torch, sru, "SRU, 1 layer, no grad", (100, 1, 512), 1, "at least 1.0")
+    for layers in (1, 4):
+        yield _decoder(torch, sru, layers)
 
 
 def _layers(number: int) -> str:
@@ -307,9 +296,8 @@ def _layer(torch: Any) -> Row:
         "nn.LSTM": functools.partial(_gradients, torch, lambda: lstm(x)[:1], [x, *lstm.parameters()], grads),
         "gemm": functools.partial(_gradients, torch, gemm, [x, weight], [torch.ones(length * batch, 3 * width)]),
     }
-    times, counted = measuring.in_turn(calls), counts({"ours": calls["ours"]})["ours"]
-    what = "GEMM and cusru.torch.sru, forward and backward"
-    return _compared("whole", what, shape, THEIRS, "at least 1", "nn.LSTM", times, counted, "gemm")
+    what, times = "GEMM and cusru.torch.sru, forward and backward", measuring.in_turn(calls)
+    return _compared("whole", what, shape, THEIRS, "at least 1", "nn.LSTM", times, count(calls["ours"]), "gemm")
 
 
 def _pair(sru: Any, width: int, layers: int) -> tuple[Any, Any]:
@@ -332,8 +320,7 @@ def _inference(torch: Any, sru: Any, what: str, shape: tuple[int, int, int], lay
 
     calls: dict[str, Call] = {"ours": lambda: ours(x, c), "sru": lambda: theirs(x, c), "gemm": gemms}
     with torch.no_grad():
-        times, counted = measuring.in_turn(calls), counts({"ours": calls["ours"]})["ours"]
-    return _compared("whole", what, shape, THEIRS, goal, "sru", times, counted, "gemm")
+        return _compared("whole", what, shape, THEIRS, goal, "sru", measuring.in_turn(calls), count(calls["ours"]), "gemm")
 
 
 def _decoder(torch: Any, sru: Any, layers: int) -> Row:
@@ -354,9 +341,8 @@ def _decoder(torch: Any, sru: Any, layers: int) -> Row:
         )
         for name, model in (("ours", ours), ("sru", theirs))
     }
-    times, counted = measuring.in_turn(calls, rounds=10), counts({"ours": calls["ours"]})["ours"]
-    what = f"SRU, a decoder's loop of {steps} steps, {_layers(layers)}, with gradient"
-    return _compared("whole", what, shape, THEIRS, "at least 0.9", "sru", times, counted)
+    times, what = measuring.in_turn(calls, rounds=10), f"SRU, a decoder's loop of {steps} steps, {_layers(layers)}, with gradient"
+    return _compared("whole", what, shape, THEIRS, "at least 0.9", "sru", times, count(calls["ours"]))
 
 
 # ---- imports -------------------------------------------------------------------------------------------------------------
@@ -397,8 +383,7 @@ def on_device() -> Iterator[Row]:
     try:
         here = measuring.find("gpu")
     except RuntimeError as error:
-        yield Row("device", "with a driver", missing=str(error))
-        return
+        raise peers.Unavailable(str(error)) from error
     assert isinstance(here, measuring.Cuda)
     wait = here.cupy.cuda.Device().synchronize
 
@@ -411,23 +396,23 @@ def on_device() -> Iterator[Row]:
             allocated = functools.partial(getattr(cusru, f"sru_{direction}"), *(work.gradients * (direction == "backward")))
             calls[f"sru_{direction}, out and workspace given"] = functools.partial(work.run, direction)
             calls[f"sru_{direction}, results allocated"] = functools.partial(allocated, **work.given)
-        counted, times = counts(calls), enqueued(calls)
+        times = enqueued(calls)
         for name, call in calls.items():
             of = {"ours": times[name], "the kernel, by events": here.time(call)}
-            yield _compared("device", f"{name}: {case.name}", shape, OURS, None, "the kernel, by events", of, counted[name])
-        try:
-            torch = peers.import_or_say_why("torch", 'pip install ".[torch]"')
-            if not torch.cuda.is_available():
-                raise peers.Unavailable("this torch has no CUDA device")
-            found, lstm = operators("cuda", shape), _lstm(torch, "cuda", shape)
-        except peers.Unavailable as error:
-            yield Row("device", f"cusru.torch.sru: {case.name}", shape, missing=str(error))
-            continue
-        for name, call in found.ours.items():
-            of = enqueued({"ours": call, "bare Function": found.bare[name], "nn.LSTM": lstm[name]})
-            of["the kernel, by events"] = here.time(call)
-            for beside in ("bare Function", "nn.LSTM", "the kernel, by events"):
-                yield _compared("device", f"{name}: {case.name}", shape, OURS, None, beside, of)
+            yield _compared("device", f"{name}: {case.name}", shape, OURS, None, "the kernel, by events", of, count(call))
+        yield from _or_why("device", f"cusru.torch.sru: {case.name}", _torch_on_device(here, case, enqueued))
+
+
+def _torch_on_device(here: measuring.Cuda, case: Case, enqueued: Callable[..., dict[str, float]]) -> Iterator[Row]:
+    torch, shape = peers.import_or_say_why("torch", 'pip install ".[torch]"'), case[1:4]
+    if not torch.cuda.is_available():
+        raise peers.Unavailable("this torch has no CUDA device")
+    found, lstm = operators("cuda", shape), _lstm(torch, "cuda", shape)
+    for name, call in found.ours.items():
+        of = enqueued({"ours": call, "bare Function": found.bare[name], "nn.LSTM": lstm[name]})
+        of["the kernel, by events"] = here.time(call)
+        for beside in ("bare Function", "nn.LSTM", "the kernel, by events"):
+            yield _compared("device", f"{name}: {case.name}", shape, OURS, None, beside, of)
 
 
 def _lstm(torch: Any, device: str, shape: tuple[int, int, int]) -> dict[str, Call]:
@@ -454,11 +439,11 @@ TITLES = {
 }  # fmt: skip
 
 
-def rows(groups: Iterator[str] | list[str] | None = None) -> Iterator[Row]:
+def rows(groups: Sequence[str] | None = None) -> Iterator[Row]:
     """CPU arrays are NumPy's here, whatever CUSRU_SIMULATE says."""
     with mock.patch.dict(os.environ, {"CUSRU_SIMULATE": ""}):
         for name in groups or GROUPS:
-            yield from GROUPS[name]()
+            yield from _or_why(name, "all of it", GROUPS[name]())
 
 
 def line(row: Row) -> list[str]:

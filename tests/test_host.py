@@ -46,16 +46,15 @@ def torch(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_functions_take_no_more_python_calls_than_was_reached(cupy: Any) -> None:
-    found = host.counts(host.functions(lambda a: stand_in.put(cupy, a)))
-    for name, calls in found.items():
-        assert calls.python <= MORE * CALLS[name], name
+    for name, call in host.functions(lambda a: stand_in.put(cupy, a)).items():
+        assert host.count(call).python <= MORE * CALLS[name], name
 
 
 def test_the_operator_takes_no_more_python_calls_than_was_reached(torch: Any) -> None:
     operators = host.operators()
     with host.no_recurrence():
-        for name, calls in host.counts(operators.ours).items():
-            assert calls.python <= MORE * CALLS[name], name
+        for name, call in operators.ours.items():
+            assert host.count(call).python <= MORE * CALLS[name], name
 
 
 def test_the_operator_s_time_stays_the_multiple_of_a_bare_function_s_that_was_reached(torch: Any) -> None:
