@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +156,7 @@ def adam(xp: Any, parameters: Array, gradient: Array, m: Array, v: Array, step: 
 
 
 class Run:
-    """All that training depends on, and its history. `config`: the options by name."""
+    """All that training depends on, and its history: what a checkpoint holds. `config`: the options by name."""
 
     def __init__(self, xp: Any, text: support.Text, config: dict[str, Any]) -> None:
         self.xp, self.text, self.config = xp, text, config
@@ -224,49 +223,22 @@ class Run:
             text += vocabulary[character]
         return text
 
-    def save(self, path: Path) -> None:
-        about = dict(config=self.config, step=self.step, chunk=self.chunk, start=self.start, rng=self.rng.bit_generator.state)
-        about |= dict(vocabulary=self.text.vocabulary, text_sha256=self.text.sha256, text=self.text.source)
-        arrays = dict(parameters=self.model.parameters, adam_m=self.m, adam_v=self.v, state=self.xp.stack(self.state))
-        arrays |= dict(train_bits=np.array(self.train_bits), heldout_bits=np.array(self.heldout_bits).reshape(-1, 2))
-        support.write_checkpoint(path, about, {name: support.host(a) for name, a in arrays.items()})
-
-    def restore(self, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        self.step, self.chunk, self.start, self.rng.bit_generator.state = (about[n] for n in ("step", "chunk", "start", "rng"))
-        self.model.parameters[...] = self.xp.asarray(arrays["parameters"])  # in place: the parameters by name are its views
-        self.m, self.v, state = (self.xp.asarray(arrays[name]) for name in ("adam_m", "adam_v", "state"))
-        self.state = list(state)
-        self.train_bits, self.heldout_bits = arrays["train_bits"].tolist(), arrays["heldout_bits"].tolist()
-
 
 def train(run: Run, steps: int | None, seconds: float, path: Path) -> int:
     """To a number of steps, or for so long (one step at least). Saves at each evaluation and at the end, also where the end is
     that nobody reads the output any more. Returns 0, or the signal that ended it."""
-    from tqdm import tqdm
-
-    first, begin = run.step, time.perf_counter()
-    done, goal, unit = (run.step, steps, "steps") if steps else (0.0, seconds, "s")
-    form = "{percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f} {unit}{postfix}"
-    with support.signals_noted() as signals, tqdm(total=goal, initial=done, unit=unit, bar_format=form, disable=None) as bar:
+    with support.signals_noted() as signals, support.Progress(run, steps, seconds) as progress:
         try:
-            while done < goal and not signals:
+            while progress.done < progress.goal and not signals:
                 run.train_step()
                 if evaluated := run.step % run.config["eval_every"] == 0:
                     run.heldout_bits.append((run.step, run.evaluate()))
-                    run.save(path)
-                elapsed = time.perf_counter() - begin
-                done = run.step if steps else min(elapsed, seconds)
-                speed = (run.step - first) * run.config["batch"] * run.config["length"] / elapsed
-                heldout = f"{run.heldout_bits[-1][1]:.3f}" if run.heldout_bits else "-"
-                status = f"train {np.mean(run.train_bits[-50:]):.3f}, held out {heldout} bits/char, {speed:,.0f} char/s"
-                bar.set_postfix_str(status, refresh=False)
-                bar.update(done - bar.n)
-                if evaluated:
-                    tqdm.write(f"{run.step:>8} steps {elapsed:>8.1f} s   {status}")
+                    support.save(run, path)
+                progress.show(evaluated)
         except OSError:  # of the output; what a step that diverged has left is not saved
-            run.save(path)
+            support.save(run, path)
             raise
-        run.save(path)
+        support.save(run, path)
     return signals[0] if signals else 0
 
 
@@ -291,7 +263,7 @@ def main(arguments: list[str] | None) -> int:
     print(f"          {len(text.train):,} characters to train on, {predicted.size:,} of {len(text.heldout):,} held out")
     print(f"model     {run.model.size:,} parameters, {len(text.vocabulary)} characters in the vocabulary")
     if about:
-        run.restore(about, arrays)
+        support.restore(run, about, arrays)
         print(f"resumed   at step {run.step} of {checkpoint}")
     if ended := train(run, options.steps, options.seconds, checkpoint):
         print(f"interrupted: {checkpoint} holds step {run.step}; --resume goes on from there")

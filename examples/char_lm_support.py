@@ -1,4 +1,4 @@
-"""What serves char_lm.py and has nothing to do with cusru: text, files, command line."""
+"""What serves char_lm.py and has nothing to do with cusru: text, files, command line, progress."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import signal
 import sys
 import sysconfig
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,6 +146,23 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise Problem(f"{path} is damaged, or no checkpoint that this program reads: {one_line(error)}") from error
 
 
+def save(run: Any, path: Path) -> None:
+    about = dict(config=run.config, step=run.step, chunk=run.chunk, start=run.start, rng=run.rng.bit_generator.state)
+    about |= dict(vocabulary=run.text.vocabulary, text_sha256=run.text.sha256, text=run.text.source)
+    arrays = dict(parameters=run.model.parameters, adam_m=run.m, adam_v=run.v, state=run.xp.stack(run.state))
+    arrays |= dict(train_bits=np.array(run.train_bits), heldout_bits=np.array(run.heldout_bits).reshape(-1, 2))
+    write_checkpoint(path, about, {name: host(a) for name, a in arrays.items()})
+
+
+def restore(run: Any, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """What `save` saved, as `read_checkpoint` returns it."""
+    run.step, run.chunk, run.start, run.rng.bit_generator.state = (about[n] for n in ("step", "chunk", "start", "rng"))
+    run.model.parameters[...] = run.xp.asarray(arrays["parameters"])  # in place: the parameters by name are its views
+    run.m, run.v, state = (run.xp.asarray(arrays[name]) for name in ("adam_m", "adam_v", "state"))
+    run.state = list(state)
+    run.train_bits, run.heldout_bits = arrays["train_bits"].tolist(), arrays["heldout_bits"].tolist()
+
+
 def draw(path: Path, train: list[float], heldout: list[tuple[int, float]], unigram: float) -> None:
     """Bits per character: of each step, at some steps as (step, bits), and by the characters' frequencies alone."""
     from matplotlib.figure import Figure
@@ -269,6 +287,32 @@ def command(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
         return 2
 
     return run
+
+
+class Progress(contextlib.AbstractContextManager["Progress"]):
+    """How far a run is from `steps`, or else from `seconds`: a bar on a terminal, and a line at each evaluation."""
+
+    def __init__(self, run: Any, steps: int | None, seconds: float) -> None:
+        from tqdm import tqdm
+
+        self.run, self.first, self.begin, self.by_time = run, run.step, time.perf_counter(), not steps
+        self.done, self.goal, unit = (run.step, steps, "steps") if steps else (0.0, seconds, "s")
+        form = "{percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f} {unit}{postfix}"
+        self.bar = tqdm(total=self.goal, initial=self.done, unit=unit, bar_format=form, disable=None)
+
+    def show(self, evaluated: bool) -> None:
+        run, elapsed = self.run, time.perf_counter() - self.begin
+        self.done = min(elapsed, self.goal) if self.by_time else run.step
+        speed = (run.step - self.first) * run.config["batch"] * run.config["length"] / elapsed
+        heldout = f"{run.heldout_bits[-1][1]:.3f}" if run.heldout_bits else "-"
+        status = f"train {np.mean(run.train_bits[-50:]):.3f}, held out {heldout} bits/char, {speed:,.0f} char/s"
+        self.bar.set_postfix_str(status, refresh=False)
+        self.bar.update(self.done - self.bar.n)
+        if evaluated:
+            self.bar.write(f"{run.step:>8} steps {elapsed:>8.1f} s   {status}")
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
 
 
 @contextlib.contextmanager
