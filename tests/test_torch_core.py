@@ -50,7 +50,7 @@ MEMBERS = [(direction, i) for direction, (_, shapes) in CALLS.items() for i in r
 def written(direction: str, member: int | None, make: Callable[[tuple[int, ...]], Any]) -> tuple[Any, dict[str, Any]]:
     """A tensor to write, a member of `out` or the workspace (None), and the arguments that have it written."""
     if member is None:
-        tensor = make((cusru.workspace_size("backward", **arguments()),)).to(torch.uint8)
+        tensor = make((cusru.workspace_size("backward", **arguments()) + 1,)).to(torch.uint8)
         return tensor, dict(workspace=tensor)
     shapes = CALLS[direction][1]
     tensor = make(shapes[member])

@@ -93,6 +93,15 @@ def test_what_nobody_asks_for_is_not_computed(wanted, step, monkeypatch):
     assert equal(found, {n: expected[n] for n in wanted})
 
 
+def test_few_states_are_kept_rather_than_recomputed():
+    """Memory that nobody would notice; and many are not."""
+    for length, kept in ((L, L), (1500, -(-1500 // 32))):
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda a, shapes=shapes: shapes.append(tuple(a.shape)) or a, lambda a: a):
+            sru(normal(length, B, D, 3).requires_grad_(), save_every=32)
+        assert (kept, B, D) in shapes, length
+
+
 # ---- who looks -------------------------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ from cusru.arguments import BACKWARD, FORWARD, OPERATORS, OPTIONS, Operator
 from cusru.problem import Options
 from cusru.torch.compiler import when_loaded
 
+_FEW = 48 << 10  # values of u: their states, 64 KB in float32, are kept rather than recomputed, whatever save_every says
 SAVE_EVERY = 32  # by default: states are then 0.4% of the bytes that a float32 training step moves
 
 _TENSORS = FORWARD.inputs
@@ -77,8 +78,8 @@ def sru(
         scale_x: a number, or a tensor of one element, of u's dtype or the state's, that the kernel reads; no gradient.
         mask_target: "state": h as above. "gate": h = s + mask_c * r * (activation(c) - s), as in the sru package from 2.5 on.
         bidirectional: D is even, and the second half of the columns runs backward in time.
-        save_every: one state in so many is kept for the backward, which recomputes the others bit for bit. None: none is
-            kept, and there is no backward.
+        save_every: one state in so many is kept for the backward, which recomputes the others bit for bit; a few, of 64 KB or
+            less, may all be kept. None: none is kept, and there is no backward.
 
     Tensors may have any strides; none is copied. h lies in memory as u does: batch-first u, as a transposed view, makes
     batch-first h.
@@ -147,7 +148,7 @@ class _Unusual(Exception):
 def _straight(inputs: tuple[Any, ...], options: Options) -> tuple[Tensor, Tensor] | None:
     """For plain tensors where nobody but autograd looks: no dispatch, no second look. None where anything is unusual or wrong."""
     kind, every = type(inputs[0]), options.save_every
-    if kind is not Tensor and kind is not Parameter:
+    if (kind is not Tensor and kind is not Parameter) or (every is not None and (type(every) is not int or every < 1)):
         return None
     try:
         if torch.is_grad_enabled():
@@ -156,8 +157,6 @@ def _straight(inputs: tuple[Any, ...], options: Options) -> tuple[Tensor, Tensor
                 if every is None or recorded[-1] >= len(BACKWARD.results) or dlpack.watched_by_torch():
                     return None
                 return _Straight.apply(options, *inputs)  # type: ignore[no-any-return]
-        if every is not None and (type(every) is not int or every < 1):
-            return None
         h, _, c_last = _run(FORWARD, inputs, Options(*options[:-1], None))  # states are for a backward
         return h, c_last
     except _Unusual:
@@ -177,6 +176,8 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, options: Options, *inputs: Any) -> tuple[Tensor, Tensor]:
+        if inputs[0].numel() <= _FEW:
+            options = Options(*options[:-1], 1)  # no bit depends on it
         h, c, c_last = _run(FORWARD, inputs, options)
         *tensors, scale_x = inputs
         by_value = not isinstance(scale_x, Tensor)
