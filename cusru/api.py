@@ -129,8 +129,8 @@ def sru_backward(
     Args:
         grad_h: (L, B, D), u's dtype: the loss's gradient with respect to h.
         grad_c_last: (B, D), u's dtype or the state's: with respect to c_last; None: zeros.
-        c: the states that `sru_forward` saved with the same `save_every`; what lies between is recomputed from `u`, bit
-            for bit.
+        c: (ceil(L / save_every), B, D), the state's dtype: what `sru_forward` saved with the same `save_every`; what lies between
+            is recomputed from `u`, bit for bit.
         out: (u, x, bias, weight_c, c0) gradients to write into, None where cusru is to allocate or the input is absent.
         workspace: bytes on u's device, at least ``workspace_size("backward", ...)`` of them; else cusru allocates.
 

@@ -1,8 +1,9 @@
 """Any framework's array in, the same framework's array out, never copied; and the streams that order the two.
 
-An array comes in through `borrow` and leaves through `empty` and `give`. NumPy, CuPy and torch arrays are read
-directly; every other framework's through its DLPack capsule, by ctypes, because NumPy cannot import bfloat16. Only
-NumPy is imported here: a framework is looked up in `sys.modules` once one of its arrays has arrived.
+An array comes in through `borrow` and leaves through `empty` and `give`; several plain ones of NumPy, CuPy or torch at once, in a
+fraction of the time, through `read_plain` and `new`. NumPy, CuPy and torch arrays are read directly; every other framework's
+through its DLPack capsule, by ctypes, because NumPy cannot import bfloat16. Only NumPy is imported here: a framework is looked
+up in `sys.modules` once one of its arrays has arrived.
 """
 
 from __future__ import annotations
