@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cusru import dlpack, raw_kernels
-from cusru.arguments import ARRAYS, BACKWARD, OPERATORS, Operator, fill
+from cusru.arguments import ARRAYS, OPERATORS, Operator, fill
 from cusru.dlpack import Array
 from cusru.plan import ALIGNMENT, Plan, plan
 from cusru.problem import WORKSPACE, Checked, Options, check, check_device, check_result, check_workspace, layout, wanted_results
@@ -100,14 +100,11 @@ def look(
         if read is None:
             return None
         framework, device, handle, addresses, layouts = read
-        if device[0] == "cuda":
-            multiprocessors = raw_kernels.multiprocessors(device)
-        elif raw_kernels.simulated():
+        multiprocessors = -1
+        if device[0] == "cuda" or raw_kernels.simulated():
             multiprocessors = raw_kernels.multiprocessors(device)
             if not writes and framework == "numpy":  # whose addresses nobody had asked for
                 _, _, _, addresses, layouts = dlpack.read_plain(objects, True, stream) or read
-        else:
-            multiprocessors = -1
         ready = prepare(operator.direction, framework, device, multiprocessors, options, layouts, like_inputs, unwanted)
         scale = float(scale) if by_value else 1.0
     except Exception:  # the careful way says what it is
@@ -211,7 +208,7 @@ def start(call: Call) -> list[Any] | None:
             for a in written:
                 dlpack.mark_written(a)
         if chosen is not None:
-            _launch(ready, chosen, addresses, scale)
+            _launch(ready, chosen, addresses, scale, framework)
         elif framework == "numpy":
             _run_numpy(ready, objects[:-1], scale)
         else:
@@ -219,11 +216,11 @@ def start(call: Call) -> list[Any] | None:
     return objects[-1 - len(ready.operator.results) : -1]
 
 
-def _launch(ready: Ready, chosen: Plan, addresses: list[int], scale: float) -> None:
-    """The last address is the workspace's, 0 where there is none yet."""
+def _launch(ready: Ready, chosen: Plan, addresses: list[int], scale: float, allocator: str) -> None:
+    """The last address is the workspace's, 0 where there is none yet: then it comes from the allocator that knows the stream, for
+    it is free again before the kernels have run. That is torch's only where the stream is torch's current one, else CuPy's."""
     base = addresses[-1]
-    if chosen.workspace and not base:  # from the allocator that knows the stream
-        allocator = "torch" if ready.framework == "torch" else "numpy"
+    if chosen.workspace and not base:
         _kept, base = dlpack.new(allocator, dlpack.blank((chosen.workspace,), "uint8"), ready.device)
     args = fill(chosen.frame, addresses[:-1], *chosen.rooms(base), scale)
     raw_kernels.run(chosen.launches, args, ready.device)
@@ -239,13 +236,9 @@ def _run_numpy(ready: Ready, arrays: list[Any], scale: float) -> None:
         arrays[slot] = arrays[slot].reshape(2, -1) if arrays[slot].size else arrays[slot].reshape(2, 0)
     if arrays[_SCALE] is not None:
         scale = reference.widen(arrays[_SCALE], np.float32).item() if ready.bits else arrays[_SCALE].item()
-    given, results = arrays[:_SCALE], arrays[-len(ready.operator.results) :]
-    named = dict(zip(ready.operator.results, results, strict=True))
-    if ready.operator is BACKWARD:
-        c, _, grad_h, grad_c_last = arrays[_SLOTS["c"] : _SLOTS["grad_u"]]
-        given = [grad_h, grad_c_last, c, *given]
-    compute: Any = reference.backward if ready.operator is BACKWARD else reference.forward
-    compute(*given, scale_x=scale, **named, **ready.options)
+    named = {name: arrays[_SLOTS[name]] for name in (*ready.operator.inputs, *ready.operator.results)}
+    named["scale_x"] = scale
+    getattr(reference, ready.operator.direction)(**named, **ready.options)
 
 
 # ---- the careful way -------------------------------------------------------------------------------------------------
@@ -300,7 +293,8 @@ def _run_carefully(
             _run_numpy(ready, [None if a is None else a.numpy() for a in found], checked.scale)
         else:
             addresses = [0 if a is None else a.pointer for a in found]
-            _launch(ready, ready.plan, [*addresses, 0 if scratch is None else scratch.pointer], checked.scale)
+            addresses.append(0 if scratch is None else scratch.pointer)
+            _launch(ready, ready.plan, addresses, checked.scale, "numpy")
         return [
             objects[name] if objects[name] is not None else dlpack.give(arrays[name], u) if name in arrays else None
             for name in results

@@ -449,13 +449,16 @@ def watched_by_torch() -> bool:
     """Whether a mode, a trace or a transform of torch's looks at what is done with tensors at this moment."""
     torch = sys.modules["torch"]
     c = torch._C
-    return bool(
-        c._len_torch_dispatch_stack()
-        or c._len_torch_function_stack()
-        or c._is_tracing()
-        or c._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    try:
+        return bool(
+            c._len_torch_dispatch_stack()
+            or c._len_torch_function_stack()
+            or c._is_tracing()
+            or c._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0
+        )
+    except AttributeError:  # a torch that calls them otherwise, whose answer is not known: the careful way asks in public
+        return True
 
 
 _PLAIN_READERS = {("numpy", "ndarray"): _plain_numpy, ("cupy", "ndarray"): _plain_cupy, ("torch", "Tensor"): _plain_torch}

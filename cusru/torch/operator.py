@@ -13,7 +13,7 @@ know of cusru it is told when somebody else loads it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 import cusru
 from cusru import call, dlpack, problem
-from cusru.arguments import BACKWARD, FORWARD, OPERATORS, OPTIONS, Operator
+from cusru.arguments import ARRAYS, BACKWARD, FORWARD, MASK, OPERATORS, OPTIONS, Operator
 from cusru.problem import Options
 from cusru.torch.compiler import when_loaded
 
@@ -189,7 +189,7 @@ class _Straight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor | None, grad_c_last: Tensor | None) -> tuple[Any, ...]:
         if grad_h is None and grad_c_last is None:
-            return (None,) * 9
+            return (None,) * (1 + len(_TENSORS))
         c, *tensors, scale_x = ctx.saved_tensors
         u = tensors[0]
         if grad_h is None:
@@ -198,15 +198,21 @@ class _Straight(torch.autograd.Function):
             unwanted = tuple([g for g, needed in zip(BACKWARD.results, ctx.needs_input_grad[1:], strict=False) if not needed])
             inputs = *tensors, ctx.scale if scale_x is None else scale_x, None, c, None, grad_h, grad_c_last
             try:
-                return (None, *_run(BACKWARD, inputs, ctx.options, unwanted), None, None, None)
+                return (None, *_run(BACKWARD, inputs, ctx.options, unwanted), *_NONE)
             except _Unusual:
                 pass
         c = torch.cat([c, torch.zeros_like(c[:1])])  # as the operator has it
         gradients = _Backward.apply(grad_h, grad_c_last, c, *tensors, scale_x, ctx.scale, *ctx.options)
-        return (None, *[None if a is None else g for a, g in zip(tensors[:5], gradients, strict=True)], None, None, None)
+        return (None, *_present(tensors, gradients), *_NONE)
 
 
-_WITHOUT_GRADIENT = ("mask_c", "scale_x")
+def _present(tensors: Sequence[Tensor | None], gradients: Sequence[Any]) -> list[Any]:
+    """None for the gradient of an input that is absent, which an operator cannot return."""
+    return [None if a is None else g for a, g in zip(tensors, gradients, strict=False)]
+
+
+_NONE = (None,) * (len(_TENSORS) - len(BACKWARD.results))  # of the inputs that have no gradient
+_WITHOUT_GRADIENT = tuple(name for name in _TENSORS[len(BACKWARD.results) :] if ARRAYS[name].dtype != MASK)
 _NO_GRADIENT = "{0} requires grad, and cusru has no gradient for it: pass {0}.detach()"
 
 
@@ -284,7 +290,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     given = _named(arguments)
     workspace = _workspace("backward", given)
-    wanted = arguments[:5]
+    wanted = arguments[: len(BACKWARD.results)]
     gradients = _new_gradients(*wanted)
     out = [None if a is None else g for a, g in zip(wanted, gradients, strict=True)]
     cusru.sru_backward(grad_h, grad_c_last, c[:-1], **given, out=out, workspace=workspace)
@@ -298,7 +304,7 @@ def _forward_without_memory(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward_without_memory(grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     _check_without_memory("backward", _named(arguments) | dict(grad_h=grad_h, grad_c_last=grad_c_last, c=c[:-1]))
-    return _new_gradients(*arguments[:5])
+    return _new_gradients(*arguments[: len(BACKWARD.results)])
 
 
 def _check_without_memory(direction: str, arguments: dict[str, Any]) -> None:
@@ -332,14 +338,14 @@ def _gradients(ctx: Any, backward: Any, grad_h: Tensor | None, grad_c_last: Tens
         if needed and name in _WITHOUT_GRADIENT:  # unseen by `_sru` where vmap hides it
             raise TypeError(_NO_GRADIENT.format(name))
     c, *tensors = ctx.saved_tensors
-    none = (None,) * (len(_TENSORS) - 5 + len(ctx.options))
+    none = _NONE + (None,) * len(ctx.options)
     if grad_h is None and grad_c_last is None:
-        return (None,) * 5 + none
+        return (None,) * len(BACKWARD.results) + none
     u = tensors[0]
     if grad_h is None:
         grad_h = u.new_zeros(()).expand(u.shape[:3])
     gradients = backward(grad_h, grad_c_last, c, *tensors, *ctx.options)
-    return tuple(None if a is None else g for a, g in zip(tensors[:5], gradients, strict=True)) + none
+    return (*_present(tensors, gradients), *none)
 
 
 _NO_JVP = "cusru has no forward-mode derivative of the SRU recurrence: use reverse mode (backward, torch.func.grad or vjp)"
