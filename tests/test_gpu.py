@@ -232,6 +232,18 @@ def test_the_straight_way_gives_the_operator_s_bits(torch, monkeypatch, wanted, 
             assert torch.equal(b, c)
 
 
+def test_a_workspace_for_another_stream_is_none_of_torch_s_memory(torch):
+    """torch would hand it out again on its current stream, before the kernels have run on this one."""
+    u, h, bias = (torch.zeros(shape, device="cuda") for shape in ((64, 40, 64, 3), (64, 40, 64), (2, 64)))
+    assert cusru.workspace_size("backward", u, bias=bias) > 0
+    out, stream = cusru.sru_backward(h, None, h, u, bias=bias), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    cusru.sru_backward(h, None, h, u, bias=bias, out=out, stream=stream.cuda_stream)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
 def test_a_graph_replays_what_was_captured_whatever_is_called_meanwhile():
     """The struct of arguments is the call's own copy: other calls of the same signature change nothing in it."""
     import cupy

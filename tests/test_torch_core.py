@@ -15,7 +15,7 @@ import pytest
 from conftest import missing, scripted
 
 import cusru
-from cusru import call
+from cusru import call, dlpack
 
 torch = pytest.importorskip("torch", reason='needs torch: pip install "cusru[torch]"')
 
@@ -91,6 +91,25 @@ def test_what_is_only_read_keeps_its_version() -> None:
     given = arguments()
     cusru.sru_forward(**given)
     assert all(a._version == 0 for a in given.values())
+
+
+def test_a_workspace_is_torch_s_memory_only_where_the_stream_is_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The careful way is also that of another stream, of which torch's allocator knows nothing: it would hand out again what the
+    call gives back, before the kernels have run."""
+    if reason := missing("simulator"):
+        pytest.skip(reason)
+
+    class Own(torch.Tensor):
+        pass
+
+    monkeypatch.setenv("CUSRU_SIMULATE", "1")
+    u, h, bias = normal(40, B, D, 3), normal(40, B, D), normal(2, D)
+    asked: list[tuple[str, int]] = []
+    new, needed = dlpack.new, cusru.workspace_size("backward", u, bias=bias)
+    monkeypatch.setattr(dlpack, "new", lambda name, what, *rest: (asked.append((name, what.nbytes)), new(name, what, *rest))[1])
+    for given in (h, h.as_subclass(Own)):
+        cusru.sru_backward(given, None, h, u, bias=bias)
+    assert [name for name, nbytes in asked if nbytes == needed] == ["torch", "numpy"]
 
 
 def test_what_a_failed_launch_may_have_written_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
