@@ -142,8 +142,8 @@ def run_states(states: Array, z: Array, e: Array, below: Array, move: Array, v: 
     else:
         room, below = below, below[:1]
         if length >= 8 * size and z[0].size <= RARELY_SMALL:
-            # A look for small gates takes a seventh of a step's time: so steps are run without, ever more at once, until one turns
-            # out to have had some; from there on they are run again, with a look at each.
+            # A look for small gates takes a seventh of a step's time: so steps are run without, ever more at once, until one
+            # turns out to have had some; from there on they are run again, with a look at each.
             steps = _steps(states, z, e, below, move, v, None, pad)
             while size < length - t:
                 part, kept = e[t : t + size], room[1 : size + 1]
