@@ -36,19 +36,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
-from itertools import repeat
-from typing import Any, ClassVar, NamedTuple, ParamSpec
+from collections.abc import Iterable
+from itertools import islice, repeat
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 MaybeArray = Array | None
-P = ParamSpec("P")
 
 SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
@@ -58,6 +56,7 @@ BLOCK_BYTES = 512 * 1024  # of one contiguous array; a backward has seven, and f
 SMALL_BYTES = 16 * 1024  # of one array of all steps: as fast to allocate as to borrow
 KEPT_BYTES = 16 << 20  # of scratch memory, at most, that a call leaves to later ones: a backward's with save_every = 32
 ALL_KEPT_BYTES = 64 << 20  # that all calls have left, of all threads
+RARELY_SMALL = 1024  # columns, at most, of which most steps have no small forget gate
 RUNNING_SUM = 8  # so many terms, and no more, are added one after another
 
 BFLOAT16, FLOAT32, FLOAT64 = np.dtype(np.uint16), np.dtype(np.float32), np.dtype(np.float64)
@@ -66,18 +65,22 @@ ZERO, ONE = ({dtype: np.full((), value, dtype) for dtype in (FLOAT32, FLOAT64)} 
 SMALL_E = {dtype: np.full((), SMALL_F / (1 - SMALL_F), dtype) for dtype in (FLOAT32, FLOAT64)}
 add, divide, exp, less, multiply, negative, subtract = np.add, np.divide, np.exp, np.less, np.multiply, np.negative, np.subtract
 
-_quiet = contextvars.Context()  # NumPy's errstate is a variable of the context
+
+class _Errstate:
+    """As a variable of the context is set and reset, for a NumPy that keeps its errstate otherwise."""
+
+    def set(self, _: Any) -> Any:
+        return np.seterr(all="ignore")
+
+    def reset(self, before: Any) -> None:
+        np.seterr(**before)
+
+
+_quiet = contextvars.Context()
 _quiet.run(np.seterr, all="ignore")
-
-
-def quiet(function: Callable[P, None]) -> Callable[P, None]:
-    """np.errstate(all="ignore"), which takes four times as long."""
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> None:
-        _quiet.copy().run(function, *args, **kwargs)  # a copy, for a context runs one call at a time
-
-    return call
+# NumPy's errstate, a variable of the context, and its value: to set it takes a tenth of np.errstate's time.
+ERRSTATE: Any
+ERRSTATE, QUIET = next(iter(_quiet.items())) if len(_quiet) == 1 else (_Errstate(), None)
 
 
 # --------------------------------------------------------------------------------------------------------- the equations
@@ -140,32 +143,66 @@ def slope(name: str, c: Array) -> MaybeArray:
 
 def run_states(states: Array, z: Array, e: Array, below: Array, move: Array, v: MaybeArray, pad: Pad | None) -> None:
     """states[0] is known; fills the others. e and below are the exponential of the forget gate's argument and 1 + e, where v is
-    None; else e comes as the argument less v * c and becomes the exponential, and below[0] is used at each step. move: becomes
+    None; else e comes as the argument less v * c and becomes the exponential, and below is room. move: becomes
     (c_prev - z) * (1 - f), the last step's if it has one row."""
-    one, bound = ONE[e.dtype], SMALL_E[e.dtype]
-    small: MaybeArray = None
-    if v is not None:
-        below, small = below[:1], np.empty((1, *z.shape[1:]), bool)
-    elif not e.item(e.argmin()) >= bound.item():  # or it is NaN
-        small = less(e, bound)
-    steps: Iterable[Any]
-    if len(z) == 1:
-        c, steps = states[:1], [(states[1:], z, e, below, move, v, small, pad and pad.columns)]
+    length, t, size = len(z), 0, 4
+    if v is None:
+        small = small_gates(e)
+        if length == 1:
+            run_steps(states[:1], [(states[1:], z, e, below, move, None, small, pad and pad.columns)])
+            return
     else:
-        c, stops = states[0], repeat(None) if pad is None else pad.steps
-        steps = zip(states[1:], z, e, _rows(below), _rows(move), _rows(v), _rows(small), stops, strict=False)
-    # c = c - (c - z) / (1 + e), or (e*c + z) / (1 + e) where f = e / (1 + e) is small
+        room, below = below, below[:1]
+        if length >= 8 * size and z[0].size <= RARELY_SMALL:
+            # A look for small gates takes a seventh of a step's time: so steps are run without, ever more at once, until one
+            # turns out to have had some; from there on they are run again, with a look at each.
+            steps = _steps(states, z, e, below, move, v, None, pad)
+            while size < length - t:
+                part, kept = e[t : t + size], room[1 : size + 1]
+                kept[...] = part
+                run_steps(states[t], islice(steps, size))
+                if (small := small_gates(part)) is not None and (hit := small.any((1, 2))).any():
+                    first = int(hit.argmax())
+                    part[first:] = kept[first:]
+                    t += first
+                    break
+                t, size = t + size, min(2 * size, 16)
+            states, z, e = states[t:], z[t:], e[t:]
+            move, v = (a[t:] if len(a) > 1 else a for a in (move, v))
+            pad = pad and Pad(pad.columns[t:], pad.steps[t:])
+        small = np.empty((1, *z.shape[1:]), bool)
+    run_steps(states[0], _steps(states, z, e, below, move, v, small, pad))
+
+
+def _steps(
+    states: Array, z: Array, e: Array, below: Array, move: Array, v: MaybeArray, small: MaybeArray, pad: Pad | None
+) -> Any:
+    """For run_steps; of an array that has one row, it is for all."""
+    rows = [repeat(None) if a is None else a if len(a) > 1 else repeat(a[0]) for a in (below, move, v, small)]
+    return zip(states[1:], z, e, *rows, repeat(None) if pad is None else pad.steps, strict=False)
+
+
+def small_gates(e: Array) -> MaybeArray:
+    """Where f = e / (1 + e) is small, None where it is nowhere."""
+    bound = SMALL_E[e.dtype]
+    return None if e.item(e.argmin()) >= bound.item() else less(e, bound)  # the least may be NaN
+
+
+def run_steps(c: Array, steps: Iterable[Any]) -> None:
+    """c = c - (c - z) / (1 + e), or (e*c + z) / (1 + e) where f = e / (1 + e) is small."""
+    one, bound = ONE[c.dtype], SMALL_E[c.dtype]
     for new, zt, et, bt, mt, vt, st, stop in steps:
         if vt is not None:
             multiply(vt, c, mt)
             add(et, mt, et)
             exp(et, et)
             add(et, one, bt)
-            less(et, bound, st)
+            if st is not None:
+                less(et, bound, st)
         subtract(c, zt, mt)
         divide(mt, bt, mt)
         subtract(c, mt, new)
-        if st is not None and b"\1" in st.tobytes():  # st.any() takes ten times as long
+        if st is not None and 1 in st.tobytes():  # st.any() takes ten times as long
             (few,) = st.ravel().nonzero()  # flat: much faster than by rows and columns
             to, ef, cf, zf, bf = new.ravel(), et.ravel(), c.ravel(), zt.ravel(), bt.ravel()
             for i in few if len(few) < 3 else [few]:  # an array of indices costs as much as three numbers
@@ -173,11 +210,6 @@ def run_states(states: Array, z: Array, e: Array, below: Array, move: Array, v: 
         if stop is not None:
             np.copyto(new, c, where=stop)
         c = new
-
-
-def _rows(a: MaybeArray) -> Iterable[Any]:
-    """For each step; one that stands alone, or None, is for all."""
-    return repeat(None) if a is None else a if len(a) > 1 else repeat(a[0])
 
 
 def split(f: Array, g: Array, p: Array, out: Array) -> MaybeArray:
@@ -213,6 +245,29 @@ def run_carry(carry: Array, gc: Array, p: Array, keep: MaybeArray, q: MaybeArray
             add(new, row, carry)
 
 
+def skip_factor(r: Array, q: Array, m: MaybeArray, gate_mask: bool, out: Array) -> Array:
+    """w = 1 - r, or 1 - m*r as (1 - r) + (1 - m)*r, which does not cancel at m = 1."""
+    if m is None or not gate_mask:
+        return q
+    multiply(r, 1 - m, out)
+    return add(q, out, out)
+
+
+def write_h(
+    r: Array, q: Array, a: Array, s: MaybeArray, m: MaybeArray, gate_mask: bool, spare: Array, h: Array, pad: Pad | None
+) -> None:
+    """h = r*m * a + w * s, of r and q = 1 - r, which are lost."""
+    if s is not None:
+        multiply(skip_factor(r, q, m, gate_mask, spare), s, q)
+    if m is not None:
+        multiply(r, m, r)
+    multiply(r, a, r)
+    if s is None:
+        store(r, h, pad)
+    else:
+        put(add, r, q, h, pad)
+
+
 def reset_difference(a: Array, s: MaybeArray, m: MaybeArray, gate_mask: bool, out: Array) -> Array:
     """gr / gh: m*a - s, or m * (a - s) where the mask is on the gate."""
     if m is not None and not gate_mask:
@@ -227,7 +282,6 @@ def reset_difference(a: Array, s: MaybeArray, m: MaybeArray, gate_mask: bool, ou
 # -------------------------------------------------------------------------------------------------------- the two passes
 
 
-@quiet
 def forward(
     u: Array,
     x: MaybeArray,
@@ -249,8 +303,12 @@ def forward(
 ) -> None:
     """Writes h, c and c_last in place; operands may have any strides. All checks are the caller's."""
     scratch = _Scratch()
-    operands = (u, x, h, c), (c0, mask_c, c_last), (bias, weight_c), mask_pad
+    before = ERRSTATE.set(QUIET)
     try:
+        if len(u) == 1 and mask_pad is None and h is not None and not bidirectional and 0 < u.nbytes <= 3 * SMALL_BYTES:
+            one_step(u, x, bias, weight_c, c0, mask_c, activation, candidate, scale_x, mask_target == "gate", h, c, c_last)
+            return
+        operands = (u, x, h, c), (c0, mask_c, c_last), (bias, weight_c), mask_pad
         for (reverse, _), (u, x, h, c), (c0, mask_c, c_last), (bias, weight_c), mask_pad in _tiles(bidirectional, *operands):
             tile = _Tile(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target)
             length, block, shape = tile.length, tile.block, tile.shape
@@ -280,14 +338,8 @@ def forward(
                     if late is not None:
                         exponentials(e[1:], late[1:], now[:-1], below[1:])
                     gates(r, q)
-                    w, s = tile.skip_factor(r, q, out=f), tile.skip(t0, t1, out=g)
-                    if tile.mask is not None:
-                        multiply(r, tile.mask, r)
-                    multiply(r, activate(activation, new), r)
-                    if s is None:
-                        store(r, h[t0:t1], pad)
-                    else:
-                        put(add, r, multiply(w, s, q), h[t0:t1], pad)
+                    s = tile.skip(t0, t1, out=g)
+                    write_h(r, q, activate(activation, new), s, tile.mask, tile.gate_mask, f, h[t0:t1], pad)
                 if all_saved:
                     c[t0:t1] = new
                 for i in range(bisect_right(saved, t0), bisect_right(saved, t1)) if saved else ():
@@ -295,10 +347,46 @@ def forward(
             if c_last is not None:
                 narrow(now[-1], c_last)
     finally:
+        ERRSTATE.reset(before)
         scratch.leave()
 
 
-@quiet
+def one_step(
+    u: Array, x: MaybeArray, bias: MaybeArray, weight_c: MaybeArray, c0: MaybeArray, mask: MaybeArray, activation: str,
+    candidate: str, scale_x: float, gate_mask: bool, h: Array, c: MaybeArray, c_last: MaybeArray,
+) -> None:  # fmt: skip
+    """forward of one small step without padding, whose tiles, blocks and views would take a third of its time."""
+    _, batch, dim, k = u.shape
+    dtype = FLOAT64 if u.dtype == FLOAT64 else FLOAT32
+    room = np.empty((7, 1, batch, dim), dtype)
+    e, below = room[1:3], room[3:5]
+    u0, f, r, g, q, move = room[0], room[1], room[2], room[3], room[4], room[5]
+    # Where it is to go, if it can be there.
+    new = room[6] if c_last is None or c_last.dtype != dtype or not c_last.flags.c_contiguous else c_last[None]
+    load(u.transpose(3, 0, 1, 2)[:3], room[:3])
+    if bias is not None:
+        add(e, widened(bias, dtype)[:, None, None], e)
+    c_prev = np.zeros((1, batch, dim), dtype) if c0 is None else widened(c0, dtype)[None]
+    v = None
+    if weight_c is not None:
+        v = widened(weight_c, dtype)
+        v = v[:, None, None] if v.ndim == 2 else v.transpose(3, 0, 1, 2)
+    exponentials(e, v, c_prev, below)
+    run_steps(c_prev, [(new, u0 if candidate == "identity" else activate(candidate, u0), f, g, move, None, small_gates(f), None)])
+    gates(r, q)
+    if (s := x if k == 3 else u[..., 3]) is not None:
+        s = widened(s, dtype)
+        if k == 3 and scale_x != 1:
+            s = multiply(s, np.array(scale_x, dtype), g)
+    if mask is not None:
+        mask = widened(mask, dtype)
+    write_h(r, q, new if activation == "identity" else activate(activation, new), s, mask, gate_mask, f, h, None)
+    if c is not None:
+        c[...] = new
+    if c_last is not None and new.base is room:
+        narrow(new[0], c_last)
+
+
 def backward(
     grad_h: Array,
     grad_c_last: MaybeArray,
@@ -339,6 +427,7 @@ def backward(
         (bias, weight_c, grad_bias, grad_weight_c),
         mask_pad,
     )
+    before = ERRSTATE.set(QUIET)
     try:
         for (reverse, first), of_steps, of_states, of_columns, mask_pad in _tiles(bidirectional, *operands):
             u, x, grad_h, c, grad_u, grad_x = of_steps
@@ -384,9 +473,9 @@ def backward(
                 gates(e, below)
                 multiply(adjoint, f, adjoint)  # A
                 # What does not depend on the carry: the reset gate's side, ...
-                gh, s = tile.widened(grad_h[t0:t1]), tile.skip(t0, t1, out=gu1)
+                gh, s = widened(grad_h[t0:t1], tile.dtype), tile.skip(t0, t1, out=gu1)
                 if grad_x is not None:
-                    w = tile.skip_factor(r, q, out=spare)
+                    w = skip_factor(r, q, tile.mask, tile.gate_mask, out=spare)
                     put(multiply, gh, w if tile.scale is None else multiply(w, tile.scale, spare), grad_x[t0:t1], pad)
                 if not through_state:
                     continue
@@ -434,6 +523,7 @@ def backward(
                 if summed.stop == 4:
                     narrow(sums[-2:], grad_weight_c)
     finally:
+        ERRSTATE.reset(before)
         scratch.leave()
 
 
@@ -477,26 +567,15 @@ class _Tile:
         load(a, full)
         return full
 
-    def widened(self, a: Array) -> Array:
-        """In the state's dtype, to be read only: the caller's own memory where it is of that."""
-        return a if a.dtype == self.dtype else widen(a, self.dtype)
-
     def weights(self, t0: int, t1: int) -> MaybeArray:
         """(2, 1, b, d), or (2, steps, b, d)."""
-        return self.v if self.v is None or not self.per_step else self.widened(self.v[:, t0:t1])
+        return self.v if self.v is None or not self.per_step else widened(self.v[:, t0:t1], self.dtype)
 
     def skip(self, t0: int, t1: int, out: Array) -> MaybeArray:
         if self.s is None:
             return None
-        s = self.widened(self.s[t0:t1])
+        s = widened(self.s[t0:t1], self.dtype)
         return s if self.scale is None else multiply(s, self.scale, out)
-
-    def skip_factor(self, r: Array, q: Array, out: Array) -> Array:
-        """w = 1 - r, or 1 - m*r as (1 - r) + (1 - m)*r, which does not cancel at m = 1."""
-        if self.mask is None or not self.gate_mask:
-            return q
-        multiply(r, 1 - self.mask, out)
-        return add(q, out, out)
 
     def pad(self, t0: int, t1: int) -> Pad | None:
         if self.mask_pad is None:
@@ -686,6 +765,11 @@ def widen(a: Array, dtype: npt.DTypeLike) -> Array:
     bits = np.array(a, dtype=np.uint32, order="C")
     bits <<= 16
     return bits.view(np.float32).astype(dtype, copy=False)
+
+
+def widened(a: Array, dtype: npt.DTypeLike) -> Array:
+    """In the state's dtype, to be read only: the caller's own memory where it is of that."""
+    return a if a.dtype == dtype else widen(a, dtype)
 
 
 def load(a: Array, out: Array) -> None:
