@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cusru.arguments import BIDIRECTIONAL, GRAD_U_PACKED, ITEMSIZES, MASK_GATE, NARROW, Frame, frame
+from cusru.arguments import BIDIRECTIONAL, GRAD_U_PACKED, ITEMSIZES, MASK_GATE, NARROW, UNWANTED, Frame, frame
 from cusru.raw_kernels import REDUCE_THREADS, TILE, Launch, Specialisation, wide
 
 ALIGNMENT = 16  # bytes: the widest access
@@ -118,6 +118,8 @@ def plan(problem: Problem, multiprocessors: int) -> Plan:
         sums=sums,
     )  # fmt: skip
     flags = BIDIRECTIONAL * problem.bidirectional + MASK_GATE * (problem.mask_target == "gate") + GRAD_U_PACKED * grad_u_packed
+    of_a_step = ["grad_u"] + ["grad_x"] * (skip == "x") + ["grad_weight_c"] * problem.step_weight
+    flags += UNWANTED * (backward and not wanted.keys() >= set(of_a_step))
     flags += sum(f for n, f in NARROW.items() if n in given and given[n].dtype == problem.dtype != problem.state)
     parts = frame({n: (a.strides, a.itemsize) for n, a in {**given, **wanted}.items()}, numbers, flags)
     room = aligned(partials) + checkpoints

@@ -241,7 +241,7 @@ def test_the_struct_of_arguments_is_the_kernels_own() -> None:
         return {key: int(value) for key, value in re.findall(r"(\w+) = (\d+)", braces(f"enum {name}"))}
 
     flags = {f"NARROW_{n.removesuffix('_c').removesuffix('_x').upper()}": f for n, f in arguments.NARROW.items()}
-    flags |= {n: getattr(arguments, n) for n in ("BIDIRECTIONAL", "MASK_GATE", "GRAD_U_PACKED")}
+    flags |= {n: getattr(arguments, n) for n in ("BIDIRECTIONAL", "MASK_GATE", "GRAD_U_PACKED", "UNWANTED")}
     assert enum("Flag") == flags
     assert list(enum("Activation").values()) == list(raw_kernels.ACTIVATIONS.values())
     assert [n.lower() for n in enum("Activation")] == list(raw_kernels.ACTIVATIONS)

@@ -34,6 +34,7 @@ enum Flag {  // uniform over the launch
     BIDIRECTIONAL = 64,
     MASK_GATE = 128,
     GRAD_U_PACKED = 256,
+    UNWANTED = 512,  // some gradient of a step is
 };
 
 struct Args {  // arguments.ARRAYS has a row for each array; an absent one has data == nullptr
@@ -394,11 +395,13 @@ template <typename V> struct Gradients {
     S carry[N];
     Sum<S> bias_f[N], bias_r[N], v_f[N], v_r[N];
 
-    // All of one step: x and the inputs as loaded, u as given by `u(k, i)`, the states around it.
+    // All of one step: x and the inputs as loaded, u as given by `u(k, i)`, the states around it. Where `all`, no
+    // gradient is unwanted. It is a constant in each of two copies of the loop: a test at every step costs up to a
+    // tenth of the time.
     template <typename U>
     __device__ __forceinline__ void step(const Thread<V>& thread, const StateInputs<V>& in, U u, const Values<T, N>& x,
                                          const Values<T, N>& gh, const S (&c_prev)[N], const S (&c)[N], Cursor& grad_u,
-                                         Cursor& grad_x, Cursor& grad_weight) {
+                                         Cursor& grad_x, Cursor& grad_weight, bool all) {
         const Args& args = thread.args;
         S gu[K][N];
         Values<T, N> gx;
@@ -434,17 +437,17 @@ template <typename V> struct Gradients {
             if constexpr (V::SKIP == SKIP_PROJECTED) gu[3][i] = grad.skip;
             if constexpr (V::SKIP == SKIP_X) gx.set(i, grad.skip);
         }
-        char *at = grad_u.next(), *at_x = grad_x.next(), *at_weight = grad_weight.next();  // null: unwanted
+        char *at = grad_u.next(), *at_x = grad_x.next(), *at_weight = grad_weight.next();
         if constexpr (V::STEP_WEIGHT)
-            if (at_weight) gw.store(at_weight, args.grad_weight_c.row);
+            if (all || at_weight) gw.store(at_weight, args.grad_weight_c.row);
         if constexpr (V::SKIP == SKIP_X)
-            if (at_x) gx.store(at_x);
+            if (all || at_x) gx.store(at_x);
         if (args.flags & GRAD_U_PACKED) {
             Values<T, K * N> out;
 #pragma unroll
             for (int i = 0; i < K * N; ++i) out.set(i, gu[i % K][i / K]);
             out.store(at);
-        } else if (at) {
+        } else if (all || at) {
 #pragma unroll
             for (int k = 0; k < K; ++k) {
                 Values<T, N> out;
@@ -499,7 +502,7 @@ template <typename V> struct Gradients {
 
 // Every state was saved: c[t] and c[t - 1] come from one read of c.
 template <typename V, int AHEAD>
-__device__ __forceinline__ void backward_saved(const Thread<V>& thread, Gradients<V>& gradients) {
+__device__ __forceinline__ void backward_saved(const Thread<V>& thread, Gradients<V>& gradients, bool all) {
     using S = typename V::S;
     constexpr int N = V::COLUMNS;
     const Args& args = thread.args;
@@ -533,7 +536,7 @@ __device__ __forceinline__ void backward_saved(const Thread<V>& thread, Gradient
         --to_use;
         gradients.step(
             thread, in, [&](int k, int i) { return in.u.get(k, i); }, in.x, in.gh, c_prev, c, grad_u, grad_x,
-            grad_weight);
+            grad_weight, all);
 #pragma unroll
         for (int i = 0; i < N; ++i) c[i] = c_prev[i];
     };
@@ -609,24 +612,26 @@ __device__ __forceinline__ void backward_recomputed(const Thread<V>& thread, Gra
             Cursor x = thread.cursor(args.x, last, true), gh = thread.cursor(args.grad_h, last, true);
             Cursor grad_u = thread.cursor(args.grad_u, last, true), grad_x = thread.cursor(args.grad_x, last, true);
             Cursor grad_weight = thread.cursor(args.grad_weight_c, last, true);
-            walk<AHEAD, BackwardInputs<V>>(
-                steps,
-                [&](BackwardInputs<V>& in) {
-                    state.gates(in);
-                    if constexpr (V::SKIP == SKIP_X) in.x.load(x.next());
-                    in.gh.load(gh.next());
-                },
-                [&](const BackwardInputs<V>& in) {
-                    --step;
-                    S c_prev[N];
+            auto load_back = [&](BackwardInputs<V>& in) {
+                state.gates(in);
+                if constexpr (V::SKIP == SKIP_X) in.x.load(x.next());
+                in.gh.load(gh.next());
+            };
+            auto use = [&](const BackwardInputs<V>& in, bool all) {
+                --step;
+                S c_prev[N];
 #pragma unroll
-                    for (int i = 0; i < N; ++i) c_prev[i] = slot(step, K, i);
-                    gradients.step(
-                        thread, in, [&](int k, int i) { return slot(step, k, i); }, in.x, in.gh, c_prev, c, grad_u,
-                        grad_x, grad_weight);
+                for (int i = 0; i < N; ++i) c_prev[i] = slot(step, K, i);
+                gradients.step(
+                    thread, in, [&](int k, int i) { return slot(step, k, i); }, in.x, in.gh, c_prev, c, grad_u, grad_x,
+                    grad_weight, all);
 #pragma unroll
-                    for (int i = 0; i < N; ++i) c[i] = c_prev[i];
-                });
+                for (int i = 0; i < N; ++i) c[i] = c_prev[i];
+            };
+            if (args.flags & UNWANTED)
+                walk<AHEAD, BackwardInputs<V>>(steps, load_back, [&](const BackwardInputs<V>& in) { use(in, false); });
+            else
+                walk<AHEAD, BackwardInputs<V>>(steps, load_back, [&](const BackwardInputs<V>& in) { use(in, true); });
         }
     }
 }
@@ -643,10 +648,12 @@ __device__ __forceinline__ void backward(const Args& args) {  // TILE 0: every s
     for (long long b = first; b < end; ++b) {
         if (b != first) thread.to_batch(b);
         gradients.begin(thread);
-        if constexpr (TILE == 0)
-            backward_saved<V, AHEAD>(thread, gradients);
-        else
+        if constexpr (TILE != 0)
             backward_recomputed<V, AHEAD, TILE, THREADS>(thread, gradients);
+        else if (args.flags & UNWANTED)
+            backward_saved<V, AHEAD>(thread, gradients, false);
+        else
+            backward_saved<V, AHEAD>(thread, gradients, true);
         gradients.end(thread);
     }
     gradients.leave_sums(thread, row);
