@@ -35,10 +35,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from cusru import measuring, raw_kernels
-from cusru.raw_kernels import Specialisation
+from cusru import measuring, raw_kernels, specialisation
+from cusru.arguments import ITEMSIZES, STATES
+from cusru.specialisation import Specialisation
 
 
 class Multiprocessor(NamedTuple):
@@ -165,7 +164,7 @@ def blocks_per_sm(architecture: int, threads: int, registers: int, shared: int) 
 
 def bytes_per_step(kernel: Specialisation) -> int:
     """That a thread reads for a step of one column, in the walk that reads fewer."""
-    item, state = (np.dtype(names[kernel.dtype]).itemsize for names in (raw_kernels.STORAGE, raw_kernels.STATES))
+    item, state = ITEMSIZES[kernel.dtype], ITEMSIZES[STATES[kernel.dtype]]
     if kernel.direction == "reduce":
         return state
     u, x = (4 if kernel.skip == "projected" else 3) * item, item * (kernel.skip == "x")
@@ -267,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := set(options.architecture or ()) - set(known):
         parser.error(f"--architecture: this NVRTC does not compile for {', '.join(f'sm_{n}' for n in sorted(unknown))}")
 
-    every = list(raw_kernels.specialisations())
+    every = list(specialisation.specialisations())
     chosen = {"sample": covering, "plain": plain, "all": list}[options.kernels](every)
     columns = (*COLUMNS, *(SASS_COLUMNS if options.sass else ()))
     if not options.json:

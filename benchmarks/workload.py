@@ -15,7 +15,7 @@ import numpy as np
 import cusru
 from benchmarks import cases
 from benchmarks.cases import Case
-from cusru import measuring, raw_kernels
+from cusru import measuring, specialisation
 from cusru.measuring import Floor, Machine, address
 
 PASSES = ("forward", "backward")
@@ -147,7 +147,7 @@ class Original:
         self.args["scale_x"] = case.scale_x
         self.blocks = -(-case.B * case.D // ORIGINAL_THREADS)
         self.macros = {
-            "TYPE": raw_kernels.TYPES[work.dtype], "K": case.k, "TANH_ACTIVATION": int(case.activation == "tanh"),
+            "TYPE": specialisation.TYPES[work.dtype], "K": case.k, "TANH_ACTIVATION": int(case.activation == "tanh"),
             "MASK_GATE": int(case.mask_target == "gate"), "BIDIRECTIONAL": int(case.bidirectional),
         }  # fmt: skip
         self.sums = {n: self.machine.empty((2, case.D), state) for n in ("grad_bias", "grad_weight_c") if n in arrays}

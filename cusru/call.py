@@ -89,8 +89,8 @@ def look(
         objects[_SCALE] = None
     if out is None:
         objects += (None,) * len(operator.results)
-    elif isinstance(out, tuple | list) and len(out) == len(operator.results):
-        objects += out
+    elif isinstance(out, tuple | list) and len(members := tuple(out)) == len(out) == len(operator.results):
+        objects += members
     else:
         return None
     writes = out is not None or workspace is not None
@@ -186,7 +186,8 @@ def _memory_order(name: str, given: dict[str, Array], like_inputs: bool) -> tupl
         like = given.get("u" if name == "h" else name.removeprefix("grad_"))
         if like is None or name in ("c", "c_last"):
             return None
-        strides = like.strides[:3] if name == "h" else like.strides
+        rank = 3 if name == "h" else len(like.shape)
+        strides = dlpack.strides_like(like.shape[:rank], like.strides[:rank])
     elif name == "grad_u" and (u := given["u"]).device[0] == "cuda" and u.framework in ("cupy", "torch"):
         strides = u.strides
     else:

@@ -487,7 +487,7 @@ def describe(name: str, framework: str, key: _Key, device: tuple[str, int]) -> A
     if where != device:
         raise ValueError(f"{name} is on {device_name(where)}")
     array = Array(name, offset, tuple(shape), tuple(strides), dtype, device, False, framework, None, None)
-    if offset % array.itemsize:
+    if offset % array.itemsize and array.size:
         raise ValueError(f"{name} starts at an address that is not aligned to its dtype {dtype}")
     return array
 
@@ -575,6 +575,12 @@ def _allocate(what: Blank, device: tuple[str, int]) -> tuple[Any, int]:
         owner = _cupy(proven=True).empty(what.laid_out, what.storage)
         address = owner.data.ptr
     return owner if what.axes is None else owner.transpose(what.axes), address
+
+
+def strides_like(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of torch's empty_like of such a tensor."""
+    torch = sys.modules["torch"]
+    return tuple(torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride())
 
 
 @functools.lru_cache(64)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cusru.arguments import BIDIRECTIONAL, GRAD_U_PACKED, ITEMSIZES, MASK_GATE, NARROW, UNWANTED, Frame, frame
-from cusru.raw_kernels import REDUCE_THREADS, TILE, Launch, Specialisation, wide
+from cusru.specialisation import REDUCE_THREADS, TILE, Launch, Specialisation, wide
 
 ALIGNMENT = 16  # bytes: the widest access
 

@@ -13,8 +13,8 @@ from cusru import dlpack
 from cusru.arguments import OPERATORS, STATES, allowed_dtypes, allowed_shapes
 from cusru.dlpack import Array
 from cusru.plan import ALIGNMENT, Layout, Problem
-from cusru.raw_kernels import ACTIVATIONS as _ACTIVATIONS
-from cusru.raw_kernels import CANDIDATES as _CANDIDATES
+from cusru.specialisation import ACTIVATIONS as _ACTIVATIONS
+from cusru.specialisation import CANDIDATES as _CANDIDATES
 
 ACTIVATIONS, CANDIDATES = tuple(_ACTIVATIONS), tuple(_CANDIDATES)
 MASK_TARGETS = ("state", "gate")

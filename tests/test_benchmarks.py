@@ -22,7 +22,7 @@ from conftest import missing
 
 from benchmarks import cases, device, peers, report, resources, traffic, workload
 from benchmarks.workload import PASSES, Workload
-from cusru import measuring, raw_kernels, simulator
+from cusru import measuring, raw_kernels, simulator, specialisation
 from cusru.measuring import Floor
 
 ROOT = Path(__file__).parent.parent
@@ -346,7 +346,7 @@ def test_bytes_of_a_step_are_what_a_thread_reads(simulated: measuring.Simulator)
                 work = Workload(simulated, case, dtype)
                 for direction in PASSES:
                     kind = "none" if weight == "none" else "step" if dtype in ("float32", "float64") else "step_state"
-                    kernel = raw_kernels.Specialisation(direction, dtype, skip, weight=kind)
+                    kernel = specialisation.Specialisation(direction, dtype, skip, weight=kind)
                     with simulator.report() as counted:
                         work.run(direction)
                     per_step = counted.bytes_read / (400 * 4)
@@ -355,7 +355,7 @@ def test_bytes_of_a_step_are_what_a_thread_reads(simulated: measuring.Simulator)
 
 def test_resources_of_a_kernel() -> None:
     pytest.importorskip("cupy", reason='needs CuPy and NVRTC: pip install "cusru[cuda13]"')
-    row = resources.row(raw_kernels.Specialisation("backward", "float32", "x", weight="column", recompute=True), 90)
+    row = resources.row(specialisation.Specialisation("backward", "float32", "x", weight="column", recompute=True), 90)
     assert row["spill_bytes"] == row["stack_bytes"] == 0
     assert 64 < row["registers"] < 256
     assert row["shared_bytes"] == 32 * 64 * 4 * 4, "TILE steps, 64 threads, u and c, 4 bytes"
@@ -365,7 +365,7 @@ def test_resources_of_a_kernel() -> None:
 
 def test_resources_prints_one_object_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("cupy", reason='needs CuPy and NVRTC: pip install "cusru[cuda13]"')
-    few = [kernel for kernel in raw_kernels.specialisations() if kernel.direction == "reduce"]
+    few = [kernel for kernel in specialisation.specialisations() if kernel.direction == "reduce"]
     monkeypatch.setattr(resources, "covering", lambda kernels: few)
     assert resources.main(["--json", "--architecture", "90", "--architecture", "75"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -407,9 +407,9 @@ def test_a_step_takes_four_special_functions() -> None:
     except RuntimeError as error:
         pytest.skip(str(error))
     for kernel, special in (
-        (raw_kernels.Specialisation("forward", "float32", "x", weight="column"), 4),
-        (raw_kernels.Specialisation("backward", "bfloat16", "x", columns=4), 4),
-        (raw_kernels.Specialisation("backward", "float32", "x", recompute=True), 6),
+        (specialisation.Specialisation("forward", "float32", "x", weight="column"), 4),
+        (specialisation.Specialisation("backward", "bfloat16", "x", columns=4), 4),
+        (specialisation.Specialisation("backward", "float32", "x", recompute=True), 6),
     ):
         row = resources.row(kernel, 90, sass=True)
         assert row["special_functions"] == special
@@ -421,7 +421,7 @@ def test_the_benchmarks_own_kernels_compile_without_spills() -> None:
     for architecture in resources.supported():
         log, _ = resources.build(raw_kernels.source(measuring.STREAM), ("-std=c++17", "-DTHREADS=256"), architecture)
         assert [used.spill_bytes + used.stack_bytes for used in resources.usages(log)] == [0, 0], log  # stream, hold
-    for dtype in raw_kernels.TYPES.values():
+    for dtype in specialisation.TYPES.values():
         options = ("-std=c++17", f"-DTYPE={dtype}", "-DK=4", "-DTANH_ACTIVATION=1", "-DMASK_GATE=1", "-DBIDIRECTIONAL=1")
         log, _ = resources.build(raw_kernels.source(workload.ORIGINAL), options, 90)
         assert [used.spill_bytes for used in resources.usages(log)] == [0, 0], log

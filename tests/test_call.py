@@ -353,3 +353,26 @@ def test_a_gradient_nobody_wants_is_neither_summed_nor_stored(operator: Any) -> 
     assert part.sums == 0
     assert part.workspace == 0
     assert len(part.launches) == 1 <= len(whole.launches)
+
+
+# ---- what an adversary found ------------------------------------------------------------------------------------------
+
+
+def test_an_empty_array_may_begin_anywhere() -> None:
+    memory = np.zeros(64, np.uint8)
+    u, h = (np.ndarray(shape, "f4", memory, 1) for shape in ((0, 2, 4, 3), (0, 2, 4)))
+    assert u.ctypes.data % 4
+    assert cusru.sru_forward(u, out=(h, None, None)).h is h
+
+
+class Shifted(tuple):
+    """As long as it says, but for whoever walks it."""
+
+    def __iter__(self) -> Any:
+        return iter((*tuple.__iter__(self), None))
+
+
+def test_out_that_says_one_length_and_has_another_is_refused() -> None:
+    given = inputs()
+    with pytest.raises(ValueError, match="longer"):
+        cusru.sru_forward(**given, out=Shifted((None, None, None)))

@@ -20,7 +20,7 @@ import strategies
 from conftest import missing
 
 import cusru
-from cusru import arguments, call, raw_kernels, reference, simulator
+from cusru import arguments, call, raw_kernels, reference, simulator, specialisation
 from cusru.problem import Options
 
 L, B, D = 70, 3, 8
@@ -243,10 +243,10 @@ def test_the_struct_of_arguments_is_the_kernels_own() -> None:
     flags = {f"NARROW_{n.removesuffix('_c').removesuffix('_x').upper()}": f for n, f in arguments.NARROW.items()}
     flags |= {n: getattr(arguments, n) for n in ("BIDIRECTIONAL", "MASK_GATE", "GRAD_U_PACKED", "UNWANTED")}
     assert enum("Flag") == flags
-    assert list(enum("Activation").values()) == list(raw_kernels.ACTIVATIONS.values())
-    assert [n.lower() for n in enum("Activation")] == list(raw_kernels.ACTIVATIONS)
-    assert list(enum("Skip").values()) == list(raw_kernels.SKIPS.values())
-    assert list(enum("Weight").values()) == list(raw_kernels.WEIGHTS.values())
+    assert list(enum("Activation").values()) == list(specialisation.ACTIVATIONS.values())
+    assert [n.lower() for n in enum("Activation")] == list(specialisation.ACTIVATIONS)
+    assert list(enum("Skip").values()) == list(specialisation.SKIPS.values())
+    assert list(enum("Weight").values()) == list(specialisation.WEIGHTS.values())
 
 
 COLD = """

@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from benchmarks import resources
-from cusru import raw_kernels
-from cusru.raw_kernels import Specialisation
+from cusru import raw_kernels, specialisation
+from cusru.specialisation import Specialisation
 
 cupy = pytest.importorskip("cupy", reason='needs CuPy and NVRTC: pip install "cusru[cuda13]"')
 nvrtc = cupy.cuda.nvrtc
@@ -21,7 +21,7 @@ def check(kernel: Specialisation, architecture: int) -> None:
     assert used.shared_bytes <= 48 * 1024, f"{kernel} for sm_{architecture}: {used}"
 
 
-ALL = list(raw_kernels.specialisations())
+ALL = list(specialisation.specialisations())
 SAMPLE = resources.covering(ALL)
 
 

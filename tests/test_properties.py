@@ -5,7 +5,7 @@ import pytest
 import strategies
 
 from benchmarks import cases
-from cusru import raw_kernels
+from cusru import specialisation
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -17,7 +17,7 @@ def same(a, b):
 
 def test_the_covering_lists_hold_every_pair_of_options():
     values = (
-        raw_kernels.TYPES, raw_kernels.SKIPS, raw_kernels.ACTIVATIONS, raw_kernels.CANDIDATES, raw_kernels.WEIGHTS,
+        specialisation.TYPES, specialisation.SKIPS, specialisation.ACTIVATIONS, specialisation.CANDIDATES, specialisation.WEIGHTS,
         strategies.ACCESS, ("saved", "recompute"),
     )  # fmt: skip
     possible = {(i, a, j, b) for i in range(7) for j in range(i) for a in values[i] for b in values[j]}

@@ -96,10 +96,8 @@ def test_what_nobody_asks_for_is_not_computed(wanted, step, monkeypatch):
 def test_few_states_are_kept_rather_than_recomputed():
     """Memory that nobody would notice; and many are not."""
     for length, kept in ((L, L), (1500, -(-1500 // 32))):
-        shapes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda a, shapes=shapes: shapes.append(tuple(a.shape)) or a, lambda a: a):
-            sru(normal(length, B, D, 3).requires_grad_(), save_every=32)
-        assert (kept, B, D) in shapes, length
+        h, _ = sru(normal(length, B, D, 3).requires_grad_(), save_every=32)
+        assert h.grad_fn.saved_tensors[0].shape == (kept, B, D)
 
 
 # ---- who looks -------------------------------------------------------------------------------------------------------
@@ -307,3 +305,43 @@ def test_the_kernels_own_source_goes_the_same_way(name, monkeypatch, straight):
     given = VARIANTS[name]
     assert equal(gradients(leaves(**given)), the_old_way(monkeypatch, lambda: gradients(leaves(**given))))
     assert straight == [True]
+
+
+# ---- what an adversary found -----------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_may_be_run_under_a_mode_the_first_time_or_the_second(straight):
+    """The operator runs then at one time, and the straight way at the other: they save tensors of the same shapes."""
+    from torch.utils.checkpoint import checkpoint
+
+    expected = gradients(leaves())
+    for first in (True, False):
+        given, modes = leaves(), [Modes(), Modes()]
+        with modes[0] if first else torch.enable_grad():
+            h, c_last = checkpoint(lambda **keywords: sru(**keywords), use_reentrant=False, **given)
+        loss = (h * normal(*h.shape)).sum() + (c_last * normal(*c_last.shape)).sum()
+        with modes[1] if not first else torch.enable_grad():
+            found = torch.autograd.grad(loss, [given[n] for n in expected])
+        assert equal(dict(zip(expected, found, strict=True)), expected)
+    assert {True, False} <= set(straight)
+
+
+@pytest.mark.parametrize("name", ["scale_x"])
+def test_a_negated_scale_is_read_as_what_it_is(name, monkeypatch):
+    scale = torch.complex(torch.ones(1), torch.full((1,), 2.0)).conj().imag
+    assert scale.is_neg()
+    u, x = normal(L, B, D, 3, dtype=torch.float32), normal(L, B, D, dtype=torch.float32)
+    with torch.no_grad():
+        expected = sru(u, x, scale_x=-2.0)[0]
+        assert torch.equal(sru(u, x, **{name: scale})[0], expected)
+        assert torch.equal(the_old_way(monkeypatch, lambda: sru(u, x, **{name: scale}))[0], expected)
+
+
+def test_results_of_expanded_inputs_lie_as_torch_lays_them(monkeypatch):
+    def run():
+        u = normal(1, B, D, 3).expand(L, B, D, 3).requires_grad_()
+        bias = normal(2, 1).expand(2, D).requires_grad_()
+        h, c_last = sru(u, bias=bias)
+        return dict(zip("hcub", (h, c_last, *torch.autograd.grad(h.sum(), [u, bias])), strict=True))
+
+    assert equal(run(), the_old_way(monkeypatch, run))

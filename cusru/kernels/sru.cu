@@ -1,4 +1,4 @@
-// The entry point: one specialisation, chosen by macros (raw_kernels.Specialisation lists them).
+// The entry point: one specialisation, chosen by macros (specialisation.Specialisation lists them).
 #include "sru.cuh"
 
 #if CUSRU_PASS == 2

@@ -112,7 +112,8 @@ def _sru(*arguments: Any) -> tuple[Tensor, Tensor]:
         raise TypeError(f"scale_x must be a number or a tensor of one element, not {type_name(scale_x)}")
     for name, value in given.items():
         if isinstance(value, Tensor):
-            dlpack.check_torch(value, name)  # torch's own wrappers would stumble over a sparse one
+            if name != "scale_x":  # whose one element is read whatever it is
+                dlpack.check_torch(value, name)  # torch's own wrappers would stumble over a sparse one
         elif value is not None or name == "u":
             raise TypeError(f"{name} must be a torch.Tensor, not {type_name(value)}")
     wanted = [n for n, a in given.items() if a is not None and a.requires_grad] if torch.is_grad_enabled() else []
@@ -163,8 +164,10 @@ def _straight(inputs: tuple[Any, ...], options: Options) -> tuple[Tensor, Tensor
         return None
 
 
-def _run(operator: Operator, inputs: tuple[Any, ...], options: Options, unwanted: tuple[str, ...] = ()) -> list[Any]:
-    found = call.look(operator, inputs, options, like_inputs=True, unwanted=unwanted)
+def _run(
+    operator: Operator, inputs: tuple[Any, ...], options: Options, unwanted: tuple[str, ...] = (), out: Any = None
+) -> list[Any]:
+    found = call.look(operator, inputs, options, out, like_inputs=True, unwanted=unwanted)
     results = None if found is None else call.start(found)
     if results is None:
         raise _Unusual
@@ -176,9 +179,15 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, options: Options, *inputs: Any) -> tuple[Tensor, Tensor]:
-        if inputs[0].numel() <= _FEW:
-            options = Options(*options[:-1], 1)  # no bit depends on it
-        h, c, c_last = _run(FORWARD, inputs, options)
+        ctx.as_operator = _somebody_takes_what_is_saved()
+        if ctx.as_operator:
+            c = _new_states(inputs[0], options.save_every)
+            c[-1].zero_()
+            h, _, c_last = _run(FORWARD, inputs, options, out=(None, c[:-1], None))
+        else:
+            if inputs[0].numel() <= _FEW:
+                options = Options(*options[:-1], 1)  # no bit depends on it
+            h, c, c_last = _run(FORWARD, inputs, options)
         *tensors, scale_x = inputs
         by_value = not isinstance(scale_x, Tensor)
         ctx.save_for_backward(c, *tensors, None if by_value else scale_x)
@@ -190,7 +199,8 @@ class _Straight(torch.autograd.Function):
     def backward(ctx: Any, grad_h: Tensor | None, grad_c_last: Tensor | None) -> tuple[Any, ...]:
         if grad_h is None and grad_c_last is None:
             return (None,) * (1 + len(_TENSORS))
-        c, *tensors, scale_x = ctx.saved_tensors
+        saved, *tensors, scale_x = ctx.saved_tensors
+        c = saved[:-1] if ctx.as_operator else saved
         u = tensors[0]
         if grad_h is None:
             grad_h = u.new_zeros(()).expand(u.shape[:3])
@@ -201,9 +211,16 @@ class _Straight(torch.autograd.Function):
                 return (None, *_run(BACKWARD, inputs, ctx.options, unwanted), *_NONE)
             except _Unusual:
                 pass
-        c = torch.cat([c, torch.zeros_like(c[:1])])  # as the operator has it
-        gradients = _Backward.apply(grad_h, grad_c_last, c, *tensors, scale_x, ctx.scale, *ctx.options)
+        if not ctx.as_operator:
+            saved = torch.cat([c, torch.zeros_like(c[:1])])
+        gradients = _Backward.apply(grad_h, grad_c_last, saved, *tensors, scale_x, ctx.scale, *ctx.options)
         return (None, *_present(tensors, gradients), *_NONE)
+
+
+def _somebody_takes_what_is_saved() -> bool:
+    """For the backward. Who compares it, as checkpointing does, is to find what the operator saves, which may run next time."""
+    ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return ask is None or ask(True) is not None
 
 
 def _present(tensors: Sequence[Tensor | None], gradients: Sequence[Any]) -> list[Any]:
@@ -254,13 +271,20 @@ def _named(arguments: tuple[Any, ...]) -> dict[str, Any]:
     return given
 
 
-def _new_outputs(u: Tensor, save_every: int) -> tuple[Tensor, Tensor, Tensor]:
+def _new_states(u: Tensor, save_every: int) -> Tensor:
+    """One row more than is used, for torch.export specialises a size that is 1 in its example."""
     length, batch, width, _ = u.shape
-    state = torch.float64 if u.dtype == torch.float64 else torch.float32
     blocks = -(-length // save_every) if save_every else 0
+    return u.new_empty((blocks + 1, batch, width), dtype=_state(u))
+
+
+def _state(u: Tensor) -> torch.dtype:
+    return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+def _new_outputs(u: Tensor, save_every: int) -> tuple[Tensor, Tensor, Tensor]:
     h = torch.empty_like(u.select(-1, 0))  # its axes in the order of u's: a batch-first u makes a batch-first h
-    # c has one row more than is used, for torch.export specialises a size that is 1 in its example
-    return h, u.new_empty((blocks + 1, batch, width), dtype=state), u.new_empty((batch, width), dtype=state)
+    return h, _new_states(u, save_every), u.new_empty(u.shape[1:3], dtype=_state(u))
 
 
 def _new_gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:
