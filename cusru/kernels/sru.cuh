@@ -628,7 +628,7 @@ __device__ __forceinline__ void backward_recomputed(const Thread<V>& thread, Gra
 #pragma unroll
                 for (int i = 0; i < N; ++i) c[i] = c_prev[i];
             };
-            constexpr int FEWER = sizeof(S) == 8 ? AHEAD / 2 : AHEAD;  // as in backward()
+            constexpr int FEWER = sizeof(S) < 8 ? AHEAD : V::STEP_WEIGHT ? 1 : AHEAD / 2;  // as in backward()
             if (args.flags & UNWANTED)
                 walk<FEWER, BackwardInputs<V>>(steps, load_back, [&](const BackwardInputs<V>& in) { use(in, false); });
             else
