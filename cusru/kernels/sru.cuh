@@ -628,8 +628,9 @@ __device__ __forceinline__ void backward_recomputed(const Thread<V>& thread, Gra
 #pragma unroll
                 for (int i = 0; i < N; ++i) c[i] = c_prev[i];
             };
+            constexpr int FEWER = sizeof(S) < 8 ? AHEAD : V::STEP_WEIGHT ? 1 : AHEAD / 2;  // as in backward()
             if (args.flags & UNWANTED)
-                walk<AHEAD, BackwardInputs<V>>(steps, load_back, [&](const BackwardInputs<V>& in) { use(in, false); });
+                walk<FEWER, BackwardInputs<V>>(steps, load_back, [&](const BackwardInputs<V>& in) { use(in, false); });
             else
                 walk<AHEAD, BackwardInputs<V>>(steps, load_back, [&](const BackwardInputs<V>& in) { use(in, true); });
         }
@@ -645,13 +646,15 @@ __device__ __forceinline__ void backward(const Args& args) {  // TILE 0: every s
     long long end = first + args.group < args.batch ? first + args.group : args.batch;
     Thread<V> thread(args, first, index % per_row * N);
     Gradients<V> gradients;
+    // With as many steps ahead as the other copy of the loop this rarer one makes ptxas spill.
+    constexpr int FEWER = V::STEP_WEIGHT || AHEAD == 1 ? 1 : AHEAD / 2;
     for (long long b = first; b < end; ++b) {
         if (b != first) thread.to_batch(b);
         gradients.begin(thread);
         if constexpr (TILE != 0)
             backward_recomputed<V, AHEAD, TILE, THREADS>(thread, gradients);
         else if (args.flags & UNWANTED)
-            backward_saved<V, AHEAD>(thread, gradients, false);
+            backward_saved<V, FEWER>(thread, gradients, false);
         else
             backward_saved<V, AHEAD>(thread, gradients, true);
         gradients.end(thread);
