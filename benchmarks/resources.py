@@ -142,6 +142,9 @@ def instructions(kernel: Specialisation, cubin: bytes) -> dict[str, float]:
         file.flush()
         sass = subprocess.run([find_nvdisasm(), file.name], capture_output=True, text=True, check=True).stdout
     loops = [loop for loop in innermost_loops(sass) if any("LDG" in instruction for instruction in loop)]
+    if kernel.direction == "backward":  # the loop that stores is there twice: one copy, for unwanted gradients, does not count
+        storing = [loop for loop in loops if any("STG" in instruction for instruction in loop)]
+        loops.remove(max(storing, key=len) if kernel.recompute else min(storing, key=len))
     steps = kernel.columns * _ahead(kernel)
     special = sum("MUFU" in instruction for loop in loops for instruction in loop)
     return {"instructions": round(sum(map(len, loops)) / steps, 1), "special_functions": special / steps}
