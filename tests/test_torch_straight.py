@@ -95,6 +95,8 @@ def test_what_nobody_asks_for_is_not_computed(wanted, step, monkeypatch):
 
 def test_few_states_are_kept_rather_than_recomputed():
     """Memory that nobody would notice; and many are not."""
+    if operator._somebody_takes_what_is_saved():
+        pytest.skip("a torch that cannot be asked: there what is saved is always what the operator saves")
     for length, kept in ((L, L), (1500, -(-1500 // 32))):
         h, _ = sru(normal(length, B, D, 3).requires_grad_(), save_every=32)
         assert h.grad_fn.saved_tensors[0].shape == (kept, B, D)
