@@ -187,13 +187,12 @@ def _memory_order(name: str, given: dict[str, Array], like_inputs: bool) -> tupl
         if like is None or name in ("c", "c_last"):
             return None
         rank = 3 if name == "h" else len(like.shape)
-        strides = dlpack.strides_like(like.shape[:rank], like.strides[:rank])
+        order = dlpack.order_like(like.shape[:rank], like.strides[:rank])
     elif name == "grad_u" and (u := given["u"]).device[0] == "cuda" and u.framework in ("cupy", "torch"):
-        strides = u.strides
+        order = tuple(sorted(range(len(u.strides)), key=lambda axis: -abs(u.strides[axis])))
     else:
         return None
-    order = tuple(sorted(range(len(strides)), key=lambda axis: -abs(strides[axis])))
-    return None if order == tuple(range(len(strides))) else order
+    return None if order == tuple(range(len(order))) else order
 
 
 def start(call: Call) -> list[Any] | None:

@@ -577,10 +577,22 @@ def _allocate(what: Blank, device: tuple[str, int]) -> tuple[Any, int]:
     return owner if what.axes is None else owner.transpose(what.axes), address
 
 
-def strides_like(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of torch's empty_like of such a tensor."""
-    torch = sys.modules["torch"]
-    return tuple(torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride())
+def order_like(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of torch's empty_like of such a tensor as they lie in memory, outermost first: by their strides, and one whose
+    stride is 0 between the neighbours that it has. (To ask torch itself, on its meta device, would load its compiler.)"""
+    axes = list(reversed(range(len(strides))))  # sorted by insertion, innermost first
+    for start in range(1, len(axes)):
+        i = start
+        for j in reversed(range(start)):
+            inner, outer = axes[j], axes[i]
+            if not strides[inner] or not strides[outer]:
+                continue
+            if strides[inner] < strides[outer]:
+                break
+            if strides[inner] > strides[outer] or shape[inner] > shape[outer]:
+                axes[j], axes[i] = outer, inner
+                i = j
+    return tuple(reversed(axes))
 
 
 @functools.lru_cache(64)

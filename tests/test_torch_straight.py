@@ -13,7 +13,7 @@ from test_torch import DIFFERENTIABLE, VARIANTS, B, D, L, gradients, leaves, nor
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from cusru import reference  # noqa: E402
+from cusru import dlpack, reference  # noqa: E402
 from cusru.torch import operator, sru  # noqa: E402
 
 
@@ -347,3 +347,21 @@ def test_results_of_expanded_inputs_lie_as_torch_lays_them(monkeypatch):
         return dict(zip("hcub", (h, c_last, *torch.autograd.grad(h.sum(), [u, bias])), strict=True))
 
     assert equal(run(), the_old_way(monkeypatch, run))
+
+
+def test_the_order_of_axes_is_that_of_torchs_empty_like():
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        rank = int(rng.integers(1, 5))
+        shape = tuple(int(n) for n in rng.integers(1, 5, rank))
+        order = rng.permutation(rank).tolist()
+        a = torch.empty([shape[axis] for axis in order]).permute(np.argsort(order).tolist())
+        for axis in range(rank):
+            if rng.random() < 0.3:
+                a = a.narrow(axis, 0, 1).expand([4 if i == axis else n for i, n in enumerate(a.shape)])
+        like, axes = torch.empty_like(a), dlpack.order_like(tuple(a.shape), a.stride())
+        extents = list(a.shape)
+        laid = dlpack.blank(tuple(extents), "float32", axes).strides
+        assert [s for s, n in zip(laid, extents, strict=True) if n > 1] == [
+            s for s, n in zip(like.stride(), extents, strict=True) if n > 1
+        ], (a.shape, a.stride())
