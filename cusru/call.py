@@ -21,7 +21,7 @@ from cusru.dlpack import Array
 from cusru.plan import ALIGNMENT, Plan, plan
 from cusru.problem import WORKSPACE, Checked, Options, check, check_device, check_result, check_workspace, layout, wanted_results
 
-KEPT = 512  # signatures, of some 6 KB each
+KEPT = 512  # signatures, of some 3 KB each
 
 _NAMES = tuple(ARRAYS)
 _SLOTS = {name: slot for slot, name in enumerate(_NAMES)}
@@ -36,6 +36,7 @@ class Ready(NamedTuple):
     framework: str  # u's
     plan: Plan | None  # None: NumPy runs it
     fresh: tuple[tuple[int, dlpack.Blank], ...]  # slots of results that cusru allocates
+    scratch: dlpack.Blank | None  # the workspace, if one is needed
     spans: tuple[tuple[int, int, int], ...]  # slots of arrays that were given, and from the address: first byte, end
     views: tuple[dlpack.View, ...]  # how NumPy would see a CPU's memory, parameters in two rows
     flat: tuple[int, ...]  # slots of parameters that are given as (2*D,)
@@ -169,7 +170,8 @@ def prepare(
     own_memory = {slot for slot, _ in fresh}
     spans = [(slot, *extents[slot]) for slot, array in held.items() if array.size and slot not in own_memory]
     return Ready(
-        operator, device, framework, chosen if multiprocessors >= 0 else None, tuple(fresh), tuple(spans), tuple(views),
+        operator, device, framework, chosen if multiprocessors >= 0 else None, tuple(fresh),
+        dlpack.blank((chosen.workspace,), "uint8") if chosen.workspace else None, tuple(spans), tuple(views),
         tuple([slot for slot, a in held.items() if len(a.shape) == 1 and slot != _SCALE and slot < len(layouts) - 1]),
         any(a.dtype == "bfloat16" for a in held.values()),
         dict(
@@ -220,8 +222,8 @@ def _launch(ready: Ready, chosen: Plan, addresses: list[int], scale: float, allo
     """The last address is the workspace's, 0 where there is none yet: then it comes from the allocator that knows the stream, for
     it is free again before the kernels have run. That is torch's only where the stream is torch's current one, else CuPy's."""
     base = addresses[-1]
-    if chosen.workspace and not base:
-        _kept, base = dlpack.new(allocator, dlpack.blank((chosen.workspace,), "uint8"), ready.device)
+    if ready.scratch and not base:
+        _kept, base = dlpack.new(allocator, ready.scratch, ready.device)
     args = fill(chosen.frame, addresses[:-1], *chosen.rooms(base), scale)
     raw_kernels.run(chosen.launches, args, ready.device)
 

@@ -372,19 +372,19 @@ def read_plain(objects: list[Any], addresses: bool, stream: Any) -> _Plain | Non
     return reader(objects, addresses, stream) if reader else None
 
 
+def _nothing(objects: list[Any]) -> tuple[list[int], list[_Key | None]]:
+    return [0] * len(objects), [None] * len(objects)
+
+
 def _plain_numpy(objects: list[Any], addresses: bool, stream: Any) -> _Plain | None:
-    found: list[int] = []
-    keys: list[_Key | None] = []
-    for a in objects:
+    found, keys = _nothing(objects)
+    for slot, a in enumerate(objects):
         if a is None:
-            found.append(0)
-            keys.append(None)
             continue
         if type(a) is not np.ndarray or not a.flags.aligned:
             return None
         address = a.ctypes.data if addresses else 0
-        found.append(address)
-        keys.append((a.shape, a.strides, a.dtype, 0, address & 15))
+        found[slot], keys[slot] = address, (a.shape, a.strides, a.dtype, 0, address & 15)
     return "numpy", CPU, None, found, tuple(keys)
 
 
@@ -392,12 +392,9 @@ def _plain_cupy(objects: list[Any], addresses: bool, stream: Any) -> _Plain | No
     cupy = sys.modules["cupy"]
     check_cupy_version(cupy.__version__)
     array = cupy.ndarray
-    found: list[int] = []
-    keys: list[_Key | None] = []
-    for a in objects:
+    found, keys = _nothing(objects)
+    for slot, a in enumerate(objects):
         if a is None:
-            found.append(0)
-            keys.append(None)
             continue
         if type(a) is not array:
             return None
@@ -405,8 +402,7 @@ def _plain_cupy(objects: list[Any], addresses: bool, stream: Any) -> _Plain | No
         address = data.ptr
         if not address and a.size:
             return None
-        found.append(address)
-        keys.append((a.shape, a.strides, a.dtype, data.device_id, address & 15))
+        found[slot], keys[slot] = address, (a.shape, a.strides, a.dtype, data.device_id, address & 15)
     device = "cuda", objects[0].data.device_id
     if stream is not None and stream_handle(stream, objects[0], device) != cupy.cuda.get_current_stream(device[1]).ptr:
         return None
@@ -418,12 +414,9 @@ def _plain_torch(objects: list[Any], addresses: bool, stream: Any) -> _Plain | N
     if watched_by_torch():
         return None
     tensor, parameter, recorded = torch.Tensor, torch.nn.Parameter, torch.is_grad_enabled()
-    found: list[int] = []
-    keys: list[_Key | None] = []
-    for a in objects:
+    found, keys = _nothing(objects)
+    for slot, a in enumerate(objects):
         if a is None:
-            found.append(0)
-            keys.append(None)
             continue
         kind = type(a)
         if (kind is not tensor and kind is not parameter) or (recorded and a.requires_grad) or a.is_neg():
@@ -431,8 +424,7 @@ def _plain_torch(objects: list[Any], addresses: bool, stream: Any) -> _Plain | N
         address = a.data_ptr()
         if not address and (a.numel() or torch._is_functional_tensor(a)):
             return None
-        found.append(address)
-        keys.append((a.shape, a.stride(), a.dtype, a.device, address & 15))
+        found[slot], keys[slot] = address, (a.shape, a.stride(), a.dtype, a.device, address & 15)
     device = objects[0].device
     if device.type == "cpu":
         return "torch", CPU, None, found, tuple(keys)

@@ -67,13 +67,12 @@ class Plan(NamedTuple):
     kernel: Specialisation
     group: int  #: numeric: batches whose parameter gradients one thread of the backward sums
     rows: int  #: numeric: threads along the batch, ceil(B / group)
-    sums: int  #: parameter gradients per column that go through the workspace: 0, 2 or 4
+    sums: int  #: parameter gradients per column, 0, 2 or 4; of several rows they go through the workspace
     grad_u_packed: bool  #: memory: grad_u is written as vectors of k values
     partial_bytes: int
     checkpoint_bytes: int
     launches: tuple[Launch, ...]  #: in turn
     frame: Frame  #: the kernels' arguments but for addresses
-
     workspace: int  #: bytes, by the numeric half only. It may begin at any address, so there is room to align it
 
     def rooms(self, base: int) -> tuple[int, int]:
