@@ -1,6 +1,7 @@
-// What the kernels ask of the machine, and nothing else: global memory, 16-bit conversions, the two special functions.
-// Every access to global memory passes through here, so that vector width, cache policy, alignment checks and the
-// simulator's counters have one place. `cuda_on_cpu.h` is this file's twin: the same names, for a CPU.
+// What the kernels ask of the machine, and nothing else: global memory, barriers between some of a block's warps,
+// 16-bit conversions, the two special functions. Every access to global memory passes through here, so that vector
+// width, cache policy, alignment checks and the simulator's counters have one place. `cuda_on_cpu.h` is this file's
+// twin: the same names, for a CPU.
 #pragma once
 
 #ifdef CUSRU_SIMULATOR
@@ -52,6 +53,17 @@ template <int BYTES> __device__ __forceinline__ void workspace_store(void* globa
 
 // The end of a group of loads that were issued together; the simulator counts sectors between two of them.
 __device__ __forceinline__ void tile_boundary() {}
+
+// A hand-over between warps through shared memory: what the giver wrote before it arrives, the taker reads after it has
+// waited. Only the taker waits. `threads` are those of both, 32 for each warp; a warp comes whole, and once a phase;
+// the barrier is free again when all have come. Ids are 1 to 15, since 0 is __syncthreads's. The clobber keeps the
+// compiler from moving memory accesses across.
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" : : "r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" : : "r"(id), "r"(threads) : "memory");
+}
 
 // 2^x to a relative error of 2^-22 and 1/x to 1 ulp, one special-function operation each, no slow path.
 __device__ __forceinline__ float ex2_approx(float x) {

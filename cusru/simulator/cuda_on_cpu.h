@@ -32,7 +32,7 @@ struct Index {
 };
 struct Warp;
 enum Kind { READ, WRITE, WORKSPACE_READ, WORKSPACE_WRITE, KINDS };
-enum Operation { SHUFFLE, VOTE, SYNC };
+enum Operation { SHUFFLE, VOTE, SYNC, ARRIVE, WAIT };
 
 // What a CUDA thread knows of itself. It lies at the top of its own stack, whose size is a power of two and its
 // alignment: so the frame's address alone finds it, with no thread-local variable between a kernel and its threadIdx.
@@ -64,6 +64,7 @@ inline __attribute__((always_inline)) Fiber& fiber() {
 // In runtime.cpp
 #pragma GCC visibility push(default)
 void barrier(int line);
+void named_barrier(Operation operation, int id, int threads, int line);
 uint64_t exchange(Operation operation, unsigned mask, uint64_t value, unsigned source, int line);
 unsigned active_lanes();
 void* shared_memory(const void* declaration, size_t bytes);
@@ -239,6 +240,14 @@ template <typename T> void store_relaxed(T* address, T value) {
     cusru_simulator::before_atomic(address);
     __atomic_store_n(address, value, __ATOMIC_RELAXED);
     cusru_simulator::after_atomic(address, true);
+}
+
+// Barriers between some of a block's warps.
+inline void barrier_arrive(int id, int threads, int line = __builtin_LINE()) {
+    cusru_simulator::named_barrier(cusru_simulator::ARRIVE, id, threads, line);
+}
+inline void barrier_wait(int id, int threads, int line = __builtin_LINE()) {
+    cusru_simulator::named_barrier(cusru_simulator::WAIT, id, threads, line);
 }
 
 // Ends the tile that the statistics of this thread's warp count sectors in.

@@ -41,6 +41,7 @@ extern "C" void __tsan_destroy_fiber(void* fiber);
 extern "C" void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 extern "C" void __tsan_acquire(void* address);
 extern "C" void __tsan_release(void* address);
+extern "C" void __tsan_atomic8_store(volatile unsigned char* address, unsigned char value, int order);
 #define IF_TSAN(statement) statement
 constexpr unsigned NO_SYNC = 1;
 #else
@@ -178,7 +179,7 @@ struct Statistics {
     uint64_t bytes[KINDS], requests[KINDS], sectors[KINDS], useful[KINDS];
 };
 
-struct Arrival {  // a lane at a shuffle, vote or __syncwarp
+struct Arrival {  // a lane at a shuffle, vote, __syncwarp or named barrier
     Operation operation;
     unsigned mask, source;
     uint64_t value, result;
@@ -204,12 +205,20 @@ struct Declaration {
     size_t bytes;
 };
 
+struct NamedBarrier {           // in its present phase
+    unsigned arrived, waiting;  // masks of warps: those that have come, and those among them that wait
+    unsigned threads;           // that it is for
+    int line;                   // of the latest arrival
+    unsigned char clock;        // ThreadSanitizer's address
+};
+
 struct Launch;
 struct Block {
     Launch* launch;
     unsigned index, threads, exited, arrived;
     int line;  // of the barrier where threads wait
     char arrive, depart;
+    NamedBarrier barriers[16];
     std::vector<Warp> warps;
     char* shared = nullptr;
     size_t shared_used;
@@ -295,6 +304,13 @@ static void body() {
         if (other.mask & bit)
             fail(me, "returned, while lane %u waits for it in line %d with mask 0x%08x", lane, other.line, other.mask);
     }
+    if (block.exited == block.threads)
+        for (unsigned id = 1; id < 16; ++id)
+            if (const NamedBarrier& one = block.barriers[id]; one.arrived != 0)
+                fail(
+                    me,
+                    "returned, the last of its block, while barrier %u has but %u of %u threads, the latest of line %d",
+                    id, 32 * __builtin_popcount(one.arrived), one.threads, one.line);
     IF_TSAN(__tsan_release(&launch.finished);)
     leave(me, true);
     __builtin_unreachable();
@@ -432,10 +448,9 @@ void barrier(int line) {
     }
 }
 
-uint64_t exchange(Operation operation, unsigned mask, uint64_t value, unsigned source, int line) {
-    Fiber& me = fiber();
+// Notes a lane that is to meet those of the mask. True for the last of them; the others have to wait.
+static bool meet(Fiber& me, Operation operation, unsigned mask, uint64_t value, unsigned source, int line) {
     Warp& warp = *me.warp;
-    Launch& launch = *warp.block->launch;
     unsigned bit = 1u << me.lane;
     if (!(mask & bit)) fail(me, "line %d: mask 0x%08x does not name the calling lane %u", line, mask, me.lane);
     if (unsigned gone = mask & (warp.exited | ~warp.lanes))
@@ -452,11 +467,19 @@ uint64_t exchange(Operation operation, unsigned mask, uint64_t value, unsigned s
     }
     warp.arrivals[me.lane] = {operation, mask, source, value, 0, line};
     warp.arrived |= bit;
-    ++launch.progress;
+    ++warp.block->launch->progress;
+    bool last = (warp.arrived & mask) == mask;
+    if (!last) warp.ready &= ~bit;
+    return last;
+}
+
+uint64_t exchange(Operation operation, unsigned mask, uint64_t value, unsigned source, int line) {
+    Fiber& me = fiber();
+    Warp& warp = *me.warp;
+    bool last = meet(me, operation, mask, value, source, line);
     // Only __syncwarp orders memory; shuffles and votes do not.
     IF_TSAN(if (operation == SYNC) __tsan_release(&warp.arrive);)
-    if ((warp.arrived & mask) != mask) {
-        warp.ready &= ~bit;
+    if (!last) {
         leave(me);
         IF_TSAN(if (operation == SYNC) __tsan_acquire(&warp.depart);)
         return warp.arrivals[me.lane].result;
@@ -475,8 +498,74 @@ uint64_t exchange(Operation operation, unsigned mask, uint64_t value, unsigned s
         one.result = operation == VOTE ? votes : named ? warp.arrivals[one.source].value : ~uint64_t(0);
     }
     warp.arrived &= ~mask;
-    launch.wake(warp, mask);
+    warp.block->launch->wake(warp, mask);
     return warp.arrivals[me.lane].result;
+}
+
+#if defined(CUSRU_SANITIZE_THREAD)
+// What every lane of a warp does at a named barrier, though one of them finds out when.
+static void for_lanes(Fiber& me, const Warp& warp, void (*action)(void*), void* address) {
+    for (unsigned left = warp.lanes; left != 0; left &= left - 1) {
+        __tsan_switch_to_fiber(warp.fibers[__builtin_ctz(left)]->tsan, NO_SYNC);
+        action(address);
+    }
+    __tsan_switch_to_fiber(me.tsan, NO_SYNC);
+}
+#endif
+
+// A warp's last lane arrives for the whole warp. The others are held until then, or until the barrier is complete.
+void named_barrier(Operation operation, int id, int threads, int line) {
+    Fiber& me = fiber();
+    Warp& warp = *me.warp;
+    Block& block = *warp.block;
+    Launch& launch = *block.launch;
+    if (id < 1 || id > 15 || threads < 32 || threads % 32 != 0 || unsigned(threads) > (block.threads + 31) / 32 * 32)
+        fail(me, "line %d: barrier %d of %d threads; there are barriers 1 to 15, of 32 for each warp", line, id,
+             threads);
+    uint64_t value = uint64_t(threads) << 4 | unsigned(id);
+    if (!meet(me, operation, warp.lanes, value, me.lane, line)) return leave(me);
+    for (unsigned left = warp.lanes; left != 0; left &= left - 1) {
+        const Arrival& other = warp.arrivals[__builtin_ctz(left)];
+        if (other.line != line || other.value != value)
+            fail(me,
+                 "divergent barrier: line %d, barrier %d of %d threads, while lane %u is in line %d, barrier %u of %u",
+                 line, id, threads, __builtin_ctz(left), other.line, unsigned(other.value & 15),
+                 unsigned(other.value >> 4));
+    }
+    warp.arrived = 0;
+    NamedBarrier& one = block.barriers[id];
+    unsigned bit = 1u << warp.first / 32;
+    if (one.arrived != 0 && one.threads != unsigned(threads))
+        fail(me, "line %d: barrier %d of %d threads, while others have come in line %d to one of %u", line, id, threads,
+             one.line, one.threads);
+    if (one.arrived & bit)
+        fail(me, "line %d: too many arrivals: its warp is back at barrier %d, which has but %u of %u threads", line, id,
+             32 * __builtin_popcount(one.arrived), one.threads);
+    one.arrived |= bit;
+    one.threads = threads;
+    one.line = line;
+    if (operation == WAIT) one.waiting |= bit;
+    IF_TSAN(for_lanes(me, warp, __tsan_release, &one.clock);)
+    bool complete = 32 * __builtin_popcount(one.arrived) == threads;
+    if (complete) {
+        if (one.waiting == 0)
+            fail(me, "line %d: too many arrivals: barrier %d has all its %d threads, and nobody waits", line, id,
+                 threads);
+        for (unsigned left = one.waiting; left != 0; left &= left - 1) {
+            Warp& other = block.warps[__builtin_ctz(left)];
+            IF_TSAN(for_lanes(me, other, __tsan_acquire, &one.clock);)
+            launch.wake(other, other.lanes);
+        }
+        one.arrived = one.waiting = 0;
+        // The next phase orders nothing after this one's arrivals: a store with release forgets them. It is the
+        // scheduler's, which knows of no thread.
+        IF_TSAN(__tsan_switch_to_fiber(launch.tsan, NO_SYNC); __tsan_atomic8_store(&one.clock, 0, __ATOMIC_RELEASE);
+                __tsan_switch_to_fiber(me.tsan, NO_SYNC);)
+    }
+    if (operation == ARRIVE) return launch.wake(warp, warp.lanes);
+    if (complete) return;
+    warp.ready = 0;
+    leave(me);
 }
 
 unsigned active_lanes() {
@@ -543,6 +632,7 @@ static bool start_block(Launch& launch, Block& block, unsigned index) {
     block.index = index;
     block.threads = launch.block_size;
     block.exited = block.arrived = 0;
+    std::fill(block.barriers, block.barriers + 16, NamedBarrier{});
     block.warps.resize(warps);
     block.declarations.clear();
     block.declarations.reserve(DECLARATIONS);
@@ -579,6 +669,10 @@ static void describe_deadlock(Launch& launch, const std::vector<std::unique_ptr<
         if (block->exited == block->threads) continue;
         say("; block %u: %u of %u threads returned", block->index, block->exited, block->threads);
         if (block->arrived != 0) say(", %u at the __syncthreads of line %d", block->arrived, block->line);
+        for (unsigned id = 1; id < 16; ++id)
+            if (const NamedBarrier& one = block->barriers[id]; one.arrived != 0)
+                say(", barrier %u has %u of %u threads, the latest of line %d", id,
+                    32 * __builtin_popcount(one.arrived), one.threads, one.line);
         for (const Warp& warp : block->warps) {
             if (warp.arrived == 0) continue;
             const Arrival& one = warp.arrivals[__builtin_ctz(warp.arrived)];
