@@ -96,7 +96,7 @@ _KERNEL_AXES = {"L": 0, "S": 0, "B": 1, "D": 2, "K": 3, "R": 3}  # time, batch, 
 
 #: Flags: an array whose dtype may be EITHER is in u's, not in the state's; and what else is uniform over a launch
 NARROW = {n: 1 << i for i, n in enumerate(n for n, a in ARRAYS.items() if a.dtype == EITHER and n not in _GRADIENTS)}
-BIDIRECTIONAL, MASK_GATE, GRAD_U_PACKED, UNWANTED = (1 << len(NARROW) << i for i in range(4))
+BIDIRECTIONAL, MASK_GATE, GRAD_U_PACKED, STRAIGHT = (1 << len(NARROW) << i for i in range(4))
 
 _PACKED = struct.Struct("=" + "Q32s" * len(ARRAYS) + f"QQ{8 * len(_NUMBERS)}sdq")
 _STRUCT = np.dtype((np.void, _PACKED.size))  # CuPy passes an array of one element by value

@@ -18,7 +18,7 @@ import numpy as np
 from cusru import dlpack, raw_kernels
 from cusru.arguments import ARRAYS, OPERATORS, Operator, fill
 from cusru.dlpack import Array
-from cusru.plan import ALIGNMENT, Plan, plan
+from cusru.plan import ALIGNMENT, Limits, Plan, plan
 from cusru.problem import WORKSPACE, Checked, Options, check, check_device, check_result, check_workspace, layout, wanted_results
 
 KEPT = 512  # signatures, of some 3 KB each
@@ -101,12 +101,12 @@ def look(
         if read is None:
             return None
         framework, device, handle, addresses, layouts = read
-        multiprocessors = -1
+        limits = None
         if device[0] == "cuda" or raw_kernels.simulated():
-            multiprocessors = raw_kernels.multiprocessors(device)
+            limits = raw_kernels.limits(device)
             if not writes and framework == "numpy":  # whose addresses nobody had asked for
                 _, _, _, addresses, layouts = dlpack.read_plain(objects, True, stream) or read
-        ready = prepare(operator.direction, framework, device, multiprocessors, options, layouts, like_inputs, unwanted)
+        ready = prepare(operator.direction, framework, device, limits, options, layouts, like_inputs, unwanted)
         scale = float(scale) if by_value else 1.0
     except Exception:  # the careful way says what it is
         return None
@@ -130,11 +130,11 @@ def _apart(addresses: Sequence[int], spans: Sequence[tuple[int, int, int]]) -> b
 
 @functools.lru_cache(KEPT)
 def prepare(
-    direction: str, framework: str, device: tuple[str, int], multiprocessors: int, options: Options,
+    direction: str, framework: str, device: tuple[str, int], limits: Limits | None, options: Options,
     layouts: tuple[Any, ...], like_inputs: bool, unwanted: tuple[str, ...],
 ) -> Ready:  # fmt: skip
     """What is known of a call by this signature, a pure function of it. Raises where anything is wrong, but not in the order in
-    which `check` would. multiprocessors = -1 stands for NumPy."""
+    which `check` would. limits: None stands for NumPy."""
     operator, names = OPERATORS[direction], (*_NAMES[: len(layouts) - 1], "workspace")
     given = {n: dlpack.describe(n, framework, key, device) for n, key in zip(names, layouts, strict=True) if key is not None}
     workspace = given.pop("workspace", None)
@@ -154,7 +154,7 @@ def prepare(
         else:
             continue
         problem.results[name] = layout(given[name])
-    chosen = plan(problem, max(multiprocessors, 0))
+    chosen = plan(problem, limits or Limits(0))
     if workspace is not None:
         dlpack.borrow(workspace, "workspace", allowed=WORKSPACE)
         check_workspace(workspace, chosen.workspace)
@@ -170,7 +170,7 @@ def prepare(
     own_memory = {slot for slot, _ in fresh}
     spans = [(slot, *extents[slot]) for slot, array in held.items() if array.size and slot not in own_memory]
     return Ready(
-        operator, device, framework, chosen if multiprocessors >= 0 else None, tuple(fresh),
+        operator, device, framework, chosen if limits else None, tuple(fresh),
         dlpack.blank((chosen.workspace,), "uint8") if chosen.workspace else None, tuple(spans), tuple(views),
         tuple([slot for slot, a in held.items() if len(a.shape) == 1 and slot != _SCALE and slot < len(layouts) - 1]),
         any(a.dtype == "bfloat16" for a in held.values()),
@@ -281,7 +281,7 @@ def _run_carefully(
     layouts = [None if (a := checked.arrays.get(n) or arrays.get(n)) is None else dlpack.key_of(a) for n in operator.arrays]
     with raw_kernels.current(device, handle):
         ready = prepare(
-            operator.direction, u.framework, device, -1 if on_numpy else raw_kernels.multiprocessors(device),
+            operator.direction, u.framework, device, None if on_numpy else raw_kernels.limits(device),
             Options(problem.activation, problem.candidate, problem.mask_target, problem.bidirectional, problem.save_every),
             (*layouts, None), False, (),
         )  # fmt: skip
@@ -324,4 +324,4 @@ def workspace_size(checked: Checked) -> int:
             problem.results[name] = layout(
                 Array(name, 0, made.shape, made.strides, made.dtype, checked.device, False, "other", None, None)
             )
-    return plan(problem, 1).workspace
+    return plan(problem, Limits(1)).workspace

@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cusru.arguments import BIDIRECTIONAL, GRAD_U_PACKED, ITEMSIZES, MASK_GATE, NARROW, UNWANTED, Frame, frame
-from cusru.specialisation import REDUCE_THREADS, TILE, Launch, Specialisation, wide
+from cusru.arguments import BIDIRECTIONAL, GRAD_U_PACKED, ITEMSIZES, MASK_GATE, NARROW, STRAIGHT, Frame, frame
+from cusru.specialisation import REDUCE_COLUMNS, REDUCE_THREADS, UNIT, WARPS, Launch, Specialisation, columns
 
 ALIGNMENT = 16  # bytes: the widest access
+RESIDENT = 8  # warps, two a scheduler: as many as registers allow where a thread has 255
 
 
 class Layout(NamedTuple):
@@ -81,8 +82,15 @@ class Plan(NamedTuple):
         return base, base + aligned(self.partial_bytes)
 
 
-def plan(problem: Problem, multiprocessors: int) -> Plan:
-    """For a device of so many multiprocessors; the workspace does not depend on it."""
+class Limits(NamedTuple):
+    """Of a device."""
+
+    multiprocessors: int
+    shared: int = 227 << 10  #: bytes of a block, at most
+
+
+def plan(problem: Problem, device: Limits) -> Plan:
+    """The workspace does not depend on the device."""
     given, wanted = problem.inputs, problem.results
     backward = problem.direction == "backward"
     recompute = backward and problem.block != 1
@@ -98,27 +106,40 @@ def plan(problem: Problem, multiprocessors: int) -> Plan:
     rows = -(-problem.batch // group)
     sums = 2 * ("grad_bias" in wanted) + 2 * ("grad_weight_c" in wanted and weight == "column")
     state_bytes = ITEMSIZES[problem.state]
-    tiles = -(-min(problem.block or 1, problem.length) // TILE)
-    checkpoints = max(tiles - 1, 0) * problem.batch * problem.width * state_bytes if recompute else 0
 
-    columns, packed, grad_u_packed = _memory_half(problem, recompute, rows, multiprocessors)
+    each, packed, grad_u_packed = _memory_half(problem, recompute)
     skip = "projected" if problem.k == 4 else "x" if "x" in given else "none"
     kernel = Specialisation(
-        problem.direction, problem.dtype, skip, problem.activation, problem.candidate, weight, columns, packed, recompute
+        problem.direction, problem.dtype, skip, problem.activation, problem.candidate, weight, each, packed, recompute
     )
+    units = -(-min(problem.block or 1, problem.length) // UNIT)
+    checkpoints = max(units - 1, 0) * problem.batch * problem.width * state_bytes if recompute else 0
+
     launches = []
-    if threads := rows * (problem.width // columns):
-        launches.append(_launch(kernel, threads))
+    directions = 2 if problem.bidirectional else 1
+    if rows * problem.width:  # a block's columns all run the same way
+        grid = directions * -(-rows * problem.width // (directions * each * 32))
+        turns = -(-problem.length // (problem.block or 1 if recompute else kernel.tile))
+        warps = _warps(kernel, turns, directions * -(-rows * problem.width // (directions * 64)), device)
+        kernel = kernel._replace(alone=warps == 1)
+        launches.append(Launch(kernel, (grid,), (32 * warps,), kernel.shared(warps)))
     if sums and problem.width and rows != 1:  # a single row's sums are the gradients; of no rows the sums are 0
-        launches.append(_launch(Specialisation("reduce", problem.dtype), sums * problem.width * (REDUCE_THREADS // 32)))
+        reduce = Specialisation("reduce", problem.dtype)
+        launches.append(Launch(reduce, (-(-sums * problem.width // REDUCE_COLUMNS),), (REDUCE_THREADS,), 0))
     partials = rows * sums * problem.width * state_bytes if rows > 1 else 0
     numbers = dict(
         length=problem.length, batch=problem.batch, width=problem.width, save_every=problem.block or 1, group=group, rows=rows,
         sums=sums,
     )  # fmt: skip
-    flags = BIDIRECTIONAL * problem.bidirectional + MASK_GATE * (problem.mask_target == "gate") + GRAD_U_PACKED * grad_u_packed
     of_a_step = ["grad_u"] + ["grad_x"] * (skip == "x") + ["grad_weight_c"] * problem.step_weight
-    flags += UNWANTED * (backward and not wanted.keys() >= set(of_a_step))
+    straight = (
+        "mask_pad" not in given
+        and (not backward or wanted.keys() >= set(of_a_step) and grad_u_packed == packed)
+        and (backward or problem.block is None or problem.block == 1 or problem.block >= kernel.tile)
+        and all(abs(a.strides[0]) * a.itemsize < 1 << 31 for a in (*given.values(), *wanted.values()) if len(a.shape) > 2)
+    )
+    flags = BIDIRECTIONAL * problem.bidirectional + MASK_GATE * (problem.mask_target == "gate") + GRAD_U_PACKED * grad_u_packed
+    flags += STRAIGHT * straight
     flags += sum(f for n, f in NARROW.items() if n in given and given[n].dtype == problem.dtype != problem.state)
     parts = frame({n: (a.strides, a.itemsize) for n, a in {**given, **wanted}.items()}, numbers, flags)
     room = aligned(partials) + checkpoints
@@ -126,34 +147,35 @@ def plan(problem: Problem, multiprocessors: int) -> Plan:
     return Plan(kernel, group, rows, sums, grad_u_packed, partials, checkpoints, tuple(launches), parts, workspace)
 
 
-def _launch(kernel: Specialisation, threads: int) -> Launch:
-    return Launch(kernel, (-(-threads // kernel.threads),), (kernel.threads,))
+def _warps(kernel: Specialisation, turns: int, pairs: int, device: Limits) -> int:
+    """Of a block: as many as its multiprocessor's share of the columns leaves room for. By registers that is some RESIDENT of
+    them. `pairs`: blocks if each thread walked two columns, whether the layout lets it or not, for the order in which the warps'
+    sums are added must not depend on it."""
+    two = kernel._replace(columns=columns(kernel.dtype, kernel.recompute)[0])
+    resident = min(RESIDENT, device.shared // (two.shared(1) + 1024))
+    wanted = resident * device.multiprocessors // max(pairs * 2 // two.columns, 1)
+    return max(1, min(WARPS, turns, wanted, device.shared // two.shared(1)))
 
 
-def _memory_half(problem: Problem, recompute: bool, rows: int, multiprocessors: int) -> tuple[int, bool, bool]:
-    """Columns per thread, and whether u and grad_u are accessed as vectors of whole columns."""
+def _memory_half(problem: Problem, recompute: bool) -> tuple[int, bool, bool]:
+    """Columns per thread, and whether the k values of u and of grad_u lie side by side."""
     arrays = {**problem.inputs, **problem.results}
     directions = 2 if problem.bidirectional else 1
     u, grad_u = arrays["u"], arrays.get("grad_u")
     streams = [a for a in arrays.values() if len(a.shape) == 3]  # (L or blocks, B, D): x, h, c, grad_h, ...
     weights = [arrays[n] for n in ("weight_c", "grad_weight_c") if problem.step_weight and n in arrays]
-
-    columns = wide(problem.dtype, recompute)
-    # Four warps for each multiprocessor come before vectors: a warp alone on its scheduler waits for its own arithmetic.
-    enough = rows * problem.width // columns >= 4 * 32 * multiprocessors
-    if (
-        columns > 1
-        and enough
-        and problem.width % (columns * directions) == 0
-        and all(_vectors(a, columns, 1) for a in streams)
-        and all(_vectors(a, columns, 2) for a in weights)
-    ):
-        packed = _vectors(u, columns, problem.k)
-        grad_u_packed = grad_u is not None and _vectors(grad_u, columns, problem.k)
-        if (packed or _vectors(u, columns, 1)) and (grad_u is None or grad_u_packed or _vectors(grad_u, columns, 1)):
-            return columns, packed, grad_u_packed
-    packed = problem.k == 4 and _vectors(u, 1, 4)
-    return 1, packed, grad_u is not None and _vectors(grad_u, 1, problem.k)
+    for n in columns(problem.dtype, recompute):
+        packed = _vectors(u, n, problem.k)
+        grad_u_packed = grad_u is not None and _vectors(grad_u, n, problem.k)
+        if n == 1 or (
+            problem.width % (n * directions) == 0
+            and all(_vectors(a, n, 1) for a in streams)
+            and all(_vectors(a, n, 2) for a in weights)
+            and (packed or _vectors(u, n, 1))
+            and (grad_u is None or grad_u_packed or _vectors(grad_u, n, 1))
+        ):
+            return n, packed, grad_u_packed
+    raise AssertionError("one column a thread takes every layout")
 
 
 def _vectors(array: Layout, columns: int, unit: int) -> bool:

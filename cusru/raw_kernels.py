@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 
 from cusru.dlpack import check_cupy_version
+from cusru.plan import Limits
 from cusru.specialisation import Launch, Specialisation
 
 
 def run(launches: Iterable[Launch], args: np.ndarray, device: tuple[str, int]) -> None:
     """Start the kernels of one call, inside `current(...)`. Nothing here waits for the device."""
     on_device, number = device[0] == "cuda", device[1]
-    for kernel, grid, block in launches:
+    for kernel, grid, block, shared in launches:
         if on_device:
-            (_kernels.get((kernel, number)) or _compiled(kernel, number))(grid, block, (args,))
+            (_kernels.get((kernel, number)) or _compiled(kernel, number))(grid, block, (args,), shared_mem=shared)
         else:
-            _simulate(kernel, grid, block, args)
+            _simulate(kernel, grid, block, shared, args)
 
 
 _SIMULATE = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("", "0", "false", "no", "off"), False)
@@ -88,31 +89,34 @@ def _compiled(kernel: Specialisation, device: int) -> Any:
 
                 raw = cupy.RawKernel(source(), kernel.entry, options=options(kernel), backend="nvrtc")
                 raw.compile()
+                if kernel.direction != "reduce":
+                    raw.max_dynamic_shared_size_bytes = _limits(device).shared
                 _kernels.setdefault(key, raw)  # a handler may have been here meanwhile
     return _kernels[key]
 
 
-def _simulate(kernel: Specialisation, grid: tuple[int], block: tuple[int], args: np.ndarray) -> None:
+def _simulate(kernel: Specialisation, grid: tuple[int], block: tuple[int], shared: int, args: np.ndarray) -> None:
     from cusru import simulator
 
-    simulator.load(source(), kernel.entry, kernel.macros)(*grid, *block, args)
+    simulator.load(source(), kernel.entry, kernel.macros)(*grid, *block, args, shared)
 
 
-def multiprocessors(device: tuple[str, int]) -> int:
+def limits(device: tuple[str, int]) -> Limits:
     """Of the device that runs the kernels of arrays on `device`."""
     if device[0] == "cuda":
-        return _multiprocessors(device[1])
+        return _limits(device[1])
     from cusru import simulator
 
-    return simulator.multiprocessors
+    return Limits(simulator.multiprocessors)
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
+def _limits(device: int) -> Limits:
     import cupy
 
     check_cupy_version(cupy.__version__)
-    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
+    attributes = cupy.cuda.Device(device).attributes
+    return Limits(int(attributes["MultiProcessorCount"]), int(attributes["MaxSharedMemoryPerBlockOptin"]))
 
 
 class _Handle:

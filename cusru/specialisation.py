@@ -16,8 +16,9 @@ CANDIDATES = {"identity": 0, "tanh": 1}
 WEIGHTS = {"none": 0, "column": 1, "step": 2, "step_state": 3}
 PASSES = {"forward": 0, "backward": 1, "reduce": 2}
 
-TILE = 32  # steps that the recomputing backward keeps in shared memory
-REDUCE_THREADS = 512
+WARPS = 8  # of a block at most: they take turns
+UNIT = 32  # steps, at most, that the recomputing backward walks forward at a time
+REDUCE_THREADS, REDUCE_COLUMNS = 512, 8  # of a block of the reduction
 
 
 class Specialisation(NamedTuple):
@@ -30,8 +31,9 @@ class Specialisation(NamedTuple):
     candidate: str = "identity"
     weight: str = "none"
     columns: int = 1  #: neighbouring columns that one thread walks, and the vector width
-    packed: bool = False  #: u is read as vectors that hold the k values of `columns` columns
+    packed: bool = False  #: the k values of `columns` columns lie side by side
     recompute: bool = False  #: backward from states saved every S > 1 steps
+    alone: bool = False  #: a block is one warp, and there are no turns to take
 
     @property
     def entry(self) -> str:
@@ -39,29 +41,41 @@ class Specialisation(NamedTuple):
 
     @property
     def threads(self) -> int:
-        """Per block. The recomputing backward keeps TILE * (k + 1) states of each column in at most 48 KiB."""
-        if self.direction == "reduce":
-            return REDUCE_THREADS
-        if self.recompute:
-            return 32 if self.dtype == "float64" else 64
-        return 64
+        """Per block, at most."""
+        return REDUCE_THREADS if self.direction == "reduce" else 32 if self.alone else 32 * WARPS
 
     @property
-    def ahead(self) -> int:
-        """Steps whose loads are in flight: as many as 64 registers hold (48 in the backward of several columns, which spills
-        beyond), in powers of two up to 16 forward and 8 backward, a quarter of that where a thread walks several columns."""
+    def tile(self) -> int:
+        """Steps that are unrolled, and a warp's turn."""
+        return 8 if self.direction == "forward" and self.dtype != "float64" else 4
+
+    @property
+    def unit(self) -> int:
+        """Steps of each warp that are in shared memory."""
+        return UNIT if self.recompute else self.tile
+
+    @property
+    def step_bytes(self) -> int:
+        """Of shared memory, for a step's inputs."""
         item, state = ITEMSIZES[self.dtype], ITEMSIZES[STATES[self.dtype]]
         backward = self.direction == "backward"
-        narrow = (4 if self.skip != "none" else 3) + backward + 2 * (self.weight == "step")  # k of u, x, grad_h, weights
-        wide = backward + 2 * (self.weight == "step_state")  # c, weights
-        registers = self.columns * (narrow * max(item, 4 if self.columns == 1 else 2) + wide * state) // 4
-        fit = 1 << (((48 if backward and self.columns > 1 else 64) // registers).bit_length() - 1)
-        return min(fit, (8 if backward else 16) // (4 if self.columns > 1 else 1))
+        of_step = (4 if self.skip != "none" else 3) + backward + 2 * (self.weight == "step")  # k of u, x, grad_h, weights
+        of_state = 2 * (self.weight == "step_state") + backward  # weights, c
+        return 32 * self.columns * (of_step * item + of_state * state)
+
+    def shared(self, warps: int) -> int:
+        """Bytes of a block of so many warps: their inputs, and what they hand to one another."""
+        if self.direction == "reduce":
+            return 0
+        handed = 0 if self.alone else 32 * self.columns * ITEMSIZES[STATES[self.dtype]]
+        return warps * (handed + self.unit * self.step_bytes)
 
     @property
     def macros(self) -> tuple[str, ...]:
         defines = {"PASS": PASSES[self.direction], "TYPE": TYPES[self.dtype], "THREADS": self.threads}
-        if self.direction != "reduce":
+        if self.direction == "reduce":
+            defines["COLUMNS"] = REDUCE_COLUMNS
+        else:
             defines |= {
                 "SKIP": SKIPS[self.skip],
                 "ACTIVATION": ACTIVATIONS[self.activation],
@@ -69,8 +83,11 @@ class Specialisation(NamedTuple):
                 "WEIGHT": WEIGHTS[self.weight],
                 "COLUMNS": self.columns,
                 "PACKED": str(self.packed).lower(),
-                "AHEAD": self.ahead,
-                "TILE": TILE if self.recompute else 0,
+                "TILE": self.tile,
+                "UNIT": self.unit,
+                "STEP_BYTES": self.step_bytes,
+                "RESIDENT": 8 if self.alone else 1,
+                "RECOMPUTE": str(self.recompute).lower(),
             }
         return tuple(f"-DCUSRU_{name}={value}" for name, value in defines.items())
 
@@ -79,12 +96,13 @@ class Launch(NamedTuple):
     kernel: Specialisation
     grid: tuple[int]
     block: tuple[int]
+    shared: int  #: bytes
 
 
-def wide(dtype: str, recompute: bool) -> int:
-    """Columns a thread walks where layout, alignment and the number of columns allow: 16-byte vectors of float32 and
-    float64. Where states are recomputed shared memory bounds the columns of a multiprocessor, and more threads do more."""
-    return 1 if recompute else 2 if dtype == "float64" else 4
+def columns(dtype: str, recompute: bool) -> tuple[int, ...]:
+    """That a thread walks: two where layout and alignment allow, if two threads' registers and shared memory do."""
+    two = dtype != "float64" and not (recompute and dtype == "float32")
+    return (2, 1) if two else (1,)
 
 
 def specialisations() -> Iterator[Specialisation]:
@@ -96,9 +114,5 @@ def specialisations() -> Iterator[Specialisation]:
         for (direction, recompute), skip, activation, candidate, weight in itertools.product(
             passes, SKIPS, ACTIVATIONS, CANDIDATES, weights
         ):
-            layouts = [(1, False)] + ([(1, True)] if skip == "projected" else [])
-            columns = wide(dtype, recompute)
-            if columns > 1:
-                layouts += [(columns, False), (columns, True)]
-            for layout in layouts:
-                yield Specialisation(direction, dtype, skip, activation, candidate, weight, *layout, recompute)
+            for each, packed, alone in itertools.product(columns(dtype, recompute), (False, True), (False, True)):
+                yield Specialisation(direction, dtype, skip, activation, candidate, weight, each, packed, recompute, alone)

@@ -99,7 +99,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
     external = types.SimpleNamespace(from_external=from_external)
     monkeypatch.setattr(cupy.cuda, "Stream", external)
-    monkeypatch.setattr(raw_kernels, "_multiprocessors", lambda device: 0)
+    monkeypatch.setattr(raw_kernels, "_limits", lambda device: plan.Limits(0))
     monkeypatch.setattr(raw_kernels, "_kernels", {})
     monkeypatch.setattr(simulator, "multiprocessors", 0)
     wait = lambda obj, name, device, stream: driver.launches.append(("wait", driver.devices[-1], stream))  # noqa: E731

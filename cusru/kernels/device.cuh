@@ -9,6 +9,7 @@
 #else
 
 #define CUSRU_SHARED(type, name, count) __shared__ __align__(16) type name[count]
+#define CUSRU_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]  // of as many bytes as the launch says
 #define CUSRU_SIMULATED_KERNEL(kernel, arguments, ...)
 
 template <int BYTES> struct Word;
@@ -28,11 +29,38 @@ template <> struct Word<16> {
     using type = uint4;
 };
 
+// Between registers and shared memory, as one access.
+template <int BYTES> __device__ __forceinline__ void copy(void* destination, const void* source) {
+    using word = typename Word<BYTES>::type;
+    *static_cast<word*>(destination) = *static_cast<const word*>(source);
+}
+
 // Inputs, which no kernel of the launch writes: through the read-only cache. L1 keeps the line, since a scalar read of
 // a packed u takes its k values in k requests.
 template <int BYTES> __device__ __forceinline__ void global_load(void* destination, const void* global) {
     using word = typename Word<BYTES>::type;
     *static_cast<word*>(destination) = __ldg(static_cast<const word*>(global));
+}
+
+// An input on its way to shared memory, past the registers: there when async_wait() has returned, for the thread itself.
+// What is older than sm_80, and values of less than 4 bytes, go through a register, and are waited for at once.
+template <int BYTES> __device__ __forceinline__ void async_load(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+    if constexpr (BYTES >= 4) {
+        unsigned destination = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
+                     :
+                     : "r"(destination), "l"(global), "n"(BYTES)
+                     : "memory");
+        return;
+    }
+#endif
+    global_load<BYTES>(shared, global);
+}
+__device__ __forceinline__ void async_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" : : : "memory");
+#endif
 }
 
 // Results, which this launch does not read again: evict-first, so that they do not push inputs out of L2.

@@ -126,19 +126,15 @@ __device__ __forceinline__ void store_one(char* global, typename StateOf<T>::typ
 // ---------------------------------------------------------------------------------------------------------------------
 // Functions. All are accurate relative to their own value, near zero and in saturation, and let a NaN through.
 
-// s = sigmoid(x) and its complement 1 - s = sigmoid(-x), each exact to its own last bits: 1 - s loses them all where s
-// is near 1, and a forget gate lives there. Where e overflows s is the right 0, and e * s would be NaN; comparisons,
-// not fminf, which would swallow a NaN in x.
-__device__ __forceinline__ void sigmoid(float x, float& s, float& complement) {
-    float t = -1.44269504f * x, e = ex2_approx(t);
-    s = rcp_approx(1.f + e);
-    complement = t > 125.f ? 1.f : e * s;
-}
-__device__ __forceinline__ void sigmoid(double x, double& s, double& complement) {
-    double e = exp(-x);
-    s = 1. / (1. + e);
-    complement = x < -700. ? 1. : e * s;
-}
+// A gate at the argument x, from e = exp(x): its complement g = 1 - sigmoid(x) = 1 / (1 + e), and sigmoid(x) = e g, each
+// exact to its own last bits: 1 - sigmoid loses them all where sigmoid is near 1, and a forget gate lives there.
+__device__ __forceinline__ float exponential(float x) { return ex2_approx(1.44269504f * x); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+__device__ __forceinline__ float complement(float e) { return rcp_approx(1.f + e); }
+__device__ __forceinline__ double complement(double e) { return 1. / (1. + e); }
+// Where e is so large that g is 0, e g would be NaN. Comparisons, not fminf, which would swallow a NaN.
+__device__ __forceinline__ float sigmoid(float e, float g) { return e > 0x1p125f ? 1.f : e * g; }
+__device__ __forceinline__ double sigmoid(double e, double g) { return e > 0x1p1000 ? 1. : e * g; }
 
 __device__ __forceinline__ float tanh_near_zero(
     float x) {  // |x| < 1/2, relative error 2e-8: fitted by reweighted least squares

@@ -3,20 +3,26 @@
 
 #if CUSRU_PASS == 2
 extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, 1) cusru_reduce(const Args args) {
-    reduce<CUSRU_TYPE, CUSRU_THREADS / 32>(args);
+    reduce<CUSRU_TYPE, CUSRU_THREADS, CUSRU_COLUMNS>(args);
 }
 CUSRU_SIMULATED_KERNEL(cusru_reduce, Args, CUSRU_TYPE)
 #else
 using Chosen =
     Variant<CUSRU_TYPE, CUSRU_SKIP, CUSRU_ACTIVATION, CUSRU_CANDIDATE, CUSRU_WEIGHT, CUSRU_COLUMNS, CUSRU_PACKED>;
 #if CUSRU_PASS == 0
-extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, 1) cusru_forward(const Args args) {
-    forward<Chosen, CUSRU_AHEAD, CUSRU_THREADS>(args);
+extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, CUSRU_RESIDENT) cusru_forward(const Args args) {
+    CUSRU_DYNAMIC_SHARED(shared);
+    static_assert(Inputs<Chosen, false>::BYTES == CUSRU_STEP_BYTES, "see specialisation.py");
+    Forward<Chosen, CUSRU_TILE, CUSRU_THREADS == 32>(args, shared).run();
 }
 CUSRU_SIMULATED_KERNEL(cusru_forward, Args, CUSRU_TYPE)
 #else
-extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, 1) cusru_backward(const Args args) {
-    backward<Chosen, CUSRU_AHEAD, CUSRU_TILE, CUSRU_THREADS>(args);
+extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, CUSRU_RESIDENT) cusru_backward(const Args args) {
+    CUSRU_DYNAMIC_SHARED(shared);
+    static_assert(Inputs<Chosen, true>::BYTES == CUSRU_STEP_BYTES, "see specialisation.py");
+    Backward<Chosen, CUSRU_TILE, CUSRU_UNIT, CUSRU_RECOMPUTE, CUSRU_THREADS == 32> backward(args, shared);
+    backward.run();
+    backward.leave_sums();
 }
 CUSRU_SIMULATED_KERNEL(cusru_backward, Args, CUSRU_TYPE)
 #endif

@@ -1,691 +1,670 @@
-// The SRU recurrence, forward and backward, in the form that the kernels compute.
-// Lei et al., "Simple Recurrent Units for Highly Parallelizable Recurrence", EMNLP 2018, equations 3 to 6;
-// with candidate = tanh and no skip it is fo-pooling of Bradbury et al., "Quasi-Recurrent Neural Networks", ICLR 2017.
-//
-// One column (b, d) at one step, with u = (u0, u1, u2[, u3]):
-//     f = sigmoid(u1 + b_f + v_f c')        g = 1 - f            c' the state before, c the state after the step
-//     r = sigmoid(u2 + b_r + v_r c')        q = 1 - r
-//     c = c' + g (z - c')                   z = candidate(u0)    = f c' + g z, without the rounding of an f near 1
-//     h = r m a + w s                       a = activation(c)    s = scale_x x | u3 | 0
-//     w = q + (1 - n) r                     n = 1 (mask_target "state") or m ("gate"): w = 1 - n r
-// Backward, with the carry that arrives from the step after:
-//     gc = gh m r a' + carry                A = (c' - z) f g             gs = gh w
-//     gu1 = gc A                            gu0 = gc g z'                gu2 = gh r q (m a - n s)
-//     carry = gc + (A v_f - g) gc + gu2 v_r                      = f gc + ..., again without the rounding of f
-// Where f is small the plain forms are used, since there the others lose f: in both, each term keeps its own last bits.
+// The kernels: forward, backward, and the sum of the parameter gradients' parts. step.cuh has the mathematics, relay.cuh
+// how time is walked.
 #pragma once
-#include "numbers.cuh"
+#include "relay.cuh"
 
-enum Skip { NO_SKIP = 0, SKIP_X = 1, SKIP_PROJECTED = 2 };
-enum Weight {
-    NO_WEIGHT = 0,
-    WEIGHT_COLUMN = 1,
-    WEIGHT_STEP = 2,
-    WEIGHT_STEP_STATE = 3
-};  // STEP_STATE: in the state's type
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward. A thread has COLUMNS neighbouring columns; lanes that follow one another hold columns that do.
 
-enum Flag {  // uniform over the launch
-    NARROW_BIAS = 1,
-    NARROW_WEIGHT = 2,
-    NARROW_C0 = 4,
-    NARROW_MASK = 8,
-    NARROW_SCALE = 16,
-    NARROW_GRAD_C_LAST = 32,
-    BIDIRECTIONAL = 64,
-    MASK_GATE = 128,
-    GRAD_U_PACKED = 256,
-    UNWANTED = 512,  // some gradient of a step is
-};
-
-struct Args {  // arguments.ARRAYS has a row for each array; an absent one has data == nullptr
-    Array u, x, bias, weight_c, c0, mask_c, mask_pad, scale_x;
-    Array h, c, c_last;
-    Array grad_h, grad_c_last, grad_u, grad_x, grad_bias, grad_weight_c, grad_c0;
-    char* partials;     // [rows][sums][D] in the state's type: parameter gradients summed over time and `group` batches
-    char* checkpoints;  // [tile][B][D] in the state's type: states inside a saved block longer than a tile
-    long long length, batch, width, save_every;
-    long long group, rows, sums;  // batches a thread walks, threads along the batch, parameter gradients per column
-    double scale;
-    long long flags;
-};
-
-// What is fixed when the kernel is compiled.
-template <typename T_, int SKIP_, int ACTIVATION_, int CANDIDATE_, int WEIGHT_, int COLUMNS_, bool PACKED_>
-struct Variant {
-    using T = T_;
-    using S = typename StateOf<T>::type;
-    static constexpr int SKIP = SKIP_, ACTIVATION = ACTIVATION_, CANDIDATE = CANDIDATE_, WEIGHT = WEIGHT_;
-    static constexpr int COLUMNS = COLUMNS_;  // neighbouring columns that one thread walks
-    static constexpr bool PACKED = PACKED_;   // u's k values of a column lie side by side, and so do the columns
-    static constexpr int K = SKIP == SKIP_PROJECTED ? 4 : 3;
-    static constexpr bool STEP_WEIGHT = WEIGHT >= WEIGHT_STEP;
-};
-template <bool STATE, typename S, typename T> struct Choose {
-    using type = T;
-};
-template <typename S, typename T> struct Choose<true, S, T> {
-    using type = S;
-};
-template <typename V>
-using WeightType = typename Choose<V::WEIGHT == WEIGHT_STEP_STATE, typename V::S, typename V::T>::type;
-
-// The u of one step: K values of each column.
-template <typename V> struct Projection {
-    static constexpr int K = V::K, N = V::COLUMNS;
-    Values<typename V::T, V::PACKED ? K * N : N> part[V::PACKED ? 1 : K];
-    __device__ __forceinline__ typename V::S get(int k, int i) const {
-        return V::PACKED ? part[0].get(i * K + k) : part[V::PACKED ? 0 : k].get(i);
-    }
-    __device__ __forceinline__ void load(const char* global, long long row) {
-#pragma unroll
-        for (int k = 0; k < (V::PACKED ? 1 : K); ++k) part[k].load(global + k * row);
-    }
-};
-
-// Weights of one step: forget and reset side by side, column after column.
-template <typename V> struct StepWeight {
+// Where states are saved: after the last time of each block of `every`, which of a reversed column is its first step.
+template <typename V> struct Saver {
     static constexpr int N = V::COLUMNS;
-    using W = WeightType<V>;
-    Values<W, N == 1 ? 1 : 2 * N> part[N == 1 ? 2 : 1];
-    __device__ __forceinline__ typename V::S get(int gate, int i) const {
-        return N == 1 ? part[N == 1 ? gate : 0].get(0) : part[0].get(2 * i + gate);
+    using S = typename V::S;
+    long long every, blocks, until;  // until: steps from a tile's first to the next that is saved
+    Cursor at;
+    __device__ __forceinline__ Saver(const Thread<V>& thread, long long first) : every(thread.args.save_every) {
+        const Args& args = thread.args;
+        blocks = args.c.data ? (args.length + every - 1) / every : 0;
+        at = {thread.reversed ? args.c.at(blocks - 1, thread.b, thread.d, 0) : args.c.at(0, thread.b, thread.d, 0),
+              thread.reversed ? -args.c.time : args.c.time};
+        until = (thread.reversed ? args.length - (blocks - 1) * every : every) - 1;
+        move(first);
     }
-    __device__ __forceinline__ void set(int gate, int i, typename V::S v) {
-        N == 1 ? part[N == 1 ? gate : 0].set(0, v) : part[0].set(2 * i + gate, v);
+    __device__ __forceinline__ void move(long long steps) {
+        if (!blocks) return;
+        if (every == 1) return at.move(Bool<false>(), steps);
+        for (until -= steps; until < 0; until += every) at.move(Bool<false>(), 1);
     }
-    __device__ __forceinline__ void load(const char* global, long long row) {
+    static __device__ __forceinline__ void save(char* at, const S (&state)[N]) {
+        Values<S, N> out;
 #pragma unroll
-        for (int k = 0; k < (N == 1 ? 2 : 1); ++k) part[k].load(global + k * row);
+        for (int i = 0; i < N; ++i) out.set(i, state[i]);
+        out.store(at);
     }
-    __device__ __forceinline__ void store(char* global, long long row) const {
+    // The states of a tile's first `left` steps.
+    template <int T, typename Straight>
+    __device__ __forceinline__ void operator()(Straight straight, int left, const S (&state)[T + 1][N]) {
+        if (!blocks) return;
+        if (every == 1) {
 #pragma unroll
-        for (int k = 0; k < (N == 1 ? 2 : 1); ++k) part[k].store(global + k * row);
-    }
-};
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The mathematics, for one column at one step.
-
-// What a column keeps over all its steps.
-template <typename S> struct Column {
-    S bias_f, bias_r, v_f, v_r, m, n, scale;
-};
-
-// Whether f is so small that c' + g (z - c') would keep too few of f c' 's bits.
-template <typename S> __device__ __forceinline__ bool forgets(S f) { return f < S(0.25); }
-
-// c' -> c; f, g and z are left for the backward.
-template <typename V, typename S>
-__device__ __forceinline__ S advance(S u0, S u1, S v_f, S bias_f, S c_prev, S& f, S& g, S& z, S& slope_z) {
-    S x = u1 + bias_f;
-    if constexpr (V::WEIGHT != NO_WEIGHT) x = fma(v_f, c_prev, x);
-    sigmoid(x, f, g);
-    activate<V::CANDIDATE>(u0, z, slope_z);
-    return forgets(f) ? fma(f, c_prev, g * z) : fma(g, z - c_prev, c_prev);
-}
-
-template <typename V, typename S>
-__device__ __forceinline__ void reset_gate(S u2, S v_r, S bias_r, S c_prev, S& r, S& q) {
-    S x = u2 + bias_r;
-    if constexpr (V::WEIGHT != NO_WEIGHT) x = fma(v_r, c_prev, x);
-    sigmoid(x, r, q);
-}
-
-// w = 1 - n r, exact to its own last bits.
-template <typename S> __device__ __forceinline__ S skip_weight(S n, S r, S q) { return fma(S(1) - n, r, q); }
-
-template <typename V, typename S> __device__ __forceinline__ S output(const Column<S>& k, S c, S r, S q, S s) {
-    S a, slope;
-    activate<V::ACTIVATION>(c, a, slope);
-    S h = r * k.m * a;
-    return V::SKIP == NO_SKIP ? h : fma(skip_weight(k.n, r, q), s, h);
-}
-
-template <typename S> struct Gradient {
-    S u0, u1, u2, skip;  // skip: of s
-};
-
-template <typename V, typename S>
-__device__ __forceinline__ Gradient<S> retreat(const Column<S>& k, S u0, S u1, S u2, S s, S v_f, S v_r, S c_prev, S c,
-                                               S gh, S& carry) {
-    S f, g, z, slope_z, r, q, a, slope;
-    advance<V>(u0, u1, v_f, k.bias_f, c_prev, f, g, z, slope_z);
-    reset_gate<V>(u2, v_r, k.bias_r, c_prev, r, q);
-    activate<V::ACTIVATION>(c, a, slope);
-    Gradient<S> grad;
-    S difference = V::SKIP == NO_SKIP ? k.m * a : fma(k.m, a, -(k.n * s));
-    S gc = fma(gh * (k.m * r), slope, carry);
-    S forget = (c_prev - z) * (f * g);
-    grad.skip = gh * skip_weight(k.n, r, q);
-    grad.u2 = gh * (r * q) * difference;  // a saturated gate's 0 first: gh * difference may overflow
-    grad.u1 = gc * forget;
-    grad.u0 = gc * g * slope_z;
-    S keep = forgets(f) ? f : -g;  // carry = keep gc + base
-    S base = forgets(f) ? S(0) : gc;
-    if constexpr (V::WEIGHT == NO_WEIGHT)
-        carry = fma(keep, gc, base);
-    else
-        carry = fma(grad.u2, v_r, fma(fma(forget, v_f, keep), gc, base));
-    return grad;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Walking over time.
-
-// Calls use(inputs) for each of `count` steps, with the loads of the next AHEAD steps in flight: a double buffer in
-// registers, since every index is a constant once the loops are unrolled. All loads of a buffer wait on one scoreboard
-// (ptxas gives them no more), so they are issued together, before the first use of the buffer that has arrived.
-template <int AHEAD, typename Inputs, typename Load, typename Use>
-__device__ __forceinline__ void walk(long long count, Load load, Use use) {
-    Inputs next[AHEAD], now[AHEAD];
+            for (int t = 0; t < T; ++t)
+                if (straight || t < left) save(at(straight, t), state[t + 1]);
+        } else if (until < T) {
+            const int one = static_cast<int>(until);  // of a straight tile there is no other
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i)
-        if (i < count) load(next[i]);
-    for (long long left = count; left > 0; left -= AHEAD) {
-        tile_boundary();
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            now[i] = next[i];
-            if (i + AHEAD < left) load(next[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            if (i >= left) return;
-            use(now[i]);
+            for (int t = 0; t < T; ++t)
+                if (straight ? t == one : t < left && t >= one && (t - one) % every == 0)
+                    save(straight ? at.at : at(straight, static_cast<int>((t - one) / every)), state[t + 1]);
         }
     }
-}
-
-// An array of the time loop, seen from one thread: where its next access falls, and how far the one after is.
-struct Cursor {
-    char* at;
-    long long step;
-    __device__ __forceinline__ Cursor(const Array& a, long long t, long long b, long long d, bool backward_in_time)
-        : at(a.data ? a.at(t, b, d, 0) : nullptr), step(backward_in_time ? -a.time : a.time) {}
-    __device__ __forceinline__ char* next() {
-        char* now = at;
-        at += step;
-        return now;
-    }
 };
 
-// A sum of a parameter gradient, with Kahan's compensation: the error stays at a few ulps of the sum of magnitudes
-// however long it grows, and there is arithmetic to spare.
-template <typename S> struct Sum {
-    S total = 0, lost = 0;
-    __device__ __forceinline__ void add(S v) {
-        S y = v - lost, t = total + y;
-        lost = t - t == S(0) ? (t - total) - y : S(0);  // once infinite the sum stays so, and is not inf - inf
-        total = t;
-    }
-};
-
-template <typename V> struct Thread {  // which columns a thread walks, and what stays fixed over time
+template <typename V, int T, bool ALONE> struct Forward {
     using S = typename V::S;
     static constexpr int N = V::COLUMNS;
     const Args& args;
-    long long b, d;
-    bool reversed;
-    Column<S> column[N];
+    const Lane lane;
+    const Thread<V> thread;
+    const bool plain;
+    const long long turn;  // steps
+    long long first;       // of the tile's steps
+    Relay<S, N, ALONE> relay;
+    char* const records;  // the warp's
+    Inputs<V, false> in;
+    Cursor h;
+    Saver<V> saver;
 
-    __device__ __forceinline__ Thread(const Args& args, long long b, long long d) : args(args), b(b), d(d) {
-        reversed = (args.flags & BIDIRECTIONAL) && d >= args.width / 2;
-        S scale = S(args.scale);
-        if (args.scale_x.data) scale = one(args.scale_x, 0, 0, 0, NARROW_SCALE);
+    __device__ __forceinline__ Forward(const Args& args, char* shared)
+        : args(args),
+          lane(args, args.batch, N),
+          thread(args, lane, lane.row),
+          plain((args.flags & STRAIGHT) && lane.all_active),
+          turn(static_cast<long long>(thread.warps) * T),
+          first(static_cast<long long>(thread.warp) * T),
+          relay(shared),
+          records(shared + thread.warp * T * Inputs<V, false>::BYTES),
+          h(thread.cursor(args.h, first)),
+          saver(thread, first) {
+        in.point(thread, first, thread.b);
+    }
+    __device__ __forceinline__ char* record(int t) const { return records + t * Inputs<V, false>::BYTES; }
+
+    template <typename Straight> __device__ __forceinline__ void load_tile(Straight straight, long long left) {
+        tile_boundary();
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            Column<S>& k = column[i];
-            k.bias_f = args.bias.data ? one(args.bias, 0, d + i, 0, NARROW_BIAS) : S(0);
-            k.bias_r = args.bias.data ? one(args.bias, 0, d + i, 1, NARROW_BIAS) : S(0);
-            k.v_f = V::WEIGHT == WEIGHT_COLUMN ? one(args.weight_c, 0, d + i, 0, NARROW_WEIGHT) : S(0);
-            k.v_r = V::WEIGHT == WEIGHT_COLUMN ? one(args.weight_c, 0, d + i, 1, NARROW_WEIGHT) : S(0);
-            k.scale = scale;
-        }
-        to_batch(b);
+        for (int t = 0; t < T; ++t)
+            if (straight || t < left) in.load(thread, straight, record(t), t);
     }
-    __device__ __forceinline__ void to_batch(long long batch) {  // what differs from one batch to the next
-        b = batch;
+    __device__ __forceinline__ void load(long long left) {
+        if (plain && left >= T)
+            load_tile(Bool<true>(), T);
+        else
+            load_tile(Bool<false>(), left);
+    }
+    __device__ __forceinline__ void end(const S (&c)[N]) {
+        if (!lane.active) return;
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            column[i].m = args.mask_c.data ? one(args.mask_c, b, d + i, 0, NARROW_MASK) : S(1);
-            column[i].n = (args.flags & MASK_GATE) ? column[i].m : S(1);
+        for (int i = 0; i < N; ++i) store_one<typename V::T>(args.c_last.at(0, thread.b, thread.d + i, 0), c[i], false);
+        // A forward column's last block, cut short by the end
+        if (saver.blocks && !thread.reversed && args.length % saver.every)
+            saver.save(args.c.at(saver.blocks - 1, thread.b, thread.d, 0), c);
+    }
+
+    template <typename Straight> __device__ __forceinline__ void tile(Straight straight) {
+        const long long rest = args.length - first;
+        const int left = straight || rest > T ? T : static_cast<int>(rest);
+        const unsigned pads = straight ? 0 : padding<T>(thread, first, left);
+        Prepared<V, S> prepared[T][N];
+        async_wait();
+#pragma unroll
+        for (int t = 0; t < T; ++t) {
+            Step<S> step[N];
+            in.get(thread.column, record(t), step);
+#pragma unroll
+            for (int i = 0; i < N; ++i) prepared[t][i] = prepare<V>(thread.column[i], step[i]);
         }
+        in.move(straight, first + turn);
+        load(rest - turn);
+
+        S state[T + 1][N];
+        if (first)
+            relay.take(state[0]);
+        else
+            thread.initial(state[0]);
+#pragma unroll
+        for (int t = 0; t < T; ++t)
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                state[t + 1][i] = advance<V>(prepared[t][i], state[t][i]);
+                if (!straight && pads >> t & 1) state[t + 1][i] = state[t][i];
+            }
+        if (rest > T)
+            relay.give(thread.warp + 1 < thread.warps ? thread.warp + 1 : 0, state[T]);
+        else
+            end(state[T]);
+
+#pragma unroll
+        for (int t = 0; t < T; ++t) {
+            Values<typename V::T, N> out;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                S value = output<V>(thread.column[i], prepared[t][i], state[t][i], state[t + 1][i]);
+                out.set(i, !straight && pads >> t & 1 ? S(0) : value);
+            }
+            if (straight || (t < left && lane.active)) out.store(h(straight, t));
+        }
+        if (straight || lane.active) saver.template operator()<T>(straight, left, state);
+        h.move(straight, turn), saver.move(turn), first += turn;
     }
-    __device__ __forceinline__ S one(const Array& a, long long batch, long long column_, long long row,
-                                     int narrow) const {
-        return load_one<typename V::T>(a.at(0, batch, column_, row), (args.flags & narrow) != 0);
-    }
-    __device__ __forceinline__ S initial(int i) const {
-        return args.c0.data ? one(args.c0, b, d + i, 0, NARROW_C0) : S(0);
-    }
-    // The time of the step that is processed as number p.
-    __device__ __forceinline__ long long time(long long p) const { return reversed ? args.length - 1 - p : p; }
-    __device__ __forceinline__ Cursor cursor(const Array& a, long long p, bool against = false) const {
-        return Cursor(a, time(p), b, d, reversed != against);
+
+    __device__ __forceinline__ void run() {
+        if (args.length == 0 && thread.warp == 0) {
+            S c[N];
+            thread.initial(c);
+            end(c);
+        }
+        load(args.length - first);
+        while (first < args.length)
+            if (plain && args.length - first >= T)
+                tile(Bool<true>());
+            else
+                tile(Bool<false>());
     }
 };
-
-// Inputs of one step. What a variant or a pass does not use is never loaded, and costs no register.
-template <typename V> struct StateInputs {  // what the state needs
-    Projection<V> u;
-    StepWeight<V> weight;
-    unsigned char pad;
-};
-
-template <typename V> struct StateLoader {
-    Cursor u, weight, pad;
-    long long row_u, row_weight;
-    __device__ __forceinline__ StateLoader(const Thread<V>& thread, long long p, bool against = false)
-        : u(thread.cursor(thread.args.u, p, against)),
-          weight(thread.cursor(thread.args.weight_c, p, against)),
-          pad(thread.cursor(thread.args.mask_pad, p, against)),
-          row_u(thread.args.u.row),
-          row_weight(thread.args.weight_c.row) {}
-    __device__ __forceinline__ void gates(StateInputs<V>& in) {  // everything but u
-        if constexpr (V::STEP_WEIGHT) in.weight.load(weight.next(), row_weight);
-        in.pad = 0;
-        const char* at = pad.next();  // stays null where there is no padding
-        if (at) global_load<1>(&in.pad, at);
-    }
-    __device__ __forceinline__ void operator()(StateInputs<V>& in) {
-        in.u.load(u.next(), row_u);
-        gates(in);
-    }
-};
-
-template <typename V>
-__device__ __forceinline__ typename V::S weight_of(const StateInputs<V>& in, const Column<typename V::S>& k, int gate,
-                                                   int i) {
-    if constexpr (V::STEP_WEIGHT) return in.weight.get(gate, i);
-    return gate ? k.v_r : k.v_f;
-}
-
-// The state after one step of column i, all that a recomputation needs.
-template <typename V>
-__device__ __forceinline__ typename V::S next_state(const StateInputs<V>& in, const Column<typename V::S>& k, int i,
-                                                    typename V::S c_prev) {
-    typename V::S f, g, z, slope_z;
-    return in.pad ? c_prev
-                  : advance<V>(in.u.get(0, i), in.u.get(1, i), weight_of<V>(in, k, 0, i), k.bias_f, c_prev, f, g, z,
-                               slope_z);
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Forward. A thread walks COLUMNS neighbouring columns; threads that follow one another hold columns that do.
+// Backward. A block walks its columns against their direction, over `group` batches one after another, window by window:
+// the steps whose inputs are in shared memory together. Within a window the warps take turns at tiles of T steps. Where not
+// every state was saved a window is a saved block for each warp. What is saved makes those independent, so each warp first
+// walks its own forward, for the states, with no turn to wait for. Of a block longer than UNIT steps a window has as many
+// units of that length; before the first of them it is walked forward once more, for the states between units, which go to
+// `checkpoints`.
 
-template <typename V> struct ForwardInputs : StateInputs<V> {
-    Values<typename V::T, V::COLUMNS> x;
+// Where a block is, the same for all its threads.
+struct Window {
+    long long b;          // batch, of those of a row
+    long long block;      // the first of its saved blocks, in the order of processing
+    long long first;      // the first of its steps, likewise
+    int unit, units;      // its first unit's number within the saved block, and how many it has
+    int head, full;       // steps of its first unit, of those between
+    int tail;             // of its last, where that is not the first
+    int tiles;            // of all units
+    bool climb;           // the states between its block's units are still to be found
 };
 
-template <typename V, int AHEAD, int THREADS> __device__ __forceinline__ void forward(const Args& args) {
-    using T = typename V::T;
-    using S = typename V::S;
-    constexpr int N = V::COLUMNS;
-    long long per_row = args.width / N, index = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
-    if (index >= args.batch * per_row) return;
-    Thread<V> thread(args, index / per_row, index % per_row * N);
-
-    S c[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) c[i] = thread.initial(i);
-
-    // Steps until the next state is saved. A forward column ends its blocks at multiples of save_every and at the last
-    // step, a reversed one begins with the block that may be short.
-    long long S_ = args.save_every, blocks = args.c.data ? (args.length + S_ - 1) / S_ : 0;
-    long long until = blocks == 0       ? 0
-                      : thread.reversed ? args.length - (blocks - 1) * S_
-                                        : S_;  // from 0 it never comes to 0
-    Cursor h = thread.cursor(args.h, 0),
-           saved(args.c, thread.reversed ? blocks - 1 : 0, thread.b, thread.d, thread.reversed);
-    auto save = [&] {
-        Values<S, N> out;
-#pragma unroll
-        for (int i = 0; i < N; ++i) out.set(i, c[i]);
-        out.store(saved.next());
-    };
-
-    StateLoader<V> state(thread, 0);
-    Cursor x = thread.cursor(args.x, 0);
-    auto load = [&](ForwardInputs<V>& in) {
-        state(in);
-        if constexpr (V::SKIP == SKIP_X) in.x.load(x.next());
-    };
-    auto use = [&](const ForwardInputs<V>& in) {
-        Values<T, N> out;
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            const Column<S>& k = thread.column[i];
-            S f, g, z, slope_z, r, q;
-            S next =
-                advance<V>(in.u.get(0, i), in.u.get(1, i), weight_of<V>(in, k, 0, i), k.bias_f, c[i], f, g, z, slope_z);
-            reset_gate<V>(in.u.get(2, i), weight_of<V>(in, k, 1, i), k.bias_r, c[i], r, q);
-            S s = 0;
-            if constexpr (V::SKIP == SKIP_X) s = k.scale * in.x.get(i);
-            if constexpr (V::SKIP == SKIP_PROJECTED) s = in.u.get(3, i);
-            out.set(i, in.pad ? S(0) : output<V>(k, next, r, q, s));
-            c[i] = in.pad ? c[i] : next;
-        }
-        out.store(h.next());
-        if (--until == 0) {
-            save();
-            until = S_;
-        }
-    };
-    walk<AHEAD, ForwardInputs<V>>(args.length, load, use);
-    if (blocks && until != S_) save();  // a forward column's last block, cut short by the end
-
-#pragma unroll
-    for (int i = 0; i < N; ++i) store_one<T>(args.c_last.at(0, thread.b, thread.d + i, 0), c[i], false);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Backward. A thread walks its columns against their direction, over `group` batches one after another, and leaves the
-// sums over them for reduce().
-
-template <typename V> struct BackwardInputs : StateInputs<V> {
-    Values<typename V::T, V::COLUMNS> x, gh;
-    Values<typename V::S, V::COLUMNS> c_prev;
-};
-
-// One thread's gradients: the carry, the parameter sums, and where the results go.
-template <typename V> struct Gradients {
-    using T = typename V::T;
+template <typename V, int T, int UNIT, bool RECOMPUTE, bool ALONE> struct Backward {
+    using Type = typename V::T;
     using S = typename V::S;
     static constexpr int N = V::COLUMNS, K = V::K;
+    using In = Inputs<V, true>;
+    const Args& args;
+    const Lane lane;
+    const long long first_batch, batches;  // of the row; batches that the block walks
+    Thread<V> thread;
+    const bool plain, by_time;  // by_time: saved blocks begin at multiples of save_every in time, also of reversed columns
+    const long long every, blocks;
+    Relay<S, N, ALONE> relay;
+    char* const records;
+    In in;
+    Cursor grad_u, grad_x, grad_weight;
+    long long out;         // step at which these are
+    bool active;           // whether what is walked is to be stored
     S carry[N];
     Sum<S> bias_f[N], bias_r[N], v_f[N], v_r[N];
 
-    // All of one step: x and the inputs as loaded, u as given by `u(k, i)`, the states around it. Where `all`, no
-    // gradient is unwanted. It is a constant in each of two copies of the loop: a test at every step costs up to a
-    // tenth of the time.
-    template <typename U>
-    __device__ __forceinline__ void step(const Thread<V>& thread, const StateInputs<V>& in, U u, const Values<T, N>& x,
-                                         const Values<T, N>& gh, const S (&c_prev)[N], const S (&c)[N], Cursor& grad_u,
-                                         Cursor& grad_x, Cursor& grad_weight, bool all) {
-        const Args& args = thread.args;
-        S gu[K][N];
-        Values<T, N> gx;
-        StepWeight<V> gw;
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            const Column<S>& k = thread.column[i];
-            Gradient<S> grad = {S(0), S(0), S(0), S(0)};
-            S w_f = 0, w_r = 0;
-            if (!in.pad) {
-                S s = 0;
-                if constexpr (V::SKIP == SKIP_X) s = k.scale * x.get(i);
-                if constexpr (V::SKIP == SKIP_PROJECTED) s = u(3, i);
-                grad = retreat<V>(k, u(0, i), u(1, i), u(2, i), s, weight_of<V>(in, k, 0, i), weight_of<V>(in, k, 1, i),
-                                  c_prev[i], c[i], gh.get(i), carry[i]);
-                if constexpr (V::SKIP == SKIP_X) grad.skip *= k.scale;
-                w_f = grad.u1 * c_prev[i];
-                w_r = grad.u2 * c_prev[i];
-            }
-            bias_f[i].add(grad.u1);
-            bias_r[i].add(grad.u2);
-            if constexpr (V::WEIGHT == WEIGHT_COLUMN) {
-                v_f[i].add(w_f);
-                v_r[i].add(w_r);
-            }
-            if constexpr (V::STEP_WEIGHT) {
-                gw.set(0, i, w_f);
-                gw.set(1, i, w_r);
-            }
-            gu[0][i] = grad.u0;
-            gu[1][i] = grad.u1;
-            gu[2][i] = grad.u2;
-            if constexpr (V::SKIP == SKIP_PROJECTED) gu[3][i] = grad.skip;
-            if constexpr (V::SKIP == SKIP_X) gx.set(i, grad.skip);
+    __device__ __forceinline__ Backward(const Args& args, char* shared)
+        : args(args),
+          lane(args, args.rows, N),
+          first_batch(lane.row * args.group),
+          batches(args.batch - lane.first_row * args.group < args.group ? args.batch - lane.first_row * args.group
+                                                                        : args.group),
+          thread(args, lane, first_batch),
+          plain((args.flags & STRAIGHT) && lane.all_active && (lane.last_row + 1) * args.group <= args.batch),
+          by_time(RECOMPUTE && thread.reversed),
+          every(RECOMPUTE ? args.save_every : static_cast<long long>(T) * thread.warps),
+          blocks((args.length + every - 1) / every),
+          relay(shared),
+          records(shared) {}
+
+    // ---- windows ----
+
+    static __device__ __forceinline__ int tiles_of(int steps) { return (steps + T - 1) / T; }
+    // A saved block's first step and its steps. A reversed column's first block is the one that may be short.
+    __device__ __forceinline__ long long block_start(long long block) const {
+        return by_time && block ? args.length - (blocks - block) * every : block * every;
+    }
+    __device__ __forceinline__ long long block_steps(long long block) const {
+        return (block + 1 < blocks ? block_start(block + 1) : args.length) - block_start(block);
+    }
+    __device__ __forceinline__ bool long_blocks() const { return RECOMPUTE && every > UNIT; }
+    __device__ __forceinline__ void measure(Window& w) const {  // from b, block, unit, units
+        w.first = block_start(w.block);
+        if (long_blocks()) {
+            const long long rest = block_steps(w.block) - static_cast<long long>(w.unit) * UNIT;
+            w.first += static_cast<long long>(w.unit) * UNIT;
+            w.full = UNIT;
+            w.head = rest < UNIT ? static_cast<int>(rest) : UNIT;
+            const long long last = rest - static_cast<long long>(w.units - 1) * UNIT;
+            w.tail = last < UNIT ? static_cast<int>(last) : UNIT;
+        } else {
+            w.full = static_cast<int>(every);
+            w.head = static_cast<int>(block_steps(w.block));
+            w.tail = static_cast<int>(block_steps(w.block + w.units - 1));
         }
-        char *at = grad_u.next(), *at_x = grad_x.next(), *at_weight = grad_weight.next();
-        if constexpr (V::STEP_WEIGHT)
-            if (all || at_weight) gw.store(at_weight, args.grad_weight_c.row);
-        if constexpr (V::SKIP == SKIP_X)
-            if (all || at_x) gx.store(at_x);
-        if (args.flags & GRAD_U_PACKED) {
-            Values<T, K * N> out;
-#pragma unroll
-            for (int i = 0; i < K * N; ++i) out.set(i, gu[i % K][i / K]);
-            out.store(at);
-        } else if (all || at) {
-#pragma unroll
-            for (int k = 0; k < K; ++k) {
-                Values<T, N> out;
-#pragma unroll
-                for (int i = 0; i < N; ++i) out.set(i, gu[k][i]);
-                out.store(at + k * args.grad_u.row);
-            }
+        w.tiles = tiles_of(w.head) + (w.units > 2 ? (w.units - 2) * tiles_of(w.full) : 0) +
+                  (w.units > 1 ? tiles_of(w.tail) : 0);
+    }
+    __device__ __forceinline__ void enter_block(Window& w) const {  // the last window of w.block, and of those before it
+        w.unit = 0, w.units = 1, w.climb = false;
+        if (long_blocks()) {
+            const int units = static_cast<int>((block_steps(w.block) + UNIT - 1) / UNIT);
+            w.unit = (units - 1) / thread.warps * thread.warps;
+            w.units = units - w.unit;
+            w.climb = units > 1;
+        } else if (RECOMPUTE) {
+            w.units = static_cast<int>(w.block % thread.warps) + 1;
+            w.block -= w.units - 1;
+        }
+        measure(w);
+    }
+    __device__ __forceinline__ void enter_batch(Window& w, long long b) const {
+        w.b = b, w.block = blocks - 1;
+        enter_block(w);
+    }
+    __device__ __forceinline__ void to_next(Window& w) const {
+        if (w.unit) {
+            w.unit -= thread.warps, w.units = thread.warps, w.climb = false;
+            measure(w);
+        } else if (w.block) {
+            --w.block;
+            enter_block(w);
+        } else {
+            enter_batch(w, w.b + 1);
         }
     }
+    // Its batch. Rows may differ by some: where another in the block has more, the last is walked again, as if it were padding.
+    __device__ __forceinline__ bool present(const Window& w) const { return first_batch + w.b < args.batch; }
+    __device__ __forceinline__ long long batch(const Window& w) const {
+        return present(w) ? first_batch + w.b : args.batch - 1;
+    }
+    __device__ __forceinline__ int unit_steps(const Window& w, int unit) const {
+        return unit == 0 ? w.head : unit == w.units - 1 ? w.tail : w.full;
+    }
+    __device__ __forceinline__ long long unit_start(const Window& w, int unit) const {
+        return w.first + (unit ? w.head + static_cast<long long>(unit - 1) * w.full : 0);
+    }
+    __device__ __forceinline__ int slots() const { return RECOMPUTE ? UNIT : T * thread.warps; }  // of a unit
+    __device__ __forceinline__ char* record(int unit, int row) const {
+        return records + (unit * slots() + row) * In::BYTES;
+    }
 
-    __device__ __forceinline__ void begin(const Thread<V>& thread) {
-        const Args& args = thread.args;
+    // ---- inputs ----
+
+    template <typename Straight>
+    __device__ __forceinline__ void load(Straight straight, const Window& w, int unit, int row, int left) {
+        tile_boundary();
+        char* const at = record(unit, row);
+#pragma unroll
+        for (int t = 0; t < T; ++t)
+            if (straight || t < left) {
+                in.load(thread, straight, at + t * In::BYTES, t);
+                // The state before the step; before the first of all there is none.
+                if constexpr (!RECOMPUTE)
+                    In::C::load(at + t * In::BYTES, t || in.place ? in.c(straight, t) - in.c.step : in.c.at);
+            }
+        if (RECOMPUTE && row == 0 && (!long_blocks() || w.unit + unit == 0)) {  // before a block
+            const long long block = w.block + (long_blocks() ? 0 : unit), time = thread.reversed ? blocks - block : block - 1;
+            if (block) In::C::load(at, args.c.at(time, batch(w), thread.d, 0));
+        }
+    }
+    // A tile, if the window has it, at which the cursors are.
+    __device__ __forceinline__ void load(const Window& w, int unit, int row) {
+        const int left = unit_steps(w, unit) - row;
+        if (plain && left >= T)
+            load(Bool<true>(), w, unit, row, T);
+        else
+            load(Bool<false>(), w, unit, row, left);
+    }
+    // All tiles of a window but those that another has too: a warp at a time, for they are in another's place.
+    __device__ __forceinline__ void load_window(const Window& w, const Window* other) {
+        for (int unit = 0, n = 0; unit < w.units; ++unit)
+            for (int row = 0; row < unit_steps(w, unit); row += T, ++n)
+                if (n % thread.warps == thread.warp &&
+                    !(other && unit < other->units && row < unit_steps(*other, unit))) {
+                    in.point(thread, unit_start(w, unit) + row, batch(w));
+                    load(w, unit, row);
+                }
+    }
+
+    // ---- states ----
+
+    // A unit's, from `state` on: the state before each step goes into its record.
+    template <typename Straight>
+    __device__ __forceinline__ void recompute(Straight straight, char* at, unsigned pads, S (&state)[N]) {
+#pragma unroll
+        for (int t = 0; t < T; ++t) {
+            Step<S> step[N];
+            In::get(thread.column, at + t * In::BYTES, step);
+            Values<S, N> before;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                before.set(i, state[i]);
+                S next = advance<V>(prepare<V>(thread.column[i], step[i]), state[i]);
+                state[i] = !straight && pads >> t & 1 ? state[i] : next;
+            }
+            In::C::set(at + t * In::BYTES, before);
+        }
+    }
+    __device__ __forceinline__ void recompute(const Window& w, int unit, S (&state)[N]) {
+        const int steps = unit_steps(w, unit);
+#pragma unroll 1
+        for (int row = 0; row < steps; row += T) {
+            const int left = steps - row;
+            if (plain && left >= T)
+                recompute(Bool<true>(), record(unit, row), 0, state);
+            else
+                recompute(Bool<false>(), record(unit, row),
+                          padding<T>(thread, unit_start(w, unit) + row, left < T ? left : T), state);
+        }
+    }
+    __device__ __forceinline__ S* checkpoint(int unit) const {  // the state before a unit of a long block
+        return reinterpret_cast<S*>(args.checkpoints) +
+               (static_cast<long long>(unit - 1) * args.batch + thread.b) * args.width + thread.d;
+    }
+    __device__ __forceinline__ void state_before(const Window& w, int unit, S (&state)[N]) const {
+        if (w.unit + unit && long_blocks()) {
+#pragma unroll
+            for (int i = 0; i < N; ++i) workspace_load<sizeof(S)>(&state[i], checkpoint(w.unit + unit) + i);
+        } else if (w.block + unit == 0) {
+            thread.initial(state);
+        } else {
+            Values<S, N> saved = In::C::get(record(unit, 0));
+#pragma unroll
+            for (int i = 0; i < N; ++i) state[i] = saved.get(i);
+        }
+    }
+    // A long block's units but the last, forward, by the first warp.
+    __device__ __forceinline__ void climb(const Window& last) {
+        Window w = last;
+        w.units = 1;
+        S state[N];
+        for (w.unit = 0; w.unit < last.unit + last.units - 1; ++w.unit) {
+            measure(w);
+            for (int row = 0; row < UNIT; row += T) {
+                in.point(thread, w.first + row, batch(w));
+                load(w, 0, row);
+            }
+            async_wait();
+            if (w.unit == 0) state_before(w, 0, state);
+            recompute(w, 0, state);
+            if (active)
+#pragma unroll
+                for (int i = 0; i < N; ++i) workspace_store<sizeof(S)>(checkpoint(w.unit + 1) + i, &state[i]);
+        }
+    }
+    __device__ __forceinline__ void meet() {
+        if (!ALONE) __syncthreads();
+    }
+    __device__ __forceinline__ void find_states(const Window& w) {
+        if (w.climb) {
+            if (thread.warp == 0) climb(w);
+            meet();
+            load_window(w, nullptr);
+            async_wait();
+        }
+        meet();
+        for (int unit = thread.warp; unit < w.units; unit += thread.warps) {
+            S state[N];
+            state_before(w, unit, state);
+            recompute(w, unit, state);
+        }
+        meet();
+    }
+
+    // ---- a tile ----
+
+    template <typename Straight>
+    __device__ __forceinline__ void tile(Straight straight, const Window& w, int unit, int row, const Window& next,
+                                         int to) {
+        char* const at = record(unit, row);
+        const long long p = unit_start(w, unit) + row;
+        const int rest = unit_steps(w, unit) - row, left = straight || rest > T ? T : rest;
+        const unsigned pads = straight ? 0 : active ? padding<T>(thread, p, left) : ~0u;
+        out_to(straight, p);
+
+        Linear<S> linear[T][N];
+        S state[N];  // before the step
+#pragma unroll
+        for (int t = 0; t < T; ++t) {
+            Step<S> step[N];
+            In::get(thread.column, at + t * In::BYTES, step);
+            const Values<S, N> before = In::C::get(at + t * In::BYTES);
+            const Values<Type, N> of_h = In::H::get(at + t * In::BYTES);
+#pragma unroll
+            for (int i = 0; i < N; ++i) state[i] = before.get(i);
+            if (!RECOMPUTE && t == 0 && p == 0) thread.initial(state);
+            Values<Type, N> out;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                const Column<S>& k = thread.column[i];
+                linear[t][i] = linearise<V>(k, step[i], of_h.get(i), state[i]);
+                if constexpr (V::SKIP == SKIP_X)
+                    out.set(i, !straight && pads >> t & 1 ? S(0) : linear[t][i].skip * k.scale);
+            }
+            if constexpr (V::SKIP == SKIP_X)
+                if (straight || (t < left && grad_x.at && active)) out.store(grad_x(straight, t));
+        }
+
+        // The records are free for the next window's tile.
+        if (next.b < batches && !next.climb && unit < next.units && row < unit_steps(next, unit)) {
+            const long long there = unit_start(next, unit) + row;
+            if (next.b == w.b)
+                in.move(straight, there);
+            else
+                in.point(thread, there, batch(next));
+            load(next, unit, row);
+        }
+
+        // From batch to batch turns are taken too, lest a warp give twice before the next has taken.
+        const bool begins = p + left == args.length;
+        if (!begins || w.b) relay.take(carry);
+        if (begins) begin();
+        S gc[T][N];
+#pragma unroll
+        for (int t = T - 1; t >= 0; --t)
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                S before = retreat<V>(linear[t][i], carry[i], gc[t][i]);
+                carry[i] = !straight && pads >> t & 1 ? carry[i] : before;
+            }
+        if (p == 0) end();
+        if (p || next.b < batches) relay.give(to, carry);
+        store_gradients(straight, left, pads, linear, gc);
+    }
+
+    template <typename Straight>
+    __device__ __forceinline__ void store_gradients(Straight straight, int left, unsigned pads, const Linear<S> (&linear)[T][N],
+                                                    const S (&gc)[T][N]) {
+        S g_f[N][T], g_r[N][T];
+#pragma unroll
+        for (int t = 0; t < T; ++t) {
+            Values<Type, K * N> packed;
+            Values<Type, N> rows[K];
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                const Linear<S>& l = linear[t][i];
+                const S values[4] = {gc[t][i] * (l.g * l.slope_z), gc[t][i] * l.forget, l.u2, l.skip};
+#pragma unroll
+                for (int k = 0; k < K; ++k) {
+                    S value = !straight && pads >> t & 1 ? S(0) : values[k];
+                    packed.set(i * K + k, value);
+                    rows[k].set(i, value);
+                    if (k == 1) g_f[i][t] = value;
+                    if (k == 2) g_r[i][t] = value;
+                }
+            }
+            if (straight || (t < left && grad_u.at && active)) {
+                char* at = grad_u(straight, t);
+                if (straight ? V::PACKED : (args.flags & GRAD_U_PACKED) != 0) {
+                    packed.store(at);
+                } else {
+#pragma unroll
+                    for (int k = 0; k < K; ++k) rows[k].store(at + k * args.grad_u.row);
+                }
+            }
+        }
+        if constexpr (V::WEIGHT != NO_WEIGHT) {
+            S w_f[N][T], w_r[N][T];
+#pragma unroll
+            for (int t = 0; t < T; ++t) {
+                StepWeight<V> weights;
+#pragma unroll
+                for (int i = 0; i < N; ++i) {
+                    const bool pad = !straight && pads >> t & 1;
+                    w_f[i][t] = pad ? S(0) : g_f[i][t] * linear[t][i].c_prev;
+                    w_r[i][t] = pad ? S(0) : g_r[i][t] * linear[t][i].c_prev;
+                    if constexpr (V::STEP_WEIGHT) weights.set(0, i, w_f[i][t]), weights.set(1, i, w_r[i][t]);
+                }
+                if constexpr (V::STEP_WEIGHT)
+                    if (straight || (t < left && grad_weight.at && active))
+                        weights.store(grad_weight(straight, t), args.grad_weight_c.row);
+            }
+            if constexpr (V::WEIGHT == WEIGHT_COLUMN)
+#pragma unroll
+                for (int i = 0; i < N; ++i) v_f[i].add(w_f[i]), v_r[i].add(w_r[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) bias_f[i].add(g_f[i]), bias_r[i].add(g_r[i]);
+    }
+
+    // ---- a batch, and all ----
+
+    __device__ __forceinline__ void begin() {
 #pragma unroll
         for (int i = 0; i < N; ++i)
             carry[i] = args.grad_c_last.data
                            ? thread.one(args.grad_c_last, thread.b, thread.d + i, 0, NARROW_GRAD_C_LAST)
                            : S(0);
     }
-    __device__ __forceinline__ void end(const Thread<V>& thread) {
-        const Args& args = thread.args;
-        if (!args.grad_c0.data) return;
+    __device__ __forceinline__ void end() {
+        if (!args.grad_c0.data || !active) return;
 #pragma unroll
         for (int i = 0; i < N; ++i)
-            store_one<T>(args.grad_c0.at(0, thread.b, thread.d + i, 0), carry[i], (args.flags & NARROW_C0) != 0);
+            store_one<Type>(args.grad_c0.at(0, thread.b, thread.d + i, 0), carry[i], (args.flags & NARROW_C0) != 0);
     }
-    // The parameter sums, for reduce(); where one thread has walked all batches they are the gradients.
-    __device__ __forceinline__ void leave_sums(const Thread<V>& thread, long long row) {
-        const Args& args = thread.args;
-        S* partials = reinterpret_cast<S*>(args.partials);
-        long long place = row * args.sums * args.width + thread.d;
-        auto put = [&](const Sum<S>(&sum)[N], const Array& gradient, int gate, int narrow) {
+
+    // ---- results ----
+
+    __device__ __forceinline__ void out_at(const Window& w, long long p) {
+        out = p;
+        grad_u = thread.cursor(args.grad_u, p, batch(w)), grad_x = thread.cursor(args.grad_x, p, batch(w));
+        grad_weight = thread.cursor(args.grad_weight_c, p, batch(w));
+    }
+    template <typename Straight> __device__ __forceinline__ void out_to(Straight straight, long long p) {
+        const long long steps = p - out;
+        out = p;
+        grad_u.move(straight, steps), grad_x.move(straight, steps), grad_weight.move(straight, steps);
+    }
+
+    __device__ __forceinline__ void walk(const Window& w, const Window& next) {
+        async_wait();
+        if (batch(w) != thread.b) thread.to_batch(batch(w));
+        active = lane.active && present(w);
+        if constexpr (RECOMPUTE) find_states(w);
+        if (next.b < batches && !next.climb && (next.tiles > w.tiles || next.b != w.b)) load_window(next, &w);
+        out_at(w, w.first);
+        if (next.b < batches && next.b == w.b) in.point(thread, next.first, batch(next));
+
+        // This warp's tiles, of those that are counted from the window's first.
+        const int head = tiles_of(w.head), full = tiles_of(w.full);
+        int n = w.tiles - 1 - (w.tiles - 1 - thread.warp + thread.warps) % thread.warps;
+#pragma unroll 1
+        for (; n >= 0; n -= thread.warps) {
+            const int unit = !RECOMPUTE || n < head ? 0 : 1 + (n - head) / full;
+            const int row = (unit ? n - head - (unit - 1) * full : n) * T;
+            const int to = (n ? n - 1 : next.tiles - 1) % thread.warps;  // who has the next tile
+            if (plain && unit_steps(w, unit) - row >= T)
+                tile(Bool<true>(), w, unit, row, next, to);
+            else
+                tile(Bool<false>(), w, unit, row, next, to);
+        }
+    }
+    __device__ __forceinline__ void run() {
+        if (args.length == 0) {
+            active = lane.active;
+            for (long long b = first_batch; thread.warp == 0 && b < args.batch && b < first_batch + args.group; ++b)
+                thread.to_batch(b), begin(), end();
+            return;
+        }
+        Window w;
+        enter_batch(w, 0);
+        if (!w.climb) load_window(w, nullptr);
+        while (w.b < batches) {
+            Window next = w;
+            to_next(next);
+            walk(w, next);
+            w = next;
+        }
+    }
+
+    // A parameter's sums, of the warps one after the other. Those of several rows wait for reduce(), a single row's are the
+    // gradients. `gate`: of the gradient; `place`: of all sums.
+    __device__ __forceinline__ void leave(Sum<S> (&sum)[N], const Array& gradient, int gate, int place, int narrow) {
+        if (!ALONE) {
+            __syncthreads();
 #pragma unroll
-            for (int i = 0; i < N; ++i)
-                if (args.rows > 1)
-                    workspace_store<sizeof(S)>(partials + place + i, &sum[i].total);
-                else  // 0 +: as reduce() begins, which takes the sign from a -0
-                    store_one<T>(gradient.at(0, 0, thread.d + i, gate), S(0) + sum[i].total,
-                                 (args.flags & narrow) != 0);
-            place += args.width;
-        };
+            for (int i = 0; i < N; ++i) relay.slot(thread.warp, i) = sum[i].total;
+            __syncthreads();
+        }
+        if (thread.warp || !lane.active) return;
+        S* partial = reinterpret_cast<S*>(args.partials) + (lane.row * args.sums + place) * args.width + thread.d;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            for (int w = 1; !ALONE && w < thread.warps; ++w) sum[i].add(relay.slot(w, i));
+            if (args.rows > 1)
+                workspace_store<sizeof(S)>(partial + i, &sum[i].total);
+            else  // 0 +: as reduce() begins, which takes the sign from a -0
+                store_one<Type>(gradient.at(0, 0, thread.d + i, gate), S(0) + sum[i].total, (args.flags & narrow) != 0);
+        }
+    }
+    __device__ __forceinline__ void leave_sums() {
+        int place = 0;
         if (args.grad_bias.data) {
-            put(bias_f, args.grad_bias, 0, NARROW_BIAS);
-            put(bias_r, args.grad_bias, 1, NARROW_BIAS);
+            leave(bias_f, args.grad_bias, 0, place++, NARROW_BIAS);
+            leave(bias_r, args.grad_bias, 1, place++, NARROW_BIAS);
         }
         if constexpr (V::WEIGHT == WEIGHT_COLUMN)
             if (args.grad_weight_c.data) {
-                put(v_f, args.grad_weight_c, 0, NARROW_WEIGHT);
-                put(v_r, args.grad_weight_c, 1, NARROW_WEIGHT);
+                leave(v_f, args.grad_weight_c, 0, place++, NARROW_WEIGHT);
+                leave(v_r, args.grad_weight_c, 1, place++, NARROW_WEIGHT);
             }
     }
 };
 
-// Every state was saved: c[t] and c[t - 1] come from one read of c.
-template <typename V, int AHEAD>
-__device__ __forceinline__ void backward_saved(const Thread<V>& thread, Gradients<V>& gradients, bool all) {
-    using S = typename V::S;
-    constexpr int N = V::COLUMNS;
-    const Args& args = thread.args;
-    long long last = args.length - 1;
-    if (last < 0) return;
-    S c[N], first[N];
-    Cursor saved = thread.cursor(args.c, last, true);
-    {
-        Values<S, N> in;
-        in.load(saved.at);
-#pragma unroll
-        for (int i = 0; i < N; ++i) c[i] = in.get(i), first[i] = thread.initial(i);
-    }
-    StateLoader<V> state(thread, last, true);
-    Cursor x = thread.cursor(args.x, last, true), gh = thread.cursor(args.grad_h, last, true);
-    Cursor grad_u = thread.cursor(args.grad_u, last, true), grad_x = thread.cursor(args.grad_x, last, true);
-    Cursor grad_weight = thread.cursor(args.grad_weight_c, last, true);
-    long long to_load = args.length, to_use = args.length;
-    auto load = [&](BackwardInputs<V>& in) {
-        state(in);
-        if constexpr (V::SKIP == SKIP_X) in.x.load(x.next());
-        in.gh.load(gh.next());
-        // The first step loads in vain, once more what it has: were the load left out there, all would pay with moves.
-        if (--to_load) saved.next();
-        in.c_prev.load(saved.at);
-    };
-    auto use = [&](const BackwardInputs<V>& in) {
-        S c_prev[N];
-#pragma unroll
-        for (int i = 0; i < N; ++i) c_prev[i] = to_use > 1 ? in.c_prev.get(i) : first[i];
-        --to_use;
-        gradients.step(
-            thread, in, [&](int k, int i) { return in.u.get(k, i); }, in.x, in.gh, c_prev, c, grad_u, grad_x,
-            grad_weight, all);
-#pragma unroll
-        for (int i = 0; i < N; ++i) c[i] = c_prev[i];
-    };
-    walk<AHEAD, BackwardInputs<V>>(args.length, load, use);
-}
-
-// States were saved every save_every steps: each block is walked twice in tiles of TILE steps, forward to recompute the
-// states, then backward. The tile's states and u wait in shared memory, in slots that only their own thread touches, so
-// each byte of u is read from global memory once, and no barrier is needed. In a block longer than a tile all tiles but
-// the last are walked forward once more, first, for the states between them, which go to `checkpoints`.
-template <typename V, int AHEAD, int TILE, int THREADS>
-__device__ __forceinline__ void backward_recomputed(const Thread<V>& thread, Gradients<V>& gradients) {
-    using S = typename V::S;
-    constexpr int N = V::COLUMNS, K = V::K, SLOTS = (K + 1) * N;
-    CUSRU_SHARED(S, stash, TILE * SLOTS * THREADS);
-    auto slot = [&](long long step, int k, int i) -> S& {
-        return stash[((step * (K + 1) + k) * N + i) * THREADS + threadIdx.x];
-    };
-    const Args& args = thread.args;
-    long long every = args.save_every, blocks = (args.length + every - 1) / every, plane = args.batch * args.width;
-    S* checkpoint = reinterpret_cast<S*>(args.checkpoints) + thread.b * args.width + thread.d;
-
-    for (long long block = blocks - 1; block >= 0; --block) {  // blocks in the order of processing, from the last
-        // A reversed column's first block is the one that may be short.
-        long long in_time = thread.reversed ? blocks - 1 - block : block, first_time = in_time * every;
-        long long count = args.length - first_time < every ? args.length - first_time : every;
-        long long first =
-            thread.reversed ? args.length - first_time - count : first_time;  // processing number of its first step
-        S start[N];
-        if (block) {
-            Values<S, N> in;
-            in.load(args.c.at(thread.reversed ? in_time + 1 : in_time - 1, thread.b, thread.d, 0));
-#pragma unroll
-            for (int i = 0; i < N; ++i) start[i] = in.get(i);
-        } else {
-#pragma unroll
-            for (int i = 0; i < N; ++i) start[i] = thread.initial(i);
-        }
-
-        // Tiles in turn: 0 .. tiles-1 to find the states between them, the last of these already backward too, then
-        // down.
-        long long tiles = (count + TILE - 1) / TILE;
-        S c[N];
-        for (long long turn = 0; turn < 2 * tiles - 1; ++turn) {
-            long long tile = turn < tiles ? turn : 2 * tiles - 2 - turn;
-            long long begin = first + tile * TILE, steps = count - tile * TILE < TILE ? count - tile * TILE : TILE;
-            S* between = checkpoint + (tile - 1) * plane;
-#pragma unroll
-            for (int i = 0; i < N; ++i) {
-                if (tile == 0)
-                    c[i] = start[i];
-                else if (turn < tiles)
-                    workspace_store<sizeof(S)>(between + i, &c[i]);
-                else
-                    workspace_load<sizeof(S)>(&c[i], between + i);
-            }
-            StateLoader<V> load(thread, begin);
-            long long step = 0;
-            walk<AHEAD, StateInputs<V>>(steps, load, [&](const StateInputs<V>& in) {
-#pragma unroll
-                for (int i = 0; i < N; ++i) {
-#pragma unroll
-                    for (int k = 0; k < K; ++k) slot(step, k, i) = in.u.get(k, i);
-                    slot(step, K, i) = c[i];
-                    c[i] = next_state<V>(in, thread.column[i], i, c[i]);
-                }
-                ++step;
-            });
-            if (turn < tiles - 1) continue;
-
-            long long last = begin + steps - 1;
-            StateLoader<V> state(thread, last, true);
-            Cursor x = thread.cursor(args.x, last, true), gh = thread.cursor(args.grad_h, last, true);
-            Cursor grad_u = thread.cursor(args.grad_u, last, true), grad_x = thread.cursor(args.grad_x, last, true);
-            Cursor grad_weight = thread.cursor(args.grad_weight_c, last, true);
-            auto load_back = [&](BackwardInputs<V>& in) {
-                state.gates(in);
-                if constexpr (V::SKIP == SKIP_X) in.x.load(x.next());
-                in.gh.load(gh.next());
-            };
-            auto use = [&](const BackwardInputs<V>& in, bool all) {
-                --step;
-                S c_prev[N];
-#pragma unroll
-                for (int i = 0; i < N; ++i) c_prev[i] = slot(step, K, i);
-                gradients.step(
-                    thread, in, [&](int k, int i) { return slot(step, k, i); }, in.x, in.gh, c_prev, c, grad_u, grad_x,
-                    grad_weight, all);
-#pragma unroll
-                for (int i = 0; i < N; ++i) c[i] = c_prev[i];
-            };
-            constexpr int FEWER = sizeof(S) < 8 ? AHEAD : V::STEP_WEIGHT ? 1 : AHEAD / 2;  // as in backward()
-            if (args.flags & UNWANTED)
-                walk<FEWER, BackwardInputs<V>>(steps, load_back, [&](const BackwardInputs<V>& in) { use(in, false); });
-            else
-                walk<AHEAD, BackwardInputs<V>>(steps, load_back, [&](const BackwardInputs<V>& in) { use(in, true); });
-        }
-    }
-}
-
-template <typename V, int AHEAD, int TILE, int THREADS>
-__device__ __forceinline__ void backward(const Args& args) {  // TILE 0: every state was saved
-    constexpr int N = V::COLUMNS;
-    long long per_row = args.width / N, index = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x;
-    if (index >= args.rows * per_row) return;
-    long long row = index / per_row, first = row * args.group;
-    long long end = first + args.group < args.batch ? first + args.group : args.batch;
-    Thread<V> thread(args, first, index % per_row * N);
-    Gradients<V> gradients;
-    // With as many steps ahead as the other copy of the loop this rarer one makes ptxas spill.
-    constexpr int FEWER = V::STEP_WEIGHT || AHEAD == 1 ? 1 : AHEAD / 2;
-    for (long long b = first; b < end; ++b) {
-        if (b != first) thread.to_batch(b);
-        gradients.begin(thread);
-        if constexpr (TILE != 0)
-            backward_recomputed<V, AHEAD, TILE, THREADS>(thread, gradients);
-        else if (args.flags & UNWANTED)
-            backward_saved<V, FEWER>(thread, gradients, false);
-        else
-            backward_saved<V, AHEAD>(thread, gradients, true);
-        gradients.end(thread);
-    }
-    gradients.leave_sums(thread, row);
-}
+// ---------------------------------------------------------------------------------------------------------------------
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The parameter gradients: sums over the rows of `partials`, in an order that only the number of rows decides. A block
-// takes 32 neighbouring sums, each of its WARPS warps every WARPS-th row; then the first warp adds up the warps.
+// takes COLUMNS neighbouring sums, each of its groups of so many threads every so-manieth row; then some of the groups add
+// up all, and the first adds up these.
 
-template <typename T, int WARPS> __device__ __forceinline__ void reduce(const Args& args) {
+template <typename T, int THREADS, int COLUMNS> __device__ __forceinline__ void reduce(const Args& args) {
     using S = typename StateOf<T>::type;
-    CUSRU_SHARED(S, of_warp, WARPS * 32);
-    long long width = args.sums * args.width;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    long long index = static_cast<long long>(blockIdx.x) * 32 + lane;
+    constexpr int GROUPS = THREADS / COLUMNS, SOME = 8;
+    CUSRU_SHARED(S, of_group, THREADS);
+    const long long width = args.sums * args.width;
+    const int column = threadIdx.x % COLUMNS, group = threadIdx.x / COLUMNS;
+    const long long index = static_cast<long long>(blockIdx.x) * COLUMNS + column;
     const S* partial = reinterpret_cast<const S*>(args.partials) + index;
     Sum<S> sum;
     if (index < width)
-#pragma unroll 4
-        for (long long row = warp; row < args.rows; row += WARPS) {
+#pragma unroll 8
+        for (long long row = group; row < args.rows; row += GROUPS) {
             S v;
             workspace_load<sizeof(S)>(&v, partial + row * width);
             sum.add(v);
         }
-    of_warp[warp * 32 + lane] = sum.total;
+    of_group[threadIdx.x] = sum.total;
     __syncthreads();
-    if (warp || index >= width) return;
+    Sum<S> some;
+    if (group < SOME)
+        for (int g = group; g < GROUPS; g += SOME) some.add(of_group[g * COLUMNS + column]);
+    __syncthreads();
+    of_group[threadIdx.x] = some.total;
+    __syncthreads();
+    if (group || index >= width) return;
     Sum<S> all;
-    for (int w = 0; w < WARPS; ++w) { all.add(of_warp[w * 32 + lane]); }
+    for (int g = 0; g < SOME; ++g) all.add(of_group[g * COLUMNS + column]);
     long long gate = index / args.width, d = index % args.width;
     if (args.grad_bias.data) {
         if (gate < 2) {

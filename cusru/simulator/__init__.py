@@ -75,7 +75,7 @@ class Kernel:
         self._simulate = runtime["cusru_simulate"]
         self._simulate.restype = None
 
-    def __call__(self, grid: int, block: int, args: np.void | np.ndarray) -> None:
+    def __call__(self, grid: int, block: int, args: np.void | np.ndarray, shared: int = 0) -> None:
         data = args.tobytes()
         if len(data) != self.args_size:
             raise RuntimeError(
@@ -86,7 +86,7 @@ class Kernel:
         error = ctypes.create_string_buffer(2048)
         self._simulate(
             self.entry.encode(), self._thread, self._flushes, data, ctypes.c_size_t(len(data)), ctypes.c_uint(grid),
-            ctypes.c_uint(block), ctypes.c_uint64(seed & (1 << 64) - 1), counts, error, ctypes.c_size_t(len(error)),
+            ctypes.c_uint(block), ctypes.c_size_t(shared), ctypes.c_uint64(seed & (1 << 64) - 1), counts, error, ctypes.c_size_t(len(error)),
         )  # fmt: skip
         if error.value:
             raise RuntimeError(error.value.decode(errors="replace"))

@@ -34,6 +34,12 @@ struct Warp;
 enum Kind { READ, WRITE, WORKSPACE_READ, WORKSPACE_WRITE, KINDS };
 enum Operation { SHUFFLE, VOTE, SYNC, ARRIVE, WAIT };
 
+struct Copy {  // on its way to shared memory
+    void* shared;
+    const void* global;
+    unsigned bytes;
+};
+
 // What a CUDA thread knows of itself. It lies at the top of its own stack, whose size is a power of two and its
 // alignment: so the frame's address alone finds it, with no thread-local variable between a kernel and its threadIdx.
 struct Fiber {
@@ -42,6 +48,8 @@ struct Fiber {
     unsigned tile;             // tiles that this thread has ended
     unsigned accesses[KINDS];  // ordinals within the tile
     unsigned spins;            // workspace loads so far: a thread may wait for another with these alone
+    unsigned copies;           // that have not been waited for
+    Copy copy[256];
     const void* polled;        // the flag last looked at, and what it said
     uint64_t polled_value;
     // The rest is the runtime's.
@@ -68,6 +76,8 @@ void named_barrier(Operation operation, int id, int threads, int line);
 uint64_t exchange(Operation operation, unsigned mask, uint64_t value, unsigned source, int line);
 unsigned active_lanes();
 void* shared_memory(const void* declaration, size_t bytes);
+void* dynamic_shared_memory();
+[[noreturn]] void too_many_copies();
 void record(const void* address, unsigned bytes, Kind kind);
 [[noreturn]] void bad_address(const void* address, unsigned bytes);
 void fence();
@@ -195,9 +205,32 @@ inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<u
     static const char name##_declaration = 0; \
     type* const name = static_cast<type*>(cusru_simulator::shared_memory(&name##_declaration, sizeof(type) * (count)))
 
+#define CUSRU_DYNAMIC_SHARED(name) char* const name = static_cast<char*>(cusru_simulator::dynamic_shared_memory())
+
+template <int BYTES> __forceinline__ void copy(void* destination, const void* source) {
+    if (reinterpret_cast<uintptr_t>(source) % BYTES != 0) cusru_simulator::bad_address(source, BYTES);
+    memcpy(destination, source, BYTES);
+}
+
 template <int BYTES> __forceinline__ void global_load(void* destination, const void* global) {
     cusru_simulator::access<BYTES>(global, cusru_simulator::READ);
     memcpy(destination, global, BYTES);
+}
+
+// What is copied arrives as late as may be: at async_wait(). Until then there are NaNs.
+template <int BYTES> __forceinline__ void async_load(void* shared, const void* global) {
+    cusru_simulator::access<BYTES>(global, cusru_simulator::READ);
+    if (reinterpret_cast<uintptr_t>(shared) % BYTES != 0) cusru_simulator::bad_address(shared, BYTES);
+    cusru_simulator::Fiber& fiber = cusru_simulator::fiber();
+    if (fiber.copies == sizeof fiber.copy / sizeof fiber.copy[0]) cusru_simulator::too_many_copies();
+    memset(shared, 0xff, BYTES);
+    fiber.copy[fiber.copies++] = {shared, global, BYTES};
+}
+inline void async_wait() {
+    cusru_simulator::Fiber& fiber = cusru_simulator::fiber();
+    for (unsigned i = 0; i < fiber.copies; ++i)
+        memcpy(fiber.copy[i].shared, fiber.copy[i].global, fiber.copy[i].bytes);
+    fiber.copies = 0;
 }
 
 template <int BYTES> __forceinline__ void global_store(void* global, const void* source) {

@@ -106,7 +106,8 @@ static void* new_stack(char* bottom, char* top, void (*body)()) {
 namespace cusru_simulator {
 
 constexpr size_t STACK = CUSRU_SIMULATOR_STACK, PAGE = 4096;
-constexpr size_t SHARED = 48 * 1024, SHARED_ARENA = 64 * 1024;  // static shared memory ends at 48 KiB; gaps between
+// Static shared memory ends at 48 KiB, with what a launch asks for at 227 on sm_90; gaps between.
+constexpr size_t SHARED = 48 * 1024, ALL_SHARED = 227 * 1024, SHARED_ARENA = 256 * 1024;
 constexpr unsigned RESIDENT_BLOCKS = 4, RESIDENT_THREADS = 2048, DECLARATIONS = 64;
 
 // Pages at an address that is a multiple of their size.
@@ -230,6 +231,7 @@ struct Launch {
     void (*kernel)(const void*);
     const void* args;
     unsigned grid, block_size;
+    size_t dynamic_shared;
     uint64_t random;
     Statistics* statistics;
     char* error;
@@ -573,6 +575,8 @@ unsigned active_lanes() {
     return warp.lanes & ~warp.exited;
 }
 
+static const char dynamic_declaration = 0;
+
 void* shared_memory(const void* declaration, size_t bytes) {
     Fiber& me = fiber();
     Block& block = *me.warp->block;
@@ -580,17 +584,24 @@ void* shared_memory(const void* declaration, size_t bytes) {
         if (known.key == declaration && known.bytes == bytes) return known.memory;
     char* memory = block.shared + block.shared_used;
     block.shared_used += (bytes + 15) / 16 * 16 + 16;  // a gap, which AddressSanitizer knows of
-    size_t total = bytes;
+    size_t total = bytes, dynamic = launch_of(me).dynamic_shared;
     for (const Declaration& known : block.declarations) total += known.bytes;
-    if (total > SHARED || block.shared_used > SHARED_ARENA || block.declarations.size() == DECLARATIONS)
+    bool has_dynamic = declaration == &dynamic_declaration;
+    for (const Declaration& known : block.declarations) has_dynamic |= known.key == &dynamic_declaration;
+    if (total > ALL_SHARED)
+        fail(me, "%zu bytes of shared memory; a block has at most 227 KiB", total);
+    if (total - (has_dynamic ? dynamic : 0) > SHARED || block.shared_used > SHARED_ARENA || block.declarations.size() == DECLARATIONS)
         fail(me, "%zu bytes of shared memory; a block has at most 48 KiB", total);
-    IF_ASAN(__asan_unpoison_memory_region(memory, bytes);)
+    IF_ASAN(__asan_unpoison_memory_region(memory, (bytes + 7) / 8 * 8);)
     // A NaN in every floating-point format. Not by memset, which ThreadSanitizer would take for this thread's own
     // writing.
-    for (size_t i = 0; i < bytes; ++i) const_cast<volatile char*>(memory)[i] = static_cast<char>(0xff);
+    for (size_t i = 0; i < (bytes + 7) / 8; ++i) reinterpret_cast<volatile uint64_t*>(memory)[i] = ~uint64_t(0);
     block.declarations.push_back({declaration, memory, bytes});
     return memory;
 }
+void* dynamic_shared_memory() { return shared_memory(&dynamic_declaration, launch_of(fiber()).dynamic_shared); }
+
+void too_many_copies() { fail(fiber(), "more copies to shared memory at once than a thread may have here"); }
 
 // A fence orders what is before it before what is after it only where an atomic access carries that to another thread.
 // So: atomics after a fence release; a fence acquires what this thread's last atomics read. (This orders slightly more
@@ -723,7 +734,8 @@ static void simulate(Launch& launch) {
 // Runs the kernel for every thread of the grid. `error` is empty afterwards, or says what went wrong.
 extern "C" __attribute__((visibility("default"))) void cusru_simulate(const char* name, void (*kernel)(const void*),
                                                                       bool flushes, const void* args, size_t args_size,
-                                                                      unsigned grid, unsigned block_size, uint64_t seed,
+                                                                      unsigned grid, unsigned block_size,
+                                                                      size_t dynamic_shared, uint64_t seed,
                                                                       cusru_simulator::Statistics* statistics,
                                                                       char* error, size_t error_size) {
     using namespace cusru_simulator;
@@ -737,7 +749,7 @@ extern "C" __attribute__((visibility("default"))) void cusru_simulate(const char
     memcpy(aligned, args, args_size);
     uint64_t random = (seed + 1) * 0x9e3779b97f4a7c15u;
     Memory* memory = take_memory();
-    Launch launch{name,       kernel, aligned,    grid,   block_size, random != 0 ? random : 1,
+    Launch launch{name,       kernel, aligned,    grid,   block_size, dynamic_shared, random != 0 ? random : 1,
                   statistics, error,  error_size, *memory};
     IF_TSAN(launch.tsan = __tsan_get_current_fiber();)
 #if defined(__SSE__)

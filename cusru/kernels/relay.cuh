@@ -1,0 +1,299 @@
+// How a block walks time: its warps take turns. A block has 32 threads' columns; time is cut into tiles of T steps, of
+// which each warp takes the one after the last warp's. A warp's loads are in flight, and what needs no state is computed,
+// while others have their turns; when its own comes it takes the state (forward) or the carry (backward) from the warp
+// before, walks the chain through its tile, which is short by then, hands it to the next, and stores what follows. So the
+// order of operations along a column is that of a single thread, whatever the number of warps, and so are the bits.
+#pragma once
+#include "step.cuh"
+
+enum Flag {  // uniform over the launch
+    NARROW_BIAS = 1,
+    NARROW_WEIGHT = 2,
+    NARROW_C0 = 4,
+    NARROW_MASK = 8,
+    NARROW_SCALE = 16,
+    NARROW_GRAD_C_LAST = 32,
+    BIDIRECTIONAL = 64,
+    MASK_GATE = 128,
+    GRAD_U_PACKED = 256,
+    STRAIGHT = 512,  // whole tiles need no question: no padding, no gradient unwanted, ... (plan.py)
+};
+
+struct Args {  // arguments.ARRAYS has a row for each array; an absent one has data == nullptr
+    Array u, x, bias, weight_c, c0, mask_c, mask_pad, scale_x;
+    Array h, c, c_last;
+    Array grad_h, grad_c_last, grad_u, grad_x, grad_bias, grad_weight_c, grad_c0;
+    char* partials;     // [rows][sums][D] in the state's type: parameter gradients summed over time and `group` batches
+    char* checkpoints;  // [turn][B][D] in the state's type: states inside a saved block longer than a turn of all warps
+    long long length, batch, width, save_every;
+    long long group, rows, sums;  // batches a block walks, blocks along the batch, parameter gradients per column
+    double scale;
+    long long flags;
+};
+
+template <bool B> struct Bool {
+    static constexpr bool value = B;
+    __device__ __forceinline__ constexpr operator bool() const { return B; }
+};
+
+// Which columns a thread has: those of `rows` rows, COLUMNS of them at a time, first those that run forward. A block's all
+// run the same way, for its warps stay together. Where it has too many threads they walk the last columns once more, and
+// store nothing.
+struct Lane {
+    bool reversed, active, all_active;
+    long long row, column;
+    long long first_row, last_row;  // of the block
+    __device__ __forceinline__ Lane(const Args& args, long long rows, int columns) {
+        const int lane = threadIdx.x % 32;
+        const bool two = args.flags & BIDIRECTIONAL;
+        const long long width = (two ? args.width / 2 : args.width) / columns, count = rows * width;
+        const unsigned blocks = two ? gridDim.x / 2 : gridDim.x;
+        reversed = blockIdx.x >= blocks;
+        const long long first = static_cast<long long>(blockIdx.x - (reversed ? blocks : 0)) * 32;
+        all_active = first + 32 <= count;
+        active = first + lane < count;
+        const long long index = active ? first + lane : count - 1;
+        row = index / width;
+        first_row = first / width, last_row = (first + 32 <= count ? first + 31 : count - 1) / width;
+        column = (index % width + (reversed ? width : 0)) * columns;
+    }
+};
+
+// What is handed from warp to warp: a value of each column, and whose turn it is. A block of one warp keeps it.
+template <typename S, int N, bool ALONE> struct Relay {
+    S* slots;           // [warp][column of a thread][lane]
+    bool kept = false;  // what is to be taken comes from this warp itself
+    S own[N];
+    __device__ __forceinline__ explicit Relay(char*& room) : slots(reinterpret_cast<S*>(room)) {
+        if (!ALONE) room += blockDim.x * N * sizeof(S);
+    }
+    __device__ __forceinline__ S& slot(int warp, int i) const { return slots[(warp * N + i) * 32 + threadIdx.x % 32]; }
+    __device__ __forceinline__ void give(int to, const S (&value)[N]) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) (ALONE ? own[i] : slot(to, i)) = value[i];
+        if (ALONE) return;
+        if (to == threadIdx.x / 32)
+            kept = true;
+        else
+            barrier_arrive(1 + to, 64);
+    }
+    __device__ __forceinline__ void take(S (&value)[N]) {
+        const int warp = threadIdx.x / 32;
+        if (!ALONE && !kept) barrier_wait(1 + warp, 64);
+        kept = false;
+#pragma unroll
+        for (int i = 0; i < N; ++i) value[i] = ALONE ? own[i] : slot(warp, i);
+    }
+};
+
+// An array along time, seen from one thread's tile: `at` is its first step.
+struct Cursor {
+    char* at;
+    long long step;
+    // Of a straight tile the steps' offsets need 32 bits: one multiplication and addition each.
+    template <typename Straight> __device__ __forceinline__ char* operator()(Straight, int i) const {
+        return at + (Straight::value ? static_cast<long long>(static_cast<int>(step)) * i : step * i);
+    }
+    template <typename Straight> __device__ __forceinline__ void move(Straight, long long steps) {
+        at += Straight::value ? static_cast<long long>(static_cast<int>(step)) * static_cast<int>(steps) : step * steps;
+    }
+};
+
+// A sum of a parameter gradient, with Kahan's compensation: the error stays at a few ulps of the sum of magnitudes
+// however long it grows.
+template <typename S> struct Sum {
+    S total = 0, lost = 0;
+    __device__ __forceinline__ void add(S v) {
+        S y = v - lost, t = total + y;
+        lost = t - t == S(0) ? (t - total) - y : S(0);  // once infinite the sum stays so, and is not inf - inf
+        total = t;
+    }
+    // A tile's terms in pairs, pairs of pairs, ...: fewer operations than a compensated sum of all, and as exact.
+    template <int T> __device__ __forceinline__ void add(S (&terms)[T]) {
+#pragma unroll
+        for (int width = T / 2; width > 0; width /= 2)
+#pragma unroll
+            for (int i = 0; i < width; ++i) terms[i] += terms[i + width];
+        add(terms[0]);
+    }
+};
+
+template <typename V>
+using WeightType = typename Choose<V::WEIGHT == WEIGHT_STEP_STATE, typename V::S, typename V::T>::type;
+
+// What waits in shared memory is a record for each step, with a slot for each thread's values of each array. One array's
+// part of a record, which begins OFFSET bytes within it; neighbouring threads' slots lie side by side.
+template <typename Stored, int OFFSET> struct Field {
+    static constexpr int WIDTH = access_width(sizeof(Stored)), PIECES = sizeof(Stored) / WIDTH;
+    static constexpr int END = OFFSET + sizeof(Stored) * 32;
+    static __device__ __forceinline__ char* slot(char* record, int piece) {
+        return record + OFFSET + piece * 32 * WIDTH + threadIdx.x % 32 * WIDTH;
+    }
+    static __device__ __forceinline__ void load(char* record, const char* global) {
+#pragma unroll
+        for (int i = 0; i < PIECES; ++i) async_load<WIDTH>(slot(record, i), global + i * WIDTH);
+    }
+    static __device__ __forceinline__ void set(char* record, const Stored& value) {
+#pragma unroll
+        for (int i = 0; i < PIECES; ++i)
+            copy<WIDTH>(slot(record, i), reinterpret_cast<const char*>(&value) + i * WIDTH);
+    }
+    static __device__ __forceinline__ Stored get(char* record) {
+        Stored value;
+#pragma unroll
+        for (int i = 0; i < PIECES; ++i) copy<WIDTH>(reinterpret_cast<char*>(&value) + i * WIDTH, slot(record, i));
+        return value;
+    }
+};
+
+// Gradients of a step's weights: forget and reset side by side, column after column.
+template <typename V> struct StepWeight {
+    static constexpr int N = V::COLUMNS;
+    Values<WeightType<V>, N == 1 ? 1 : 2 * N> part[N == 1 ? 2 : 1];
+    __device__ __forceinline__ void set(int gate, int i, typename V::S v) {
+        N == 1 ? part[N == 1 ? gate : 0].set(0, v) : part[0].set(2 * i + gate, v);
+    }
+    __device__ __forceinline__ void store(char* global, long long row) const {
+#pragma unroll
+        for (int k = 0; k < (N == 1 ? 2 : 1); ++k) part[k].store(global + k * row);
+    }
+};
+
+template <typename V> struct Thread {  // which columns a thread walks, and what stays fixed over time
+    using S = typename V::S;
+    static constexpr int N = V::COLUMNS;
+    const Args& args;
+    long long b, d;
+    int warp, warps;
+    bool reversed;
+    Column<S> column[N];
+
+    __device__ __forceinline__ Thread(const Args& args, const Lane& lane, long long b)
+        : args(args), b(b), d(lane.column), warp(threadIdx.x / 32), warps(blockDim.x / 32), reversed(lane.reversed) {
+        S scale = S(args.scale);
+        if (args.scale_x.data) scale = one(args.scale_x, 0, 0, 0, NARROW_SCALE);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            Column<S>& k = column[i];
+            k.bias_f = args.bias.data ? one(args.bias, 0, d + i, 0, NARROW_BIAS) : S(0);
+            k.bias_r = args.bias.data ? one(args.bias, 0, d + i, 1, NARROW_BIAS) : S(0);
+            k.v_f = V::WEIGHT == WEIGHT_COLUMN ? one(args.weight_c, 0, d + i, 0, NARROW_WEIGHT) : S(0);
+            k.v_r = V::WEIGHT == WEIGHT_COLUMN ? one(args.weight_c, 0, d + i, 1, NARROW_WEIGHT) : S(0);
+            k.scale = scale;
+        }
+        to_batch(b);
+    }
+    __device__ __forceinline__ void to_batch(long long batch) {  // what differs from one batch to the next
+        b = batch;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            column[i].m = args.mask_c.data ? one(args.mask_c, b, d + i, 0, NARROW_MASK) : S(1);
+            column[i].n = (args.flags & MASK_GATE) ? column[i].m : S(1);
+        }
+    }
+    __device__ __forceinline__ S one(const Array& a, long long batch, long long column_, long long row,
+                                     int narrow) const {
+        return load_one<typename V::T>(a.at(0, batch, column_, row), (args.flags & narrow) != 0);
+    }
+    __device__ __forceinline__ void initial(S (&c)[N]) const {
+#pragma unroll
+        for (int i = 0; i < N; ++i) c[i] = args.c0.data ? one(args.c0, b, d + i, 0, NARROW_C0) : S(0);
+    }
+    // The time of the step that is processed as number p.
+    __device__ __forceinline__ long long time(long long p) const { return reversed ? args.length - 1 - p : p; }
+    __device__ __forceinline__ Cursor cursor(const Array& a, long long p, long long batch) const {
+        return {a.data ? a.at(time(p), batch, d, 0) : nullptr, reversed ? -a.time : a.time};
+    }
+    __device__ __forceinline__ Cursor cursor(const Array& a, long long p) const { return cursor(a, p, b); }
+};
+
+// The inputs of a pass. What a variant or a pass does not use is never loaded, and takes no room.
+template <typename V, bool BACKWARD> struct Inputs {
+    using S = typename V::S;
+    static constexpr int N = V::COLUMNS, K = V::K, PARTS = V::PACKED ? 1 : K;
+    static constexpr int WEIGHT_PARTS = V::STEP_WEIGHT ? (N == 1 ? 2 : 1) : 0;
+    using Row = Values<typename V::T, N>;
+    using State = Values<S, N>;
+    using Projection = Values<typename V::T, V::PACKED ? K * N : N>;
+    using Weights = Values<WeightType<V>, N == 1 ? 1 : 2 * N>;  // forget and reset side by side, column after column
+    template <int PART> using U = Field<Projection, PART * sizeof(Projection) * 32>;
+    static constexpr int AFTER_U = U<PARTS - 1>::END;
+    template <int PART> using W = Field<Weights, AFTER_U + PART * sizeof(Weights) * 32>;
+    static constexpr int AFTER_W = AFTER_U + WEIGHT_PARTS * sizeof(Weights) * 32;
+    using X = Field<Row, AFTER_W>;
+    using H = Field<Row, V::SKIP == SKIP_X ? X::END : AFTER_W>;  // the gradient of h
+    using C = Field<State, H::END>;                              // the state before the step
+    static constexpr int BYTES = BACKWARD ? C::END : V::SKIP == SKIP_X ? X::END : AFTER_W;
+
+    Cursor u, weight, x, gh, c;
+    long long place;  // step at which the cursors are
+    __device__ __forceinline__ void point(const Thread<V>& thread, long long p, long long b) {
+        const Args& args = thread.args;
+        place = p;
+        u = thread.cursor(args.u, p, b), weight = thread.cursor(args.weight_c, p, b), x = thread.cursor(args.x, p, b);
+        if constexpr (BACKWARD) gh = thread.cursor(args.grad_h, p, b), c = thread.cursor(args.c, p, b);
+    }
+    template <typename Straight> __device__ __forceinline__ void move(Straight straight, long long p) {
+        const long long steps = p - place;
+        place = p;
+        u.move(straight, steps), weight.move(straight, steps), x.move(straight, steps);
+        if constexpr (BACKWARD) gh.move(straight, steps), c.move(straight, steps);
+    }
+    // The step t after where the cursors are.
+    template <typename Straight>
+    __device__ __forceinline__ void load(const Thread<V>& thread, Straight straight, char* record, int t) const {
+        const Args& args = thread.args;
+        const char *values = u(straight, t), *weights = weight(straight, t);
+        U<0>::load(record, values);
+        if constexpr (PARTS > 1) {
+            U<1>::load(record, values + args.u.row);
+            U<2>::load(record, values + 2 * args.u.row);
+            if constexpr (PARTS > 3) U<3>::load(record, values + 3 * args.u.row);
+        }
+        if constexpr (WEIGHT_PARTS > 0) W<0>::load(record, weights);
+        if constexpr (WEIGHT_PARTS > 1) W<1>::load(record, weights + args.weight_c.row);
+        if constexpr (V::SKIP == SKIP_X) X::load(record, x(straight, t));
+        if constexpr (BACKWARD) H::load(record, gh(straight, t));
+    }
+    // Of all columns of the thread.
+    static __device__ __forceinline__ void get(const Column<S> (&column)[N], char* record, Step<S> (&step)[N]) {
+        Projection values[PARTS];
+        values[0] = U<0>::get(record);
+        if constexpr (PARTS > 1) {
+            values[1] = U<1>::get(record), values[2] = U<2>::get(record);
+            if constexpr (PARTS > 3) values[3] = U<3>::get(record);
+        }
+        auto one = [&](int k, int i) { return values[V::PACKED ? 0 : k].get(V::PACKED ? i * K + k : i); };
+        Weights weights[WEIGHT_PARTS ? WEIGHT_PARTS : 1];
+        if constexpr (WEIGHT_PARTS > 0) weights[0] = W<0>::get(record);
+        if constexpr (WEIGHT_PARTS > 1) weights[1] = W<1>::get(record);
+        Row skip;
+        if constexpr (V::SKIP == SKIP_X) skip = X::get(record);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            step[i] = {one(0, i), one(1, i), one(2, i), S(0), column[i].v_f, column[i].v_r};
+            if constexpr (V::SKIP == SKIP_X) step[i].s = column[i].scale * skip.get(i);
+            if constexpr (V::SKIP == SKIP_PROJECTED) step[i].s = one(K - 1, i);
+            if constexpr (V::STEP_WEIGHT) {
+                step[i].v_f = weights[0].get(N == 1 ? 0 : 2 * i);
+                step[i].v_r = N == 1 ? weights[WEIGHT_PARTS - 1].get(0) : weights[0].get(2 * i + 1);
+            }
+        }
+    }
+};
+
+// Which of a tile's steps are padding, a bit each; those beyond the sequence's end count as such.
+template <int T, typename V>
+__device__ __forceinline__ unsigned padding(const Thread<V>& thread, long long p, int left) {
+    unsigned bits = left < T ? ~0u << left : 0;
+    if (!thread.args.mask_pad.data) return bits;
+    Cursor at = thread.cursor(thread.args.mask_pad, p);
+    unsigned char pad[T];
+#pragma unroll
+    for (int i = 0; i < T; ++i)
+        if (i < left) global_load<1>(&pad[i], at(Bool<false>(), i));
+#pragma unroll
+    for (int i = 0; i < T; ++i)
+        if (i < left && pad[i]) bits |= 1u << i;
+    return bits;
+}
