@@ -119,7 +119,7 @@ def plan(problem: Problem, device: Limits) -> Plan:
     directions = 2 if problem.bidirectional else 1
     if rows * problem.width:  # a block's columns all run the same way
         grid = directions * -(-rows * problem.width // (directions * each * 32))
-        turns = -(-problem.length // (problem.block or 1 if recompute else kernel.tile))
+        turns = -(-(min(problem.block, UNIT) if recompute and problem.block else problem.length) // kernel.tile)
         warps = _warps(kernel, turns, directions * -(-rows * problem.width // (directions * 64)), device)
         kernel = kernel._replace(alone=warps == 1)
         launches.append(Launch(kernel, (grid,), (32 * warps,), kernel.shared(warps)))
@@ -151,10 +151,9 @@ def _warps(kernel: Specialisation, turns: int, pairs: int, device: Limits) -> in
     """Of a block: as many as its multiprocessor's share of the columns leaves room for. By registers that is some RESIDENT of
     them. `pairs`: blocks if each thread walked two columns, whether the layout lets it or not, for the order in which the warps'
     sums are added must not depend on it."""
-    two = kernel._replace(columns=columns(kernel.dtype, kernel.recompute)[0])
-    resident = min(RESIDENT, device.shared // (two.shared(1) + 1024))
-    wanted = resident * device.multiprocessors // max(pairs * 2 // two.columns, 1)
-    return max(1, min(WARPS, turns, wanted, device.shared // two.shared(1)))
+    each = columns(kernel.dtype, kernel.recompute)[0]
+    wanted = RESIDENT * device.multiprocessors // max(pairs * 2 // each, 1)
+    return max(1, min(kernel.warps, turns, wanted))
 
 
 def _memory_half(problem: Problem, recompute: bool) -> tuple[int, bool, bool]:

@@ -42,17 +42,17 @@ class Specialisation(NamedTuple):
     @property
     def threads(self) -> int:
         """Per block, at most."""
-        return REDUCE_THREADS if self.direction == "reduce" else 32 if self.alone else 32 * WARPS
+        return REDUCE_THREADS if self.direction == "reduce" else 32 * self.warps
+
+    @property
+    def warps(self) -> int:
+        """Per block, at most. Barriers are 15: two for each warp of the recomputing backward, else one."""
+        return 1 if self.alone else 4 if self.recompute else WARPS
 
     @property
     def tile(self) -> int:
         """Steps that are unrolled, and a warp's turn."""
         return 8 if self.direction == "forward" and self.dtype != "float64" else 4
-
-    @property
-    def unit(self) -> int:
-        """Steps of each warp that are in shared memory."""
-        return UNIT if self.recompute else self.tile
 
     @property
     def step_bytes(self) -> int:
@@ -67,8 +67,9 @@ class Specialisation(NamedTuple):
         """Bytes of a block of so many warps: their inputs, and what they hand to one another."""
         if self.direction == "reduce":
             return 0
-        handed = 0 if self.alone else 32 * self.columns * ITEMSIZES[STATES[self.dtype]]
-        return warps * (handed + self.unit * self.step_bytes)
+        relays = 0 if self.alone else 2 if self.direction == "backward" else 1
+        slots = UNIT if self.recompute else warps * self.tile
+        return relays * warps * 32 * self.columns * ITEMSIZES[STATES[self.dtype]] + slots * self.step_bytes
 
     @property
     def macros(self) -> tuple[str, ...]:
@@ -84,7 +85,7 @@ class Specialisation(NamedTuple):
                 "COLUMNS": self.columns,
                 "PACKED": str(self.packed).lower(),
                 "TILE": self.tile,
-                "UNIT": self.unit,
+                "UNIT": UNIT,
                 "STEP_BYTES": self.step_bytes,
                 "RESIDENT": 8 if self.alone else 1,
                 "RECOMPUTE": str(self.recompute).lower(),
@@ -101,8 +102,7 @@ class Launch(NamedTuple):
 
 def columns(dtype: str, recompute: bool) -> tuple[int, ...]:
     """That a thread walks: two where layout and alignment allow, if two threads' registers and shared memory do."""
-    two = dtype != "float64" and not (recompute and dtype == "float32")
-    return (2, 1) if two else (1,)
+    return (1,) if dtype == "float64" else (2, 1)
 
 
 def specialisations() -> Iterator[Specialisation]:

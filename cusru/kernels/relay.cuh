@@ -60,7 +60,7 @@ struct Lane {
 };
 
 // What is handed from warp to warp: a value of each column, and whose turn it is. A block of one warp keeps it.
-template <typename S, int N, bool ALONE> struct Relay {
+template <typename S, int N, bool ALONE, int BARRIER> struct Relay {
     S* slots;           // [warp][column of a thread][lane]
     bool kept = false;  // what is to be taken comes from this warp itself
     S own[N];
@@ -75,11 +75,11 @@ template <typename S, int N, bool ALONE> struct Relay {
         if (to == threadIdx.x / 32)
             kept = true;
         else
-            barrier_arrive(1 + to, 64);
+            barrier_arrive(BARRIER + to, 64);
     }
     __device__ __forceinline__ void take(S (&value)[N]) {
         const int warp = threadIdx.x / 32;
-        if (!ALONE && !kept) barrier_wait(1 + warp, 64);
+        if (!ALONE && !kept) barrier_wait(BARRIER + warp, 64);
         kept = false;
 #pragma unroll
         for (int i = 0; i < N; ++i) value[i] = ALONE ? own[i] : slot(warp, i);

@@ -58,7 +58,7 @@ template <typename V, int T, bool ALONE> struct Forward {
     const bool plain;
     const long long turn;  // steps
     long long first;       // of the tile's steps
-    Relay<S, N, ALONE> relay;
+    Relay<S, N, ALONE, 1> relay;
     char* const records;  // the warp's
     Inputs<V, false> in;
     Cursor h;
@@ -163,26 +163,21 @@ template <typename V, int T, bool ALONE> struct Forward {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Backward. A block walks its columns against their direction, over `group` batches one after another, window by window:
-// the steps whose inputs are in shared memory together. Within a window the warps take turns at tiles of T steps. Where not
-// every state was saved a window is a saved block for each warp. What is saved makes those independent, so each warp first
-// walks its own forward, for the states, with no turn to wait for. Of a block longer than UNIT steps a window has as many
-// units of that length; before the first of them it is walked forward once more, for the states between units, which go to
-// `checkpoints`.
+// Backward. A block walks its columns against their direction, over `group` batches one after another, unit by unit: the
+// steps whose inputs are in shared memory together. The tiles of a unit belong to the warps in turn. Where not every state
+// was saved a unit is a saved block, and is walked twice: first forward, for the states, tile by tile, each warp handing the
+// state to the next; then backward. Of a block longer than UNIT steps the units but the last are walked forward once more,
+// before, for the states between them, which go to `checkpoints`.
 
 // Where a block is, the same for all its threads.
-struct Window {
-    long long b;          // batch, of those of a row
-    long long block;      // the first of its saved blocks, in the order of processing
-    long long first;      // the first of its steps, likewise
-    int unit, units;      // its first unit's number within the saved block, and how many it has
-    int head, full;       // steps of its first unit, of those between
-    int tail;             // of its last, where that is not the first
-    int tiles;            // of all units
-    bool climb;           // the states between its block's units are still to be found
+struct Place {
+    long long b;             // batch, of those of a row
+    long long block, first;  // saved block, in the order of processing; the unit's first step, likewise
+    int unit, steps;         // of the block; of the unit
+    bool last;               // unit of its block
 };
 
-template <typename V, int T, int UNIT, bool RECOMPUTE, bool ALONE> struct Backward {
+template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> struct Backward {
     using Type = typename V::T;
     using S = typename V::S;
     static constexpr int N = V::COLUMNS, K = V::K;
@@ -192,13 +187,15 @@ template <typename V, int T, int UNIT, bool RECOMPUTE, bool ALONE> struct Backwa
     const long long first_batch, batches;  // of the row; batches that the block walks
     Thread<V> thread;
     const bool plain, by_time;  // by_time: saved blocks begin at multiples of save_every in time, also of reversed columns
+    const int stride;           // from a warp's tile to its next
     const long long every, blocks;
-    Relay<S, N, ALONE> relay;
+    Relay<S, N, ALONE, 1> carries;
+    Relay<S, N, ALONE, 1 + WARPS> states;
     char* const records;
     In in;
     Cursor grad_u, grad_x, grad_weight;
-    long long out;         // step at which these are
-    bool active;           // whether what is walked is to be stored
+    long long in_batch, out_batch, out;  // where the cursors are; `out`: the step
+    bool active;                         // whether what is walked is to be stored
     S carry[N];
     Sum<S> bias_f[N], bias_r[N], v_f[N], v_r[N];
 
@@ -211,124 +208,96 @@ template <typename V, int T, int UNIT, bool RECOMPUTE, bool ALONE> struct Backwa
           thread(args, lane, first_batch),
           plain((args.flags & STRAIGHT) && lane.all_active && (lane.last_row + 1) * args.group <= args.batch),
           by_time(RECOMPUTE && thread.reversed),
-          every(RECOMPUTE ? args.save_every : static_cast<long long>(T) * thread.warps),
+          stride(ALONE ? T : T * thread.warps),
+          every(RECOMPUTE ? args.save_every : stride),
           blocks((args.length + every - 1) / every),
-          relay(shared),
+          carries(shared),
+          states(shared),
           records(shared) {}
 
-    // ---- windows ----
+    // ---- places ----
 
-    static __device__ __forceinline__ int tiles_of(int steps) { return (steps + T - 1) / T; }
-    // A saved block's first step and its steps. A reversed column's first block is the one that may be short.
-    __device__ __forceinline__ long long block_start(long long block) const {
-        return by_time && block ? args.length - (blocks - block) * every : block * every;
-    }
-    __device__ __forceinline__ long long block_steps(long long block) const {
-        return (block + 1 < blocks ? block_start(block + 1) : args.length) - block_start(block);
-    }
-    __device__ __forceinline__ bool long_blocks() const { return RECOMPUTE && every > UNIT; }
-    __device__ __forceinline__ void measure(Window& w) const {  // from b, block, unit, units
-        w.first = block_start(w.block);
-        if (long_blocks()) {
-            const long long rest = block_steps(w.block) - static_cast<long long>(w.unit) * UNIT;
-            w.first += static_cast<long long>(w.unit) * UNIT;
-            w.full = UNIT;
-            w.head = rest < UNIT ? static_cast<int>(rest) : UNIT;
-            const long long last = rest - static_cast<long long>(w.units - 1) * UNIT;
-            w.tail = last < UNIT ? static_cast<int>(last) : UNIT;
-        } else {
-            w.full = static_cast<int>(every);
-            w.head = static_cast<int>(block_steps(w.block));
-            w.tail = static_cast<int>(block_steps(w.block + w.units - 1));
+    __device__ __forceinline__ void enter(Place& place) const {  // the last unit of place.block
+        if (!RECOMPUTE) {
+            place.first = place.block * stride;
+            place.steps = static_cast<int>(args.length - place.first < stride ? args.length - place.first : stride);
+            return;
         }
-        w.tiles = tiles_of(w.head) + (w.units > 2 ? (w.units - 2) * tiles_of(w.full) : 0) +
-                  (w.units > 1 ? tiles_of(w.tail) : 0);
+        // A reversed column's first block is the one that may be short.
+        const long long time = (by_time ? blocks - 1 - place.block : place.block) * every;
+        const long long steps = args.length - time < every ? args.length - time : every;
+        place.first = by_time ? args.length - time - steps : time;
+        place.unit = steps > UNIT ? static_cast<int>((steps - 1) / UNIT) : 0;
+        place.first += static_cast<long long>(place.unit) * UNIT;
+        place.steps = static_cast<int>(steps - static_cast<long long>(place.unit) * UNIT);
+        place.last = true;
     }
-    __device__ __forceinline__ void enter_block(Window& w) const {  // the last window of w.block, and of those before it
-        w.unit = 0, w.units = 1, w.climb = false;
-        if (long_blocks()) {
-            const int units = static_cast<int>((block_steps(w.block) + UNIT - 1) / UNIT);
-            w.unit = (units - 1) / thread.warps * thread.warps;
-            w.units = units - w.unit;
-            w.climb = units > 1;
-        } else if (RECOMPUTE) {
-            w.units = static_cast<int>(w.block % thread.warps) + 1;
-            w.block -= w.units - 1;
+    __device__ __forceinline__ void to_next(Place& place) const {
+        if (RECOMPUTE && place.unit > 0) {
+            --place.unit, place.first -= UNIT, place.steps = UNIT, place.last = false;
+            return;
         }
-        measure(w);
-    }
-    __device__ __forceinline__ void enter_batch(Window& w, long long b) const {
-        w.b = b, w.block = blocks - 1;
-        enter_block(w);
-    }
-    __device__ __forceinline__ void to_next(Window& w) const {
-        if (w.unit) {
-            w.unit -= thread.warps, w.units = thread.warps, w.climb = false;
-            measure(w);
-        } else if (w.block) {
-            --w.block;
-            enter_block(w);
-        } else {
-            enter_batch(w, w.b + 1);
-        }
+        if (place.block > 0)
+            --place.block;
+        else
+            ++place.b, place.block = blocks - 1;
+        enter(place);
     }
     // Its batch. Rows may differ by some: where another in the block has more, the last is walked again, as if it were padding.
-    __device__ __forceinline__ bool present(const Window& w) const { return first_batch + w.b < args.batch; }
-    __device__ __forceinline__ long long batch(const Window& w) const {
-        return present(w) ? first_batch + w.b : args.batch - 1;
+    __device__ __forceinline__ bool present(long long b) const { return first_batch + b < args.batch; }
+    __device__ __forceinline__ long long batch(long long b) const { return present(b) ? first_batch + b : args.batch - 1; }
+    // Whether the block's other units must be walked forward before.
+    __device__ __forceinline__ bool climbs(const Place& place) const { return RECOMPUTE && place.last && place.unit > 0; }
+    __device__ __forceinline__ int owner(int row) const {  // of a tile: the warp
+        return ALONE ? 0 : row / T % thread.warps;
     }
-    __device__ __forceinline__ int unit_steps(const Window& w, int unit) const {
-        return unit == 0 ? w.head : unit == w.units - 1 ? w.tail : w.full;
+    __device__ __forceinline__ int last_row(const Place& place) const {  // where this warp's last tile begins, < 0: none
+        const int mine = thread.warp * T;
+        return place.steps > mine ? mine + (place.steps - 1 - mine) / stride * stride : -1;
     }
-    __device__ __forceinline__ long long unit_start(const Window& w, int unit) const {
-        return w.first + (unit ? w.head + static_cast<long long>(unit - 1) * w.full : 0);
-    }
-    __device__ __forceinline__ int slots() const { return RECOMPUTE ? UNIT : T * thread.warps; }  // of a unit
-    __device__ __forceinline__ char* record(int unit, int row) const {
-        return records + (unit * slots() + row) * In::BYTES;
-    }
+    __device__ __forceinline__ char* record(int row) const { return records + row * In::BYTES; }
 
     // ---- inputs ----
 
     template <typename Straight>
-    __device__ __forceinline__ void load(Straight straight, const Window& w, int unit, int row, int left) {
+    __device__ __forceinline__ void load(Straight straight, const Place& place, int row, int left) {
         tile_boundary();
-        char* const at = record(unit, row);
 #pragma unroll
         for (int t = 0; t < T; ++t)
             if (straight || t < left) {
-                in.load(thread, straight, at + t * In::BYTES, t);
+                in.load(thread, straight, record(row + t), t);
                 // The state before the step; before the first of all there is none.
                 if constexpr (!RECOMPUTE)
-                    In::C::load(at + t * In::BYTES, t || in.place ? in.c(straight, t) - in.c.step : in.c.at);
+                    In::C::load(record(row + t), t || in.place ? in.c(straight, t) - in.c.step : in.c.at);
             }
-        if (RECOMPUTE && row == 0 && (!long_blocks() || w.unit + unit == 0)) {  // before a block
-            const long long block = w.block + (long_blocks() ? 0 : unit), time = thread.reversed ? blocks - block : block - 1;
-            if (block) In::C::load(at, args.c.at(time, batch(w), thread.d, 0));
+        if (RECOMPUTE && row == 0 && place.unit == 0 && place.block) {  // before the block
+            const long long time = thread.reversed ? blocks - place.block : place.block - 1;
+            In::C::load(record(0), args.c.at(time, batch(place.b), thread.d, 0));
         }
     }
-    // A tile, if the window has it, at which the cursors are.
-    __device__ __forceinline__ void load(const Window& w, int unit, int row) {
-        const int left = unit_steps(w, unit) - row;
-        if (plain && left >= T)
-            load(Bool<true>(), w, unit, row, T);
-        else
-            load(Bool<false>(), w, unit, row, left);
+    __device__ __forceinline__ void point_in(const Place& place, int row) {
+        in_batch = place.b;
+        in.point(thread, place.first + row, batch(place.b));
     }
-    // All tiles of a window but those that another has too: a warp at a time, for they are in another's place.
-    __device__ __forceinline__ void load_window(const Window& w, const Window* other) {
-        for (int unit = 0, n = 0; unit < w.units; ++unit)
-            for (int row = 0; row < unit_steps(w, unit); row += T, ++n)
-                if (n % thread.warps == thread.warp &&
-                    !(other && unit < other->units && row < unit_steps(*other, unit))) {
-                    in.point(thread, unit_start(w, unit) + row, batch(w));
-                    load(w, unit, row);
-                }
+    // A tile, at which the cursors are.
+    __device__ __forceinline__ void load(const Place& place, int row) {
+        const int left = place.steps - row;
+        if (plain && left >= T)
+            load(Bool<true>(), place, row, T);
+        else
+            load(Bool<false>(), place, row, left);
+    }
+    // This warp's tiles of a unit, from a row on.
+    __device__ __forceinline__ void load_unit(const Place& place, int row) {
+        for (; row < place.steps; row += stride) {
+            point_in(place, row);
+            load(place, row);
+        }
     }
 
     // ---- states ----
 
-    // A unit's, from `state` on: the state before each step goes into its record.
+    // A tile's, from `state` on: the state before each step goes into its record.
     template <typename Straight>
     __device__ __forceinline__ void recompute(Straight straight, char* at, unsigned pads, S (&state)[N]) {
 #pragma unroll
@@ -345,82 +314,58 @@ template <typename V, int T, int UNIT, bool RECOMPUTE, bool ALONE> struct Backwa
             In::C::set(at + t * In::BYTES, before);
         }
     }
-    __device__ __forceinline__ void recompute(const Window& w, int unit, S (&state)[N]) {
-        const int steps = unit_steps(w, unit);
-#pragma unroll 1
-        for (int row = 0; row < steps; row += T) {
-            const int left = steps - row;
-            if (plain && left >= T)
-                recompute(Bool<true>(), record(unit, row), 0, state);
-            else
-                recompute(Bool<false>(), record(unit, row),
-                          padding<T>(thread, unit_start(w, unit) + row, left < T ? left : T), state);
-        }
-    }
-    __device__ __forceinline__ S* checkpoint(int unit) const {  // the state before a unit of a long block
+    __device__ __forceinline__ S* checkpoint(const Place& place) const {  // the state before a unit
         return reinterpret_cast<S*>(args.checkpoints) +
-               (static_cast<long long>(unit - 1) * args.batch + thread.b) * args.width + thread.d;
+               (static_cast<long long>(place.unit - 1) * args.batch + thread.b) * args.width + thread.d;
     }
-    __device__ __forceinline__ void state_before(const Window& w, int unit, S (&state)[N]) const {
-        if (w.unit + unit && long_blocks()) {
-#pragma unroll
-            for (int i = 0; i < N; ++i) workspace_load<sizeof(S)>(&state[i], checkpoint(w.unit + unit) + i);
-        } else if (w.block + unit == 0) {
-            thread.initial(state);
-        } else {
-            Values<S, N> saved = In::C::get(record(unit, 0));
-#pragma unroll
-            for (int i = 0; i < N; ++i) state[i] = saved.get(i);
-        }
-    }
-    // A long block's units but the last, forward, by the first warp.
-    __device__ __forceinline__ void climb(const Window& last) {
-        Window w = last;
-        w.units = 1;
-        S state[N];
-        for (w.unit = 0; w.unit < last.unit + last.units - 1; ++w.unit) {
-            measure(w);
-            for (int row = 0; row < UNIT; row += T) {
-                in.point(thread, w.first + row, batch(w));
-                load(w, 0, row);
-            }
-            async_wait();
-            if (w.unit == 0) state_before(w, 0, state);
-            recompute(w, 0, state);
-            if (active)
-#pragma unroll
-                for (int i = 0; i < N; ++i) workspace_store<sizeof(S)>(checkpoint(w.unit + 1) + i, &state[i]);
-        }
-    }
-    __device__ __forceinline__ void meet() {
-        if (!ALONE) __syncthreads();
-    }
-    __device__ __forceinline__ void find_states(const Window& w) {
-        if (w.climb) {
-            if (thread.warp == 0) climb(w);
-            meet();
-            load_window(w, nullptr);
-            async_wait();
-        }
-        meet();
-        for (int unit = thread.warp; unit < w.units; unit += thread.warps) {
+    // A unit's. follows: the unit before it in time has just been walked too, and handed on its last state.
+    __device__ __forceinline__ void find_states(const Place& place, bool follows, bool followed) {
+#pragma unroll 1
+        for (int row = thread.warp * T; row < place.steps; row += stride) {
             S state[N];
-            state_before(w, unit, state);
-            recompute(w, unit, state);
+            if (row || follows) {
+                states.take(state);
+            } else if (place.unit) {
+#pragma unroll
+                for (int i = 0; i < N; ++i) workspace_load<sizeof(S)>(&state[i], checkpoint(place) + i);
+            } else if (place.block == 0) {
+                thread.initial(state);
+            } else {
+                const Values<S, N> saved = In::C::get(record(0));
+#pragma unroll
+                for (int i = 0; i < N; ++i) state[i] = saved.get(i);
+            }
+            if (row == 0 && follows && followed && active)
+#pragma unroll
+                for (int i = 0; i < N; ++i) workspace_store<sizeof(S)>(checkpoint(place) + i, &state[i]);
+            const int left = place.steps - row;
+            if (plain && left >= T)
+                recompute(Bool<true>(), record(row), 0, state);
+            else
+                recompute(Bool<false>(), record(row), padding<T>(thread, place.first + row, left < T ? left : T), state);
+            if (left > T || followed) states.give(left > T ? owner(row + T) : 0, state);
         }
-        meet();
+    }
+    __device__ __forceinline__ void climb(const Place& last) {
+        Place place = last;
+        place.first -= static_cast<long long>(last.unit) * UNIT, place.steps = UNIT, place.last = false;
+        for (place.unit = 0; place.unit < last.unit; ++place.unit, place.first += UNIT) {
+            load_unit(place, thread.warp * T);
+            async_wait();
+            find_states(place, place.unit > 0, true);
+        }
+        load_unit(last, thread.warp * T);
     }
 
     // ---- a tile ----
 
     template <typename Straight>
-    __device__ __forceinline__ void tile(Straight straight, const Window& w, int unit, int row, const Window& next,
-                                         int to) {
-        char* const at = record(unit, row);
-        const long long p = unit_start(w, unit) + row;
-        const int rest = unit_steps(w, unit) - row, left = straight || rest > T ? T : rest;
+    __device__ __forceinline__ void tile(Straight straight, const Place& here, int row, const Place& next) {
+        char* const at = record(row);
+        const long long p = here.first + row;
+        const int rest = here.steps - row, left = straight || rest > T ? T : rest;
         const unsigned pads = straight ? 0 : active ? padding<T>(thread, p, left) : ~0u;
-        out_to(straight, p);
+        out_to(straight, here, p);
 
         Linear<S> linear[T][N];
         S state[N];  // before the step
@@ -445,19 +390,18 @@ template <typename V, int T, int UNIT, bool RECOMPUTE, bool ALONE> struct Backwa
                 if (straight || (t < left && grad_x.at && active)) out.store(grad_x(straight, t));
         }
 
-        // The records are free for the next window's tile.
-        if (next.b < batches && !next.climb && unit < next.units && row < unit_steps(next, unit)) {
-            const long long there = unit_start(next, unit) + row;
-            if (next.b == w.b)
-                in.move(straight, there);
+        // The records are free for the next unit's tile.
+        if (next.b < batches && !climbs(next) && row < next.steps) {
+            if (next.b == in_batch)
+                in.move(straight, next.first + row);
             else
-                in.point(thread, there, batch(next));
-            load(next, unit, row);
+                point_in(next, row);
+            load(next, row);
         }
 
         // From batch to batch turns are taken too, lest a warp give twice before the next has taken.
         const bool begins = p + left == args.length;
-        if (!begins || w.b) relay.take(carry);
+        if (!begins || here.b) carries.take(carry);
         if (begins) begin();
         S gc[T][N];
 #pragma unroll
@@ -468,7 +412,7 @@ template <typename V, int T, int UNIT, bool RECOMPUTE, bool ALONE> struct Backwa
                 carry[i] = !straight && pads >> t & 1 ? carry[i] : before;
             }
         if (p == 0) end();
-        if (p || next.b < batches) relay.give(to, carry);
+        if (p || next.b < batches) carries.give(owner(row ? row - T : next.steps - 1), carry);
         store_gradients(straight, left, pads, linear, gc);
     }
 
@@ -543,41 +487,34 @@ template <typename V, int T, int UNIT, bool RECOMPUTE, bool ALONE> struct Backwa
             store_one<Type>(args.grad_c0.at(0, thread.b, thread.d + i, 0), carry[i], (args.flags & NARROW_C0) != 0);
     }
 
-    // ---- results ----
-
-    __device__ __forceinline__ void out_at(const Window& w, long long p) {
-        out = p;
-        grad_u = thread.cursor(args.grad_u, p, batch(w)), grad_x = thread.cursor(args.grad_x, p, batch(w));
-        grad_weight = thread.cursor(args.grad_weight_c, p, batch(w));
-    }
-    template <typename Straight> __device__ __forceinline__ void out_to(Straight straight, long long p) {
-        const long long steps = p - out;
-        out = p;
-        grad_u.move(straight, steps), grad_x.move(straight, steps), grad_weight.move(straight, steps);
-    }
-
-    __device__ __forceinline__ void walk(const Window& w, const Window& next) {
-        async_wait();
-        if (batch(w) != thread.b) thread.to_batch(batch(w));
-        active = lane.active && present(w);
-        if constexpr (RECOMPUTE) find_states(w);
-        if (next.b < batches && !next.climb && (next.tiles > w.tiles || next.b != w.b)) load_window(next, &w);
-        out_at(w, w.first);
-        if (next.b < batches && next.b == w.b) in.point(thread, next.first, batch(next));
-
-        // This warp's tiles, of those that are counted from the window's first.
-        const int head = tiles_of(w.head), full = tiles_of(w.full);
-        int n = w.tiles - 1 - (w.tiles - 1 - thread.warp + thread.warps) % thread.warps;
-#pragma unroll 1
-        for (; n >= 0; n -= thread.warps) {
-            const int unit = !RECOMPUTE || n < head ? 0 : 1 + (n - head) / full;
-            const int row = (unit ? n - head - (unit - 1) * full : n) * T;
-            const int to = (n ? n - 1 : next.tiles - 1) % thread.warps;  // who has the next tile
-            if (plain && unit_steps(w, unit) - row >= T)
-                tile(Bool<true>(), w, unit, row, next, to);
-            else
-                tile(Bool<false>(), w, unit, row, next, to);
+    template <typename Straight> __device__ __forceinline__ void out_to(Straight straight, const Place& place, long long p) {
+        if (place.b == out_batch) {
+            const long long steps = p - out;
+            grad_u.move(straight, steps), grad_x.move(straight, steps), grad_weight.move(straight, steps);
+        } else {
+            const long long b = batch(place.b);
+            grad_u = thread.cursor(args.grad_u, p, b), grad_x = thread.cursor(args.grad_x, p, b);
+            grad_weight = thread.cursor(args.grad_weight_c, p, b);
+            out_batch = place.b;
         }
+        out = p;
+    }
+
+    __device__ __forceinline__ void walk(const Place& here, const Place& next) {
+        if (batch(here.b) != thread.b) thread.to_batch(batch(here.b));
+        active = lane.active && present(here.b);
+        if (climbs(here)) climb(here);
+        async_wait();
+        if constexpr (RECOMPUTE) find_states(here, climbs(here), false);
+        const int last = last_row(here);
+        if (next.b < batches && !climbs(next))  // where the next unit is longer
+            load_unit(next, last < 0 ? thread.warp * T : last + stride);
+#pragma unroll 1
+        for (int row = last; row >= 0; row -= stride)
+            if (plain && here.steps - row >= T)
+                tile(Bool<true>(), here, row, next);
+            else
+                tile(Bool<false>(), here, row, next);
     }
     __device__ __forceinline__ void run() {
         if (args.length == 0) {
@@ -586,14 +523,16 @@ template <typename V, int T, int UNIT, bool RECOMPUTE, bool ALONE> struct Backwa
                 thread.to_batch(b), begin(), end();
             return;
         }
-        Window w;
-        enter_batch(w, 0);
-        if (!w.climb) load_window(w, nullptr);
-        while (w.b < batches) {
-            Window next = w;
+        Place here = {0, blocks - 1, 0, 0, 0, false};
+        enter(here);
+        out_batch = -1;
+        point_in(here, 0);
+        if (!climbs(here)) load_unit(here, thread.warp * T);
+        while (here.b < batches) {
+            Place next = here;
             to_next(next);
-            walk(w, next);
-            w = next;
+            walk(here, next);
+            here = next;
         }
     }
 
@@ -603,14 +542,14 @@ template <typename V, int T, int UNIT, bool RECOMPUTE, bool ALONE> struct Backwa
         if (!ALONE) {
             __syncthreads();
 #pragma unroll
-            for (int i = 0; i < N; ++i) relay.slot(thread.warp, i) = sum[i].total;
+            for (int i = 0; i < N; ++i) carries.slot(thread.warp, i) = sum[i].total;
             __syncthreads();
         }
         if (thread.warp || !lane.active) return;
         S* partial = reinterpret_cast<S*>(args.partials) + (lane.row * args.sums + place) * args.width + thread.d;
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            for (int w = 1; !ALONE && w < thread.warps; ++w) sum[i].add(relay.slot(w, i));
+            for (int w = 1; !ALONE && w < thread.warps; ++w) sum[i].add(carries.slot(w, i));
             if (args.rows > 1)
                 workspace_store<sizeof(S)>(partial + i, &sum[i].total);
             else  // 0 +: as reduce() begins, which takes the sign from a -0
