@@ -57,12 +57,15 @@ SMALL_BYTES = 16 * 1024  # of one array of all steps: as fast to allocate as to 
 KEPT_BYTES = 16 << 20  # of scratch memory, at most, that a call leaves to later ones: a backward's with save_every = 32
 ALL_KEPT_BYTES = 64 << 20  # that all calls have left, of all threads
 RARELY_SMALL = 1024  # columns, at most, of which most steps have no small forget gate
+CALL = 3000  # elements on which a ufunc spends as much time as its call and a step's views cost
+CHUNK = 8  # steps, after which slices of time are looked at
 RUNNING_SUM = 8  # so many terms, and no more, are added one after another
 
 BFLOAT16, FLOAT32, FLOAT64 = np.dtype(np.uint16), np.dtype(np.float32), np.dtype(np.float64)
 # As arrays, which a ufunc need not convert.
 ZERO, ONE = ({dtype: np.full((), value, dtype) for dtype in (FLOAT32, FLOAT64)} for value in (0, 1))
 SMALL_E = {dtype: np.full((), SMALL_F / (1 - SMALL_F), dtype) for dtype in (FLOAT32, FLOAT64)}
+MERGED = {FLOAT32: 35.0, FLOAT64: 55.0}  # -log(f) of all the steps after which states that were apart are likely to have the same bits
 add, divide, exp, less, multiply, negative, subtract = np.add, np.divide, np.exp, np.less, np.multiply, np.negative, np.subtract
 
 
@@ -144,13 +147,20 @@ def slope(name: str, c: Array) -> MaybeArray:
 def run_states(states: Array, z: Array, e: Array, below: Array, move: Array, v: MaybeArray, pad: Pad | None) -> None:
     """states[0] is known; fills the others. e and below are the exponential of the forget gate's argument and 1 + e, where v is
     None; else e comes as the argument less v * c and becomes the exponential, and below is room. move: becomes
-    (c_prev - z) * (1 - f), the last step's if it has one row."""
+    (c_prev - z) * (1 - f), or is room if it has one row."""
     length, t, size = len(z), 0, 4
     if v is None:
         small = small_gates(e)
-        if length == 1:
-            run_steps(states[:1], [(states[1:], z, e, below, move, None, small, pad and pad.columns)])
-            return
+        if count := slices(e, below):
+            t = run_slices(count, states, z, e, below, small, pad)
+            if len(move) > 1:
+                divide(subtract(states[:t], z[:t], move[:t]), below[:t], move[:t])
+                move = move[t:]
+            if t == length:
+                return
+            states, z, e, below, small = states[t:], z[t:], e[t:], below[t:], small if small is None else small[t:]
+            pad = pad and Pad(pad.columns[t:], pad.steps[t:])
+        steps = _steps(states, z, few_gates(small, e), below, move, None, None, pad)
     else:
         room, below = below, below[:1]
         if length >= 8 * size and z[0].size <= RARELY_SMALL:
@@ -170,16 +180,67 @@ def run_states(states: Array, z: Array, e: Array, below: Array, move: Array, v: 
             states, z, e = states[t:], z[t:], e[t:]
             move, v = (a[t:] if len(a) > 1 else a for a in (move, v))
             pad = pad and Pad(pad.columns[t:], pad.steps[t:])
-        small = np.empty((1, *z.shape[1:]), bool)
-    run_steps(states[0], _steps(states, z, e, below, move, v, small, pad))
+        steps = _steps(states, z, e, below, move, v, np.empty((1, *z.shape[1:]), bool), pad)
+    run_steps(states[0], steps)
 
 
 def _steps(
-    states: Array, z: Array, e: Array, below: Array, move: Array, v: MaybeArray, small: MaybeArray, pad: Pad | None
+    states: Array, z: Array, e: Iterable[Any], below: Array, move: Array, v: MaybeArray, small: MaybeArray, pad: Pad | None
 ) -> Any:
     """For run_steps; of an array that has one row, it is for all."""
     rows = [repeat(None) if a is None else a if len(a) > 1 else repeat(a[0]) for a in (below, move, v, small)]
     return zip(states[1:], z, e, *rows, repeat(None) if pad is None else pad.steps, strict=False)
+
+
+def slices(e: Array, below: Array) -> int:
+    """Into how many slices of time run_slices best cuts the steps, 0: into none. e and below = 1 + e
+    are of the forget gates, some of which tell in about how many steps a difference between two states falls below rounding."""
+    length, size = len(e), e.size
+    if size > RARELY_SMALL * length or length < 4 * CHUNK:
+        return 0
+    some = np.s_[:: length // 16]
+    lost = add.reduce(np.log(divide(below[some], e[some])), 0)  # -log(f) of 16 steps
+    apart = 16 * MERGED[e.dtype] / np.fmin.reduce(lost, None)
+    if not 0 <= apart < length:  # or it is NaN
+        return 0
+    steps = CHUNK * max(1, round(math.sqrt(apart * size / CALL) / CHUNK))
+    return length // steps if (steps + apart) * (CALL + size / steps) + 1.5 * size < 0.9 * (CALL * length + size) else 0
+
+
+def run_slices(count: int, states: Array, z: Array, e: Array, below: Array, small: MaybeArray, pad: Pad | None) -> int:
+    """run_states of as many steps as there are in so many slices of time, all of which run at once; returns how many.
+
+    Where a slice begins is known when the one before it ends. So each begins at 0, and then again where the one before it has
+    ended, until their states have the bits that they had: all later ones would have, too. Forget gates bring two states
+    together and rounding makes them one, so that takes few steps; and each time one more slice begins as it did before, so it
+    ends. The bits are those of one step after another.
+    """
+    length, shape = len(z) // count, z.shape[1:]
+    whole = length * count
+    order = np.arange(whole).reshape(count, length).T.ravel()  # of the steps: each of all slices next to one another
+
+    def side_by_side(a: Array) -> Array:
+        return a.take(order, 0, None, "clip").reshape(length, -1, *a.shape[2:])
+
+    now = np.zeros((length + 1, count * shape[0], shape[1]), z.dtype)
+    now[0, : shape[0]] = states[0]
+    few = repeat(None) if small is None else few_gates(side_by_side(small), side_by_side(e))
+    stops = pad and Pad(pad.columns, with_any(side_by_side(pad.columns)))
+    steps = list(_steps(now, side_by_side(z), few, side_by_side(below), np.empty_like(now[:1]), None, None, stops))
+    for again in range(count):
+        for t in range(0, length, CHUNK):
+            end = now[min(t + CHUNK, length)]
+            before = end.tobytes()
+            run_steps(now[t], steps[t : t + CHUNK])
+            if again and end.tobytes() == before:
+                break
+        else:
+            now[0, shape[0] :] = now[-1, : -shape[0]]
+            continue
+        break
+    back = np.arange(whole).reshape(length, count).T.ravel()
+    now[1:].reshape(whole, *shape).take(back, 0, states[1 : whole + 1], "clip")
+    return whole
 
 
 def small_gates(e: Array) -> MaybeArray:
@@ -188,25 +249,41 @@ def small_gates(e: Array) -> MaybeArray:
     return None if e.item(e.argmin()) >= bound.item() else less(e, bound)  # the least may be NaN
 
 
+def few_gates(small: MaybeArray, e: Array) -> Iterable[tuple[Array, Array] | None]:
+    """Of each step the small gates, their places in its flat row and their e, None where there are none."""
+    if small is None:
+        return repeat(None)
+    return [None if row is None else (i := row.ravel().nonzero()[0], et.ravel()[i]) for row, et in zip(with_any(small), e)]
+
+
+def with_any(rows: Array) -> list[MaybeArray]:
+    """Rows, None for those without a True."""
+    some = set((rows.ravel().nonzero()[0] // rows[0].size).tolist())
+    return [row if t in some else None for t, row in enumerate(rows)]
+
+
 def run_steps(c: Array, steps: Iterable[Any]) -> None:
-    """c = c - (c - z) / (1 + e), or (e*c + z) / (1 + e) where f = e / (1 + e) is small."""
+    """c = c - (c - z) / (1 + e), or (e*c + z) / (1 + e) where f = e / (1 + e) is small: with v, et is the argument less v*c and
+    becomes e; without, it is what few_gates gives."""
     one, bound = ONE[c.dtype], SMALL_E[c.dtype]
     for new, zt, et, bt, mt, vt, st, stop in steps:
+        few = et
         if vt is not None:
             multiply(vt, c, mt)
             add(et, mt, et)
             exp(et, et)
             add(et, one, bt)
+            few = None
             if st is not None:
                 less(et, bound, st)
+                if 1 in st.tobytes():  # st.any() takes ten times as long
+                    few = (i := st.ravel().nonzero()[0], et.ravel()[i])
         subtract(c, zt, mt)
         divide(mt, bt, mt)
         subtract(c, mt, new)
-        if st is not None and 1 in st.tobytes():  # st.any() takes ten times as long
-            (few,) = st.ravel().nonzero()  # flat: much faster than by rows and columns
-            to, ef, cf, zf, bf = new.ravel(), et.ravel(), c.ravel(), zt.ravel(), bt.ravel()
-            for i in few if len(few) < 3 else [few]:  # an array of indices costs as much as three numbers
-                to[i] = (ef[i] * cf[i] + zf[i]) / bf[i]
+        if few is not None:  # flat: much faster than by rows and columns
+            i, ef = few
+            new.ravel()[i] = (ef * c.ravel()[i] + zt.ravel()[i]) / bt.ravel()[i]
         if stop is not None:
             np.copyto(new, c, where=stop)
         c = new
@@ -254,18 +331,26 @@ def skip_factor(r: Array, q: Array, m: MaybeArray, gate_mask: bool, out: Array) 
 
 
 def write_h(
-    r: Array, q: Array, a: Array, s: MaybeArray, m: MaybeArray, gate_mask: bool, spare: Array, h: Array, pad: Pad | None
+    e: Array, below: Array, a: Array, s: MaybeArray, m: MaybeArray, gate_mask: bool, top: Array, y: Array, h: Array, pad: Pad | None
 ) -> None:
-    """h = r*m * a + w * s, of r and q = 1 - r, which are lost."""
-    if s is not None:
-        multiply(skip_factor(r, q, m, gate_mask, spare), s, q)
-    if m is not None:
-        multiply(r, m, r)
-    multiply(r, a, r)
-    if s is None:
-        store(r, h, pad)
+    """h = r*m * a + w * s of e and below = 1 + e, as (e * y + s) / (1 + e) with y = m*a or, mask on the gate, m*a + (1 - m)*s.
+    top, y: room; below is lost."""
+    if m is None:
+        y = a
     else:
-        put(add, r, q, h, pad)
+        multiply(a, m, y)
+        if gate_mask and s is not None:
+            add(y, multiply(s, 1 - m, top), y)
+    multiply(e, y, top)
+    if s is not None:
+        add(top, s, top)
+    if not math.isfinite(add.reduce(top, None)):
+        few = (~np.isfinite(top)).nonzero()  # where e, or its product, overflowed
+        ef, q = e[few], 1 / below[few]
+        hf = np.where(np.isinf(ef), 1, ef * q) * y[few]
+        top[few] = hf if s is None else hf + q * s[few]
+        below[few] = 1
+    put(divide, top, below, h, pad)
 
 
 def reset_difference(a: Array, s: MaybeArray, m: MaybeArray, gate_mask: bool, out: Array) -> Array:
@@ -337,9 +422,8 @@ def forward(
                 if h is not None:
                     if late is not None:
                         exponentials(e[1:], late[1:], now[:-1], below[1:])
-                    gates(r, q)
                     s = tile.skip(t0, t1, out=g)
-                    write_h(r, q, activate(activation, new), s, tile.mask, tile.gate_mask, f, h[t0:t1], pad)
+                    write_h(r, q, activate(activation, new), s, tile.mask, tile.gate_mask, f, u0, h[t0:t1], pad)
                 if all_saved:
                     c[t0:t1] = new
                 for i in range(bisect_right(saved, t0), bisect_right(saved, t1)) if saved else ():
@@ -372,15 +456,15 @@ def one_step(
         v = widened(weight_c, dtype)
         v = v[:, None, None] if v.ndim == 2 else v.transpose(3, 0, 1, 2)
     exponentials(e, v, c_prev, below)
-    run_steps(c_prev, [(new, u0 if candidate == "identity" else activate(candidate, u0), f, g, move, None, small_gates(f), None)])
-    gates(r, q)
+    (few,) = islice(few_gates(small_gates(f), f), 1)
+    run_steps(c_prev, [(new, u0 if candidate == "identity" else activate(candidate, u0), few, g, move, None, None, None)])
     if (s := x if k == 3 else u[..., 3]) is not None:
         s = widened(s, dtype)
         if k == 3 and scale_x != 1:
             s = multiply(s, np.array(scale_x, dtype), g)
     if mask is not None:
         mask = widened(mask, dtype)
-    write_h(r, q, new if activation == "identity" else activate(activation, new), s, mask, gate_mask, f, h, None)
+    write_h(r, q, new if activation == "identity" else activate(activation, new), s, mask, gate_mask, f, u0, h, None)
     if c is not None:
         c[...] = new
     if c_last is not None and new.base is room:
@@ -583,7 +667,7 @@ class _Tile:
         columns = self.mask_pad[t0:t1, :, None] != 0
         if not columns.any():
             return None
-        return Pad(columns, [row if row.any() else None for row in columns])
+        return Pad(columns, with_any(columns))
 
 
 Operands = tuple[Any, ...]  # arrays or None
