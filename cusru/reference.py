@@ -196,7 +196,7 @@ def slices(e: Array, below: Array) -> int:
     """Into how many slices of time run_slices best cuts the steps, 0: into none. e and below = 1 + e
     are of the forget gates, some of which tell in about how many steps a difference between two states falls below rounding."""
     length, size = len(e), e.size
-    if size > RARELY_SMALL * length or length < 4 * CHUNK:
+    if size > RARELY_SMALL * length or length < 16 * CHUNK:
         return 0
     some = np.s_[:: length // 16]
     lost = add.reduce(np.log(divide(below[some], e[some])), 0)  # -log(f) of 16 steps
@@ -250,20 +250,25 @@ def small_gates(e: Array) -> MaybeArray:
 
 
 def few_gates(small: MaybeArray, e: Array) -> Iterable[tuple[Array, Array] | None]:
-    """Of each step the small gates, their places in its flat row and their e, None where there are none."""
-    if small is None:
-        return repeat(None)
-    return [None if row is None else (i := row.ravel().nonzero()[0], et.ravel()[i]) for row, et in zip(with_any(small), e)]
+    """Of each step which gates are small and the e of all, None where there are none."""
+    return repeat(None) if small is None else [None if row is None else (row, et) for row, et in zip(with_any(small), e, strict=True)]
 
 
 def with_any(rows: Array) -> list[MaybeArray]:
     """Rows, None for those without a True."""
-    some = set((rows.ravel().nonzero()[0] // rows[0].size).tolist())
-    return [row if t in some else None for t, row in enumerate(rows)]
+    found: list[MaybeArray] = [None] * len(rows)
+    if rows.size:
+        content, width = rows.tobytes(), rows[0].size
+        at = content.find(1)  # much faster than any(), of many short rows and of few long ones
+        while at >= 0:
+            t = at // width
+            found[t] = rows[t]
+            at = content.find(1, (t + 1) * width)
+    return found
 
 
 def run_steps(c: Array, steps: Iterable[Any]) -> None:
-    """c = c - (c - z) / (1 + e), or (e*c + z) / (1 + e) where f = e / (1 + e) is small: with v, et is the argument less v*c and
+    """c = c - (c - z) / (1 + e), or (e*c + z) / (1 + e) where f = e / (1 + e) is small. With v, et is the argument less v*c and
     becomes e; without, it is what few_gates gives."""
     one, bound = ONE[c.dtype], SMALL_E[c.dtype]
     for new, zt, et, bt, mt, vt, st, stop in steps:
@@ -277,49 +282,45 @@ def run_steps(c: Array, steps: Iterable[Any]) -> None:
             if st is not None:
                 less(et, bound, st)
                 if 1 in st.tobytes():  # st.any() takes ten times as long
-                    few = (i := st.ravel().nonzero()[0], et.ravel()[i])
+                    few = st, et
         subtract(c, zt, mt)
         divide(mt, bt, mt)
         subtract(c, mt, new)
-        if few is not None:  # flat: much faster than by rows and columns
-            i, ef = few
-            new.ravel()[i] = (ef * c.ravel()[i] + zt.ravel()[i]) / bt.ravel()[i]
+        if few is not None:
+            (places,) = few[0].ravel().nonzero()  # flat: much faster than by rows and columns
+            to, ef, cf, zf, bf = new.ravel(), few[1].ravel(), c.ravel(), zt.ravel(), bt.ravel()
+            for i in places if len(places) < 3 else [places]:  # an array of indices costs as much as three numbers
+                to[i] = (ef[i] * cf[i] + zf[i]) / bf[i]
         if stop is not None:
             np.copyto(new, c, where=stop)
         c = new
 
 
-def split(f: Array, g: Array, p: Array, out: Array) -> MaybeArray:
-    """f as keep + p: 1 and p = -g or, where f is small, 0 and f. Returns keep, None where all are 1. An element's arithmetic
-    does not depend on what the others are: 1 * c is c."""
-    negative(g, p)
-    if f.item(f.argmin()) >= SMALL_F:
-        return None
-    (few,) = (f < SMALL_F).ravel().nonzero()
-    if not len(few):  # it was NaN
-        return None
-    p.put(few, f.take(few))
-    out.fill(1)
-    out.put(few, 0)
-    return out
-
-
-def run_carry(carry: Array, gc: Array, p: Array, keep: MaybeArray, q: MaybeArray, pad: Pad | None) -> None:
+def run_carry(
+    carry: Array, gc: Array, f: Array, g: Array, p: Array, q: MaybeArray, small: list[MaybeArray], pad: Pad | None
+) -> None:
     """From the last step to the first: gc comes as gh * r*m * activation'(c), and the carry is added to it; then
-    carry = keep*gc + (p*gc + q). p and keep are lost."""
+    carry = gc - g*gc or, where f is small, f*gc, and g becomes g*gc. With q, carry = gc + (p*gc + q), p = A*v_f - g, or
+    (A*v_f + f)*gc + q where f is small; p is lost."""
     for t in range(len(gc) - 1, -1, -1):
-        row, new = gc[t], p[t]
+        row, st, stop = gc[t], small[t], None if pad is None else pad.steps[t]
+        new = carry if stop is None else np.empty_like(carry)
         add(row, carry, row)
-        multiply(new, row, new)
-        if q is not None:
-            add(new, q[t], new)
-        if keep is not None:
-            kept = keep[t]
-            row = multiply(kept, row, kept)
-        if pad is not None and (stop := pad.steps[t]) is not None:
-            np.copyto(carry, add(new, row, new), where=~stop)
+        if q is None:
+            part = g[t]
+            multiply(part, row, part)
+            subtract(row, part, new)
+            if st is not None:
+                np.copyto(new, f[t] * row, where=st)
         else:
-            add(new, row, carry)
+            part = p[t]
+            multiply(part, row, part)
+            add(part, q[t], part)
+            add(row, part, new)
+            if st is not None:
+                np.copyto(new, part, where=st)
+        if stop is not None:
+            np.copyto(carry, new, where=~stop)
 
 
 def skip_factor(r: Array, q: Array, m: MaybeArray, gate_mask: bool, out: Array) -> Array:
@@ -331,26 +332,18 @@ def skip_factor(r: Array, q: Array, m: MaybeArray, gate_mask: bool, out: Array) 
 
 
 def write_h(
-    e: Array, below: Array, a: Array, s: MaybeArray, m: MaybeArray, gate_mask: bool, top: Array, y: Array, h: Array, pad: Pad | None
+    r: Array, q: Array, a: Array, s: MaybeArray, m: MaybeArray, gate_mask: bool, spare: Array, h: Array, pad: Pad | None
 ) -> None:
-    """h = r*m * a + w * s of e and below = 1 + e, as (e * y + s) / (1 + e) with y = m*a or, mask on the gate, m*a + (1 - m)*s.
-    top, y: room; below is lost."""
-    if m is None:
-        y = a
-    else:
-        multiply(a, m, y)
-        if gate_mask and s is not None:
-            add(y, multiply(s, 1 - m, top), y)
-    multiply(e, y, top)
+    """h = r*m * a + w * s, of r and q = 1 - r, which are lost."""
     if s is not None:
-        add(top, s, top)
-    if not math.isfinite(add.reduce(top, None)):
-        few = (~np.isfinite(top)).nonzero()  # where e, or its product, overflowed
-        ef, q = e[few], 1 / below[few]
-        hf = np.where(np.isinf(ef), 1, ef * q) * y[few]
-        top[few] = hf if s is None else hf + q * s[few]
-        below[few] = 1
-    put(divide, top, below, h, pad)
+        multiply(skip_factor(r, q, m, gate_mask, spare), s, q)
+    if m is not None:
+        multiply(r, m, r)
+    multiply(r, a, r)
+    if s is None:
+        store(r, h, pad)
+    else:
+        put(add, r, q, h, pad)
 
 
 def reset_difference(a: Array, s: MaybeArray, m: MaybeArray, gate_mask: bool, out: Array) -> Array:
@@ -422,8 +415,9 @@ def forward(
                 if h is not None:
                     if late is not None:
                         exponentials(e[1:], late[1:], now[:-1], below[1:])
+                    gates(r, q)
                     s = tile.skip(t0, t1, out=g)
-                    write_h(r, q, activate(activation, new), s, tile.mask, tile.gate_mask, f, u0, h[t0:t1], pad)
+                    write_h(r, q, activate(activation, new), s, tile.mask, tile.gate_mask, f, h[t0:t1], pad)
                 if all_saved:
                     c[t0:t1] = new
                 for i in range(bisect_right(saved, t0), bisect_right(saved, t1)) if saved else ():
@@ -458,13 +452,14 @@ def one_step(
     exponentials(e, v, c_prev, below)
     (few,) = islice(few_gates(small_gates(f), f), 1)
     run_steps(c_prev, [(new, u0 if candidate == "identity" else activate(candidate, u0), few, g, move, None, None, None)])
+    gates(r, q)
     if (s := x if k == 3 else u[..., 3]) is not None:
         s = widened(s, dtype)
         if k == 3 and scale_x != 1:
             s = multiply(s, np.array(scale_x, dtype), g)
     if mask is not None:
         mask = widened(mask, dtype)
-    write_h(r, q, new if activation == "identity" else activate(activation, new), s, mask, gate_mask, f, u0, h, None)
+    write_h(r, q, new if activation == "identity" else activate(activation, new), s, mask, gate_mask, f, h, None)
     if c is not None:
         c[...] = new
     if c_last is not None and new.base is room:
@@ -572,10 +567,18 @@ def backward(
                 if (da := slope(activation, c_next)) is not None:
                     multiply(gc, da, gc)
                 # ... and the forget gate's.
-                keep = split(f, g, p, out=spare)
+                small = None if f.item(f.argmin()) >= SMALL_F else f < SMALL_F  # the least may be NaN
                 if v is not None:
-                    add(p, multiply(adjoint, v[0], carried), p)
-                run_carry(carry, gc, p, keep, None if v is None else multiply(gu2, v[1], carried), pad)
+                    multiply(adjoint, v[0], p)
+                    if small is None:
+                        subtract(p, g, p)
+                    else:
+                        places = small.ravel().nonzero()[0]
+                        kept = p.take(places) + f.take(places)
+                        subtract(p, g, p).put(places, kept)
+                run_carry(carry, gc, f, g, p, None if v is None else multiply(gu2, v[1], carried), [None] * steps if small is None else with_any(small), pad)
+                if v is not None:
+                    multiply(gc, g, g)
                 # What does: gradients of the block.
                 if not of_gates:
                     continue
@@ -587,8 +590,8 @@ def backward(
                     np.copyto(terms, 0, where=pad.columns)
                 if gu is not None:
                     if (du0 := None if candidate == "identity" else slope(candidate, u0)) is not None:
-                        multiply(gc, du0, gc)
-                    store(multiply(gc, g, gc), gu[0, t0:t1], pad)
+                        multiply(g, du0, g)
+                    store(g, gu[0, t0:t1], pad)
                     narrow(gu1, gu[1, t0:t1])
                     narrow(gu2, gu[2, t0:t1])
                 if per_step and grad_weight_c is not None:

@@ -482,7 +482,7 @@ def test_the_caller_s_errstate_stays(length, kept_elsewhere, monkeypatch):
         before = np.geterr(), np.geterrcall(), np.getbufsize()
         out = run_forward(case)
         run_backward(case, out["h"], None, out["c"])
-        monkeypatch.setattr(reference, "exponentials", interrupted)
+        monkeypatch.setattr(reference, "gates", interrupted)
         for run in (lambda: run_forward(case), lambda: run_backward(case, out["h"], None, out["c"])):
             with pytest.raises(KeyboardInterrupt):
                 run()
