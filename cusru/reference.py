@@ -65,7 +65,10 @@ BFLOAT16, FLOAT32, FLOAT64 = np.dtype(np.uint16), np.dtype(np.float32), np.dtype
 # As arrays, which a ufunc need not convert.
 ZERO, ONE = ({dtype: np.full((), value, dtype) for dtype in (FLOAT32, FLOAT64)} for value in (0, 1))
 SMALL_E = {dtype: np.full((), SMALL_F / (1 - SMALL_F), dtype) for dtype in (FLOAT32, FLOAT64)}
-MERGED = {FLOAT32: 35.0, FLOAT64: 55.0}  # -log(f) of all the steps after which states that were apart are likely to have the same bits
+MERGED = {
+    FLOAT32: 35.0,
+    FLOAT64: 55.0,
+}  # -log(f) of all the steps after which states that were apart are likely to have the same bits
 add, divide, exp, less, multiply, negative, subtract = np.add, np.divide, np.exp, np.less, np.multiply, np.negative, np.subtract
 
 
@@ -251,7 +254,11 @@ def small_gates(e: Array) -> MaybeArray:
 
 def few_gates(small: MaybeArray, e: Array) -> Iterable[tuple[Array, Array] | None]:
     """Of each step which gates are small and the e of all, None where there are none."""
-    return repeat(None) if small is None else [None if row is None else (row, et) for row, et in zip(with_any(small), e, strict=True)]
+    return (
+        repeat(None)
+        if small is None
+        else [None if row is None else (row, et) for row, et in zip(with_any(small), e, strict=True)]
+    )
 
 
 def with_any(rows: Array) -> list[MaybeArray]:
@@ -533,23 +540,27 @@ def backward(
                 steps, pad, v = t1 - t0, tile.pad(t0, t1), tile.weights(t0, t1)
                 c_prev, c_next, planes, adjoint = history.read(t0, t1)
                 rows = room[:, :steps]
-                e, below, terms = planes[1:], rows[:2], rows[2:6]
-                u0, f, r = planes[0], planes[1], planes[2]
-                g, q, gu1, gu2, p, carried, spare = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6]
+                u0, f, terms = planes[0], planes[1], rows[2:6]
+                gu1, gu2, p, carried, spare = rows[2], rows[3], rows[4], rows[5], rows[6]
                 if history.complete:
+                    r, g, q, e, below = planes[2], rows[0], rows[1], planes[1:], rows[:2]
                     load(tile.planes[:3, t0:t1], planes)
                     if tile.bias is not None:
                         add(e, tile.bias, e)
                     exponentials(e, v, c_prev, below)
                     subtract(c_prev, activate(candidate, u0), adjoint)
                     divide(adjoint, g, adjoint)
+                    gates(e, below)
                 else:
+                    g, r, q = planes[2], rows[0], rows[1]
                     load(tile.planes[2, t0:t1], r)
                     if tile.bias is not None:
                         add(r, tile.bias[1], r)
-                    exponentials(e[1:], None if v is None else v[1:], c_prev, below[1:])
-                    add(f, ONE[f.dtype], g)
-                gates(e, below)
+                    exponentials(rows[:1], None if v is None else v[1:], c_prev, rows[1:2])
+                    if v is not None:
+                        add(f, ONE[f.dtype], g)
+                    gates(f, g)
+                    gates(r, q)
                 multiply(adjoint, f, adjoint)  # A
                 # What does not depend on the carry: the reset gate's side, ...
                 gh, s = widened(grad_h[t0:t1], tile.dtype), tile.skip(t0, t1, out=gu1)
@@ -576,7 +587,16 @@ def backward(
                         places = small.ravel().nonzero()[0]
                         kept = p.take(places) + f.take(places)
                         subtract(p, g, p).put(places, kept)
-                run_carry(carry, gc, f, g, p, None if v is None else multiply(gu2, v[1], carried), [None] * steps if small is None else with_any(small), pad)
+                run_carry(
+                    carry,
+                    gc,
+                    f,
+                    g,
+                    p,
+                    None if v is None else multiply(gu2, v[1], carried),
+                    [None] * steps if small is None else with_any(small),
+                    pad,
+                )
                 if v is not None:
                     multiply(gc, g, g)
                 # What does: gradients of the block.
@@ -770,8 +790,8 @@ class _History:
 
     def read(self, t0: int, t1: int) -> tuple[Array, Array, Array, Array]:
         """For the steps [t0, t1), each of which comes first: the states before and after, and room for the planes of u and for
-        (c_prev - z) * (1 - f). Where steps are run again, these hold u0, the exponential of the forget gate's argument, and
-        that product. The last two are the caller's to change. Blocks are read from the last to the first."""
+        (c_prev - z) * (1 - f). Where steps are run again, these hold u0, e of the forget gate, without weight_c 1 + e, and that
+        product. All but the states is the caller's to change. Blocks are read from the last to the first."""
         states, planes, move = self.spans
         if not self.complete:
             if t0 < self.low:
@@ -796,7 +816,7 @@ class _History:
         self.low = low = self.saved[i] if i >= 0 else 0
         if rest := t1 - known:  # steps of this block that were run with the block after it
             states[known - low + 1 : t1 - low + 1] = states[1 : rest + 1]  # NumPy sees to the overlap
-            planes[:2, known - low : t1 - low] = planes[:2, :rest]
+            planes[:, known - low : t1 - low] = planes[:, :rest]
             move[known - low : t1 - low] = move[:rest]
         if i < 0:
             load(tile.c0, states[0])
@@ -808,11 +828,10 @@ class _History:
             load(tile.planes[:2, t:end], planes[:2, now])
             if tile.bias is not None:
                 add(planes[1, now], tile.bias[0], planes[1, now])
-            below = planes[2:, now]  # not in use yet
             if v is None:
-                exponentials(planes[1:2, now], None, new, below)
+                exponentials(planes[1:2, now], None, new, planes[2:, now])
             z = activate(tile.candidate, planes[0, now])
-            run_states(new, z, planes[1, now], below[0], move[now], None if v is None else v[0], tile.pad(t, end))
+            run_states(new, z, planes[1, now], planes[2, now], move[now], None if v is None else v[0], tile.pad(t, end))
 
 
 Total = tuple[Array, MaybeArray]  # of some blocks' terms, and what rounding took from it
