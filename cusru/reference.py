@@ -38,7 +38,7 @@ import contextlib
 import contextvars
 import math
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice, repeat
 from typing import Any, ClassVar, NamedTuple
 
@@ -58,6 +58,7 @@ KEPT_BYTES = 16 << 20  # of scratch memory, at most, that a call leaves to later
 ALL_KEPT_BYTES = 64 << 20  # that all calls have left, of all threads
 RARELY_SMALL = 1024  # columns, at most, of which most steps have no small forget gate
 CALL = 3000  # elements on which a ufunc spends as much time as its call and a step's views cost
+SHORT = 128  # steps, of which fewer are not cut into slices of time
 CHUNK = 8  # steps, after which slices of time are looked at
 RUNNING_SUM = 8  # so many terms, and no more, are added one after another
 
@@ -154,8 +155,8 @@ def run_states(states: Array, z: Array, e: Array, below: Array, move: Array, v: 
     length, t, size = len(z), 0, 4
     if v is None:
         small = small_gates(e)
-        if count := slices(e, below):
-            t = run_slices(count, states, z, e, below, small, pad)
+        if length >= SHORT and (count := slices(e, lambda some: divide(e[some], below[some]))):
+            t = run_states_in_slices(_Slices(count, length), states, z, e, below, small, pad)
             if len(move) > 1:
                 divide(subtract(states[:t], z[:t], move[:t]), below[:t], move[:t])
                 move = move[t:]
@@ -195,55 +196,74 @@ def _steps(
     return zip(states[1:], z, e, *rows, repeat(None) if pad is None else pad.steps, strict=False)
 
 
-def slices(e: Array, below: Array) -> int:
-    """Into how many slices of time run_slices best cuts the steps, 0: into none. e and below = 1 + e
-    are of the forget gates, some of which tell in about how many steps a difference between two states falls below rounding."""
-    length, size = len(e), e.size
-    if size > RARELY_SMALL * length or length < 16 * CHUNK:
+def slices(a: Array, factors: Callable[[Any], Array]) -> int:
+    """Into how many slices of time it is best to cut the steps of a, 0: into none. factors: by what some steps multiply a
+    difference of states, which tells in about how many it falls below rounding."""
+    length, size = len(a), a.size
+    if size > RARELY_SMALL * length:
         return 0
-    some = np.s_[:: length // 16]
-    lost = add.reduce(np.log(divide(below[some], e[some])), 0)  # -log(f) of 16 steps
-    apart = 16 * MERGED[e.dtype] / np.fmin.reduce(lost, None)
-    if not 0 <= apart < length:  # or it is NaN
+    some = factors(np.s_[:: length // 16])
+    lost = -np.fmax.reduce(add.reduce(np.log(np.abs(some)), 0), None) / len(some)
+    apart = MERGED[a.dtype] / lost if lost > 0 else math.inf  # or it is NaN
+    if apart > length:
         return 0
     steps = CHUNK * max(1, round(math.sqrt(apart * size / CALL) / CHUNK))
-    return length // steps if (steps + apart) * (CALL + size / steps) + 1.5 * size < 0.9 * (CALL * length + size) else 0
+    return length // steps if (steps + apart) * (CALL + size / steps) + 2 * size < 0.9 * (CALL * length + size) else 0
 
 
-def run_slices(count: int, states: Array, z: Array, e: Array, below: Array, small: MaybeArray, pad: Pad | None) -> int:
-    """run_states of as many steps as there are in so many slices of time, all of which run at once; returns how many.
+class _Slices:
+    """Some slices of time, of all the steps but for the last few, which run at once: of few columns a ufunc call costs more
+    than its work.
 
     Where a slice begins is known when the one before it ends. So each begins at 0, and then again where the one before it has
     ended, until their states have the bits that they had: all later ones would have, too. Forget gates bring two states
     together and rounding makes them one, so that takes few steps; and each time one more slice begins as it did before, so it
     ends. The bits are those of one step after another.
     """
-    length, shape = len(z) // count, z.shape[1:]
-    whole = length * count
-    order = np.arange(whole).reshape(count, length).T.ravel()  # of the steps: each of all slices next to one another
 
-    def side_by_side(a: Array) -> Array:
-        return a.take(order, 0, None, "clip").reshape(length, -1, *a.shape[2:])
+    def __init__(self, count: int, total: int, reverse: bool = False) -> None:
+        self.count, self.length = count, total // count  # of slices, and of the steps of each
+        self.whole = count * self.length
+        order = np.arange(self.whole).reshape(count, self.length).T.ravel()
+        back = np.arange(self.whole).reshape(self.length, count).T.ravel()
+        self.order, self.back = (total - 1 - order, back[::-1]) if reverse else (order, back)
 
-    now = np.zeros((length + 1, count * shape[0], shape[1]), z.dtype)
-    now[0, : shape[0]] = states[0]
-    few = repeat(None) if small is None else few_gates(side_by_side(small), side_by_side(e))
-    stops = pad and Pad(pad.columns, with_any(side_by_side(pad.columns)))
-    steps = list(_steps(now, side_by_side(z), few, side_by_side(below), np.empty_like(now[:1]), None, None, stops))
-    for again in range(count):
-        for t in range(0, length, CHUNK):
-            end = now[min(t + CHUNK, length)]
-            before = end.tobytes()
-            run_steps(now[t], steps[t : t + CHUNK])
-            if again and end.tobytes() == before:
+    def cut(self, a: Array) -> Array:
+        """(total, b, d) as (length, count * b, d)."""
+        return a.take(self.order, 0, None, "clip").reshape(self.length, -1, *a.shape[2:])
+
+    def join(self, a: Array, out: Array) -> None:
+        a.reshape(self.whole, *out.shape[1:]).take(self.back, 0, out, "clip")
+
+    def run(self, start: Array, walk: Callable[[Array, slice], Array]) -> Array:
+        """walk: from some states through some steps, to states that it returns. Returns those after all steps."""
+        starts, ends = np.zeros((self.count * len(start), start.shape[1]), start.dtype), dict[int, bytes]()
+        starts[: len(start)] = start
+        for _ in range(self.count):
+            now, same = starts, False
+            for t in range(0, self.length, CHUNK):
+                now = walk(now, slice(t, t + CHUNK))
+                content = now.tobytes()
+                if same := ends.get(t) == content:
+                    break
+                ends[t] = content
+            if same:
                 break
-        else:
-            now[0, shape[0] :] = now[-1, : -shape[0]]
-            continue
-        break
-    back = np.arange(whole).reshape(length, count).T.ravel()
-    now[1:].reshape(whole, *shape).take(back, 0, states[1 : whole + 1], "clip")
-    return whole
+            starts[len(start) :] = now[: -len(start)]
+        return np.frombuffer(ends[(self.length - 1) // CHUNK * CHUNK], start.dtype).reshape(starts.shape)[-len(start) :]
+
+
+def run_states_in_slices(
+    slices: _Slices, states: Array, z: Array, e: Array, below: Array, small: MaybeArray, pad: Pad | None
+) -> int:
+    """Returns how many steps it has run."""
+    new = np.empty((slices.length + 1, slices.count * z.shape[1], z.shape[2]), z.dtype)
+    few = repeat(None) if small is None else few_gates(slices.cut(small), slices.cut(e))
+    stops = pad and Pad(pad.columns, with_any(slices.cut(pad.columns)))
+    steps = list(_steps(new, slices.cut(z), few, slices.cut(below), np.empty_like(new[:1]), None, None, stops))
+    slices.run(states[0], lambda c, some: run_steps(c, steps[some]))
+    slices.join(new[1:], states[1 : slices.whole + 1])
+    return slices.whole
 
 
 def small_gates(e: Array) -> MaybeArray:
@@ -274,7 +294,7 @@ def with_any(rows: Array) -> list[MaybeArray]:
     return found
 
 
-def run_steps(c: Array, steps: Iterable[Any]) -> None:
+def run_steps(c: Array, steps: Iterable[Any]) -> Array:
     """c = c - (c - z) / (1 + e), or (e*c + z) / (1 + e) where f = e / (1 + e) is small. With v, et is the argument less v*c and
     becomes e; without, it is what few_gates gives."""
     one, bound = ONE[c.dtype], SMALL_E[c.dtype]
@@ -301,33 +321,52 @@ def run_steps(c: Array, steps: Iterable[Any]) -> None:
         if stop is not None:
             np.copyto(new, c, where=stop)
         c = new
+    return c
 
 
-def run_carry(
-    carry: Array, gc: Array, f: Array, g: Array, p: Array, q: MaybeArray, small: list[MaybeArray], pad: Pad | None
-) -> None:
+def run_carry(carry: Array, gc: Array, f: Array, g: Array, p: Array, q: MaybeArray, small: MaybeArray, pad: Pad | None) -> Array:
     """From the last step to the first: gc comes as gh * r*m * activation'(c), and the carry is added to it; then
     carry = gc - g*gc or, where f is small, f*gc, and g becomes g*gc. With q, carry = gc + (p*gc + q), p = A*v_f - g, or
-    (A*v_f + f)*gc + q where f is small; p is lost."""
-    for t in range(len(gc) - 1, -1, -1):
-        row, st, stop = gc[t], small[t], None if pad is None else pad.steps[t]
-        new = carry if stop is None else np.empty_like(carry)
-        add(row, carry, row)
+    (A*v_f + f)*gc + q where f is small; p is lost. Returns the carry."""
+    factor, total = g if q is None else p, len(gc)
+    if total >= SHORT and (count := slices(gc, lambda some: f[some] if q is None else 1 + p[some])):
+        cuts = _Slices(count, total, reverse=True)
+        rows, parts = np.empty((2, cuts.length, count * gc.shape[1], gc.shape[2]), gc.dtype)
+        qs = repeat(None) if q is None else cuts.cut(q)
+        few = repeat(None) if small is None else few_gates(cuts.cut(small), cuts.cut(f))
+        stops = repeat(None) if pad is None else with_any(cuts.cut(pad.columns))
+        steps = list(zip(cuts.cut(gc), rows, cuts.cut(factor), parts, qs, few, stops, strict=False))
+        carry = cuts.run(carry, lambda c, some: carry_steps(c, steps[some]))
+        total -= cuts.whole
+        cuts.join(rows, gc[total:])
+        cuts.join(parts, factor[total:])
+    rest = slice(total - 1, None, -1) if total else slice(0)
+    qs = repeat(None) if q is None else q[rest]
+    few = repeat(None) if small is None else few_gates(small[rest], f[rest])
+    stops = repeat(None) if pad is None else pad.steps[rest]
+    return carry_steps(carry, zip(repeat(None), gc[rest], factor[rest], repeat(None), qs, few, stops, strict=False))
+
+
+def carry_steps(c: Array, steps: Iterable[Any]) -> Array:
+    """Of run_carry: with None for gh and for part, what is computed of them replaces row and factor."""
+    room = np.empty_like(c)
+    for gh, row, factor, part, q, few, stop in steps:
+        gh, part = (row, factor) if gh is None else (gh, part)
+        new = room if stop is None else np.empty_like(c)
+        add(gh, c, row)
+        multiply(factor, row, part)
         if q is None:
-            part = g[t]
-            multiply(part, row, part)
             subtract(row, part, new)
-            if st is not None:
-                np.copyto(new, f[t] * row, where=st)
         else:
-            part = p[t]
-            multiply(part, row, part)
-            add(part, q[t], part)
+            add(part, q, part)
             add(row, part, new)
-            if st is not None:
-                np.copyto(new, part, where=st)
+        if few is not None:
+            small, f = few
+            np.copyto(new, f * row if q is None else part, where=small)
         if stop is not None:
-            np.copyto(carry, new, where=~stop)
+            np.copyto(new, c, where=stop)
+        c = new
+    return c
 
 
 def skip_factor(r: Array, q: Array, m: MaybeArray, gate_mask: bool, out: Array) -> Array:
@@ -587,16 +626,7 @@ def backward(
                         places = small.ravel().nonzero()[0]
                         kept = p.take(places) + f.take(places)
                         subtract(p, g, p).put(places, kept)
-                run_carry(
-                    carry,
-                    gc,
-                    f,
-                    g,
-                    p,
-                    None if v is None else multiply(gu2, v[1], carried),
-                    [None] * steps if small is None else with_any(small),
-                    pad,
-                )
+                carry = run_carry(carry, gc, f, g, p, None if v is None else multiply(gu2, v[1], carried), small, pad)
                 if v is not None:
                     multiply(gc, g, g)
                 # What does: gradients of the block.
