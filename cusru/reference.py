@@ -27,6 +27,9 @@ contiguous arrays of the state's dtype that the next block uses again, and a sho
 and dtype only, so neither memory layout nor save_every can change a bit of a result. bfloat16, which NumPy lacks, arrives as
 its bits in uint16.
 
+Where a step has few columns, slices of time run side by side, from guesses that are put right until the bits are those of one
+step after another: so this depends on the gates, and no bit of a result does.
+
 A small problem (one step of 512 columns) costs what its calls cost, 0.3 us each, 0.5 more where an operand is strided or has to
 be broadcast: so it is cut nowhere, u is taken apart once, and both gates are computed as one where the state before each step is
 known: of one step, or of all in a backward that has them. Its bits are those that it would have as a part of a large one.
@@ -66,10 +69,8 @@ BFLOAT16, FLOAT32, FLOAT64 = np.dtype(np.uint16), np.dtype(np.float32), np.dtype
 # As arrays, which a ufunc need not convert.
 ZERO, ONE = ({dtype: np.full((), value, dtype) for dtype in (FLOAT32, FLOAT64)} for value in (0, 1))
 SMALL_E = {dtype: np.full((), SMALL_F / (1 - SMALL_F), dtype) for dtype in (FLOAT32, FLOAT64)}
-MERGED = {
-    FLOAT32: 35.0,
-    FLOAT64: 55.0,
-}  # -log(f) of all the steps after which states that were apart are likely to have the same bits
+# -log of what differences of states are multiplied by in the steps after which they are likely to have the same bits.
+MERGED = {FLOAT32: 35.0, FLOAT64: 55.0}
 add, divide, exp, less, multiply, negative, subtract = np.add, np.divide, np.exp, np.less, np.multiply, np.negative, np.subtract
 
 
@@ -198,7 +199,7 @@ def _steps(
 
 def slices(a: Array, factors: Callable[[Any], Array]) -> int:
     """Into how many slices of time it is best to cut the steps of a, 0: into none. factors: by what some steps multiply a
-    difference of states, which tells in about how many it falls below rounding."""
+    difference of states, from which follows in about how many it falls below rounding. No bit of a result depends on it."""
     length, size = len(a), a.size
     if size > RARELY_SMALL * length:
         return 0
@@ -212,13 +213,12 @@ def slices(a: Array, factors: Callable[[Any], Array]) -> int:
 
 
 class _Slices:
-    """Some slices of time, of all the steps but for the last few, which run at once: of few columns a ufunc call costs more
-    than its work.
+    """Slices of time, of all steps but a rest, which run at once: of few columns a ufunc's call costs more than its work.
 
     Where a slice begins is known when the one before it ends. So each begins at 0, and then again where the one before it has
-    ended, until their states have the bits that they had: all later ones would have, too. Forget gates bring two states
-    together and rounding makes them one, so that takes few steps; and each time one more slice begins as it did before, so it
-    ends. The bits are those of one step after another.
+    ended, until all states have the bits that they had a round ago, as then all later ones would have them too. Forget gates
+    bring two states together and rounding makes them one, which takes few steps; and as each round begins one more slice where
+    it truly does, there are at most as many rounds as slices. The bits are those of one step after another.
     """
 
     def __init__(self, count: int, total: int, reverse: bool = False) -> None:
@@ -254,16 +254,16 @@ class _Slices:
 
 
 def run_states_in_slices(
-    slices: _Slices, states: Array, z: Array, e: Array, below: Array, small: MaybeArray, pad: Pad | None
+    cuts: _Slices, states: Array, z: Array, e: Array, below: Array, small: MaybeArray, pad: Pad | None
 ) -> int:
-    """Returns how many steps it has run."""
-    new = np.empty((slices.length + 1, slices.count * z.shape[1], z.shape[2]), z.dtype)
-    few = repeat(None) if small is None else few_gates(slices.cut(small), slices.cut(e))
-    stops = pad and Pad(pad.columns, with_any(slices.cut(pad.columns)))
-    steps = list(_steps(new, slices.cut(z), few, slices.cut(below), np.empty_like(new[:1]), None, None, stops))
-    slices.run(states[0], lambda c, some: run_steps(c, steps[some]))
-    slices.join(new[1:], states[1 : slices.whole + 1])
-    return slices.whole
+    """run_states without v of the first steps; returns of how many."""
+    new = np.empty((cuts.length + 1, cuts.count * z.shape[1], z.shape[2]), z.dtype)
+    few = repeat(None) if small is None else few_gates(cuts.cut(small), cuts.cut(e))
+    stops = pad and Pad(pad.columns, with_any(cuts.cut(pad.columns)))
+    steps = list(_steps(new, cuts.cut(z), few, cuts.cut(below), np.empty_like(new[:1]), None, None, stops))
+    cuts.run(states[0], lambda c, some: run_steps(c, steps[some]))
+    cuts.join(new[1:], states[1 : cuts.whole + 1])
+    return cuts.whole
 
 
 def small_gates(e: Array) -> MaybeArray:
@@ -272,13 +272,11 @@ def small_gates(e: Array) -> MaybeArray:
     return None if e.item(e.argmin()) >= bound.item() else less(e, bound)  # the least may be NaN
 
 
-def few_gates(small: MaybeArray, e: Array) -> Iterable[tuple[Array, Array] | None]:
-    """Of each step which gates are small and the e of all, None where there are none."""
-    return (
-        repeat(None)
-        if small is None
-        else [None if row is None else (row, et) for row, et in zip(with_any(small), e, strict=True)]
-    )
+def few_gates(small: MaybeArray, values: Array) -> Iterable[tuple[Array, Array] | None]:
+    """Of each step which gates are small, and its values, None where there are none."""
+    if small is None:
+        return repeat(None)
+    return [None if row is None else (row, of_step) for row, of_step in zip(with_any(small), values, strict=True)]
 
 
 def with_any(rows: Array) -> list[MaybeArray]:
@@ -627,8 +625,6 @@ def backward(
                         kept = p.take(places) + f.take(places)
                         subtract(p, g, p).put(places, kept)
                 carry = run_carry(carry, gc, f, g, p, None if v is None else multiply(gu2, v[1], carried), small, pad)
-                if v is not None:
-                    multiply(gc, g, g)
                 # What does: gradients of the block.
                 if not of_gates:
                     continue
@@ -639,6 +635,8 @@ def backward(
                 if pad:
                     np.copyto(terms, 0, where=pad.columns)
                 if gu is not None:
+                    if v is not None:
+                        multiply(gc, g, g)
                     if (du0 := None if candidate == "identity" else slope(candidate, u0)) is not None:
                         multiply(g, du0, g)
                     store(g, gu[0, t0:t1], pad)
