@@ -27,6 +27,9 @@ contiguous arrays of the state's dtype that the next block uses again, and a sho
 and dtype only, so neither memory layout nor save_every can change a bit of a result. bfloat16, which NumPy lacks, arrives as
 its bits in uint16.
 
+Where a step has few columns, slices of time run side by side, from guesses that are put right until the bits are those of one
+step after another: so this depends on the gates, and no bit of a result does.
+
 A small problem (one step of 512 columns) costs what its calls cost, 0.3 us each, 0.5 more where an operand is strided or has to
 be broadcast: so it is cut nowhere, u is taken apart once, and both gates are computed as one where the state before each step is
 known: of one step, or of all in a backward that has them. Its bits are those that it would have as a part of a large one.
@@ -38,7 +41,7 @@ import contextlib
 import contextvars
 import math
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice, repeat
 from typing import Any, ClassVar, NamedTuple
 
@@ -57,12 +60,17 @@ SMALL_BYTES = 16 * 1024  # of one array of all steps: as fast to allocate as to 
 KEPT_BYTES = 16 << 20  # of scratch memory, at most, that a call leaves to later ones: a backward's with save_every = 32
 ALL_KEPT_BYTES = 64 << 20  # that all calls have left, of all threads
 RARELY_SMALL = 1024  # columns, at most, of which most steps have no small forget gate
+CALL = 3000  # elements on which a ufunc spends as much time as its call and a step's views cost
+SHORT = 128  # steps, of which fewer are not cut into slices of time
+CHUNK = 8  # steps, after which slices of time are looked at
 RUNNING_SUM = 8  # so many terms, and no more, are added one after another
 
 BFLOAT16, FLOAT32, FLOAT64 = np.dtype(np.uint16), np.dtype(np.float32), np.dtype(np.float64)
 # As arrays, which a ufunc need not convert.
 ZERO, ONE = ({dtype: np.full((), value, dtype) for dtype in (FLOAT32, FLOAT64)} for value in (0, 1))
 SMALL_E = {dtype: np.full((), SMALL_F / (1 - SMALL_F), dtype) for dtype in (FLOAT32, FLOAT64)}
+# -log of what differences of states are multiplied by in the steps after which they are likely to have the same bits.
+MERGED = {FLOAT32: 35.0, FLOAT64: 55.0}
 add, divide, exp, less, multiply, negative, subtract = np.add, np.divide, np.exp, np.less, np.multiply, np.negative, np.subtract
 
 
@@ -144,13 +152,20 @@ def slope(name: str, c: Array) -> MaybeArray:
 def run_states(states: Array, z: Array, e: Array, below: Array, move: Array, v: MaybeArray, pad: Pad | None) -> None:
     """states[0] is known; fills the others. e and below are the exponential of the forget gate's argument and 1 + e, where v is
     None; else e comes as the argument less v * c and becomes the exponential, and below is room. move: becomes
-    (c_prev - z) * (1 - f), the last step's if it has one row."""
+    (c_prev - z) * (1 - f), or is room if it has one row."""
     length, t, size = len(z), 0, 4
     if v is None:
         small = small_gates(e)
-        if length == 1:
-            run_steps(states[:1], [(states[1:], z, e, below, move, None, small, pad and pad.columns)])
-            return
+        if length >= SHORT and (count := slices(e, lambda some: divide(e[some], below[some]))):
+            t = run_states_in_slices(_Slices(count, length), states, z, e, below, small, pad)
+            if len(move) > 1:
+                divide(subtract(states[:t], z[:t], move[:t]), below[:t], move[:t])
+                move = move[t:]
+            if t == length:
+                return
+            states, z, e, below, small = states[t:], z[t:], e[t:], below[t:], small if small is None else small[t:]
+            pad = pad and Pad(pad.columns[t:], pad.steps[t:])
+        steps = _steps(states, z, few_gates(small, e), below, move, None, None, pad)
     else:
         room, below = below, below[:1]
         if length >= 8 * size and z[0].size <= RARELY_SMALL:
@@ -170,16 +185,85 @@ def run_states(states: Array, z: Array, e: Array, below: Array, move: Array, v: 
             states, z, e = states[t:], z[t:], e[t:]
             move, v = (a[t:] if len(a) > 1 else a for a in (move, v))
             pad = pad and Pad(pad.columns[t:], pad.steps[t:])
-        small = np.empty((1, *z.shape[1:]), bool)
-    run_steps(states[0], _steps(states, z, e, below, move, v, small, pad))
+        steps = _steps(states, z, e, below, move, v, np.empty((1, *z.shape[1:]), bool), pad)
+    run_steps(states[0], steps)
 
 
 def _steps(
-    states: Array, z: Array, e: Array, below: Array, move: Array, v: MaybeArray, small: MaybeArray, pad: Pad | None
+    states: Array, z: Array, e: Iterable[Any], below: Array, move: Array, v: MaybeArray, small: MaybeArray, pad: Pad | None
 ) -> Any:
     """For run_steps; of an array that has one row, it is for all."""
     rows = [repeat(None) if a is None else a if len(a) > 1 else repeat(a[0]) for a in (below, move, v, small)]
     return zip(states[1:], z, e, *rows, repeat(None) if pad is None else pad.steps, strict=False)
+
+
+def slices(a: Array, factors: Callable[[Any], Array]) -> int:
+    """Into how many slices of time it is best to cut the steps of a, 0: into none. factors: by what some steps multiply a
+    difference of states, from which follows in about how many it falls below rounding. No bit of a result depends on it."""
+    length, size = len(a), a.size
+    if size > RARELY_SMALL * length:
+        return 0
+    some = factors(np.s_[:: length // 16])
+    lost = -np.fmax.reduce(add.reduce(np.log(np.abs(some)), 0), None) / len(some)
+    apart = MERGED[a.dtype] / lost if lost > 0 else math.inf  # or it is NaN
+    if apart > length:
+        return 0
+    steps = CHUNK * max(1, round(math.sqrt(apart * size / CALL) / CHUNK))
+    return length // steps if (steps + apart) * (CALL + size / steps) + 2 * size < 0.9 * (CALL * length + size) else 0
+
+
+class _Slices:
+    """Slices of time, of all steps but a rest, which run at once: of few columns a ufunc's call costs more than its work.
+
+    Where a slice begins is known when the one before it ends. So each begins at 0, and then again where the one before it has
+    ended, until all states have the bits that they had a round ago, as then all later ones would have them too. Forget gates
+    bring two states together and rounding makes them one, which takes few steps; and as each round begins one more slice where
+    it truly does, there are at most as many rounds as slices. The bits are those of one step after another.
+    """
+
+    def __init__(self, count: int, total: int, reverse: bool = False) -> None:
+        self.count, self.length = count, total // count  # of slices, and of the steps of each
+        self.whole = count * self.length
+        order = np.arange(self.whole).reshape(count, self.length).T.ravel()
+        back = np.arange(self.whole).reshape(self.length, count).T.ravel()
+        self.order, self.back = (total - 1 - order, back[::-1]) if reverse else (order, back)
+
+    def cut(self, a: Array) -> Array:
+        """(total, b, d) as (length, count * b, d)."""
+        return a.take(self.order, 0, None, "clip").reshape(self.length, -1, *a.shape[2:])
+
+    def join(self, a: Array, out: Array) -> None:
+        a.reshape(self.whole, *out.shape[1:]).take(self.back, 0, out, "clip")
+
+    def run(self, start: Array, walk: Callable[[Array, slice], Array]) -> Array:
+        """walk: from some states through some steps, to states that it returns. Returns those after all steps."""
+        starts, ends = np.zeros((self.count * len(start), start.shape[1]), start.dtype), dict[int, bytes]()
+        starts[: len(start)] = start
+        for _ in range(self.count):
+            now, same = starts, False
+            for t in range(0, self.length, CHUNK):
+                now = walk(now, slice(t, t + CHUNK))
+                content = now.tobytes()
+                if same := ends.get(t) == content:
+                    break
+                ends[t] = content
+            if same:
+                break
+            starts[len(start) :] = now[: -len(start)]
+        return np.frombuffer(ends[(self.length - 1) // CHUNK * CHUNK], start.dtype).reshape(starts.shape)[-len(start) :]
+
+
+def run_states_in_slices(
+    cuts: _Slices, states: Array, z: Array, e: Array, below: Array, small: MaybeArray, pad: Pad | None
+) -> int:
+    """run_states without v of the first steps; returns of how many."""
+    new = np.empty((cuts.length + 1, cuts.count * z.shape[1], z.shape[2]), z.dtype)
+    few = repeat(None) if small is None else few_gates(cuts.cut(small), cuts.cut(e))
+    stops = pad and Pad(pad.columns, with_any(cuts.cut(pad.columns)))
+    steps = list(_steps(new, cuts.cut(z), few, cuts.cut(below), np.empty_like(new[:1]), None, None, stops))
+    cuts.run(states[0], lambda c, some: run_steps(c, steps[some]))
+    cuts.join(new[1:], states[1 : cuts.whole + 1])
+    return cuts.whole
 
 
 def small_gates(e: Array) -> MaybeArray:
@@ -188,61 +272,99 @@ def small_gates(e: Array) -> MaybeArray:
     return None if e.item(e.argmin()) >= bound.item() else less(e, bound)  # the least may be NaN
 
 
-def run_steps(c: Array, steps: Iterable[Any]) -> None:
-    """c = c - (c - z) / (1 + e), or (e*c + z) / (1 + e) where f = e / (1 + e) is small."""
+def few_gates(small: MaybeArray, values: Array) -> Iterable[tuple[Array, Array] | None]:
+    """Of each step which gates are small, and its values, None where there are none."""
+    if small is None:
+        return repeat(None)
+    return [None if row is None else (row, of_step) for row, of_step in zip(with_any(small), values, strict=True)]
+
+
+def with_any(rows: Array) -> list[MaybeArray]:
+    """Rows, None for those without a True."""
+    found: list[MaybeArray] = [None] * len(rows)
+    if rows.size:
+        content, width = rows.tobytes(), rows[0].size
+        at = content.find(1)  # much faster than any(), of many short rows and of few long ones
+        while at >= 0:
+            t = at // width
+            found[t] = rows[t]
+            at = content.find(1, (t + 1) * width)
+    return found
+
+
+def run_steps(c: Array, steps: Iterable[Any]) -> Array:
+    """c = c - (c - z) / (1 + e), or (e*c + z) / (1 + e) where f = e / (1 + e) is small. With v, et is the argument less v*c and
+    becomes e; without, it is what few_gates gives."""
     one, bound = ONE[c.dtype], SMALL_E[c.dtype]
     for new, zt, et, bt, mt, vt, st, stop in steps:
+        few = et
         if vt is not None:
             multiply(vt, c, mt)
             add(et, mt, et)
             exp(et, et)
             add(et, one, bt)
+            few = None
             if st is not None:
                 less(et, bound, st)
+                if 1 in st.tobytes():  # st.any() takes ten times as long
+                    few = st, et
         subtract(c, zt, mt)
         divide(mt, bt, mt)
         subtract(c, mt, new)
-        if st is not None and 1 in st.tobytes():  # st.any() takes ten times as long
-            (few,) = st.ravel().nonzero()  # flat: much faster than by rows and columns
-            to, ef, cf, zf, bf = new.ravel(), et.ravel(), c.ravel(), zt.ravel(), bt.ravel()
-            for i in few if len(few) < 3 else [few]:  # an array of indices costs as much as three numbers
+        if few is not None:
+            (places,) = few[0].ravel().nonzero()  # flat: much faster than by rows and columns
+            to, ef, cf, zf, bf = new.ravel(), few[1].ravel(), c.ravel(), zt.ravel(), bt.ravel()
+            for i in places if len(places) < 3 else [places]:  # an array of indices costs as much as three numbers
                 to[i] = (ef[i] * cf[i] + zf[i]) / bf[i]
         if stop is not None:
             np.copyto(new, c, where=stop)
         c = new
+    return c
 
 
-def split(f: Array, g: Array, p: Array, out: Array) -> MaybeArray:
-    """f as keep + p: 1 and p = -g or, where f is small, 0 and f. Returns keep, None where all are 1. An element's arithmetic
-    does not depend on what the others are: 1 * c is c."""
-    negative(g, p)
-    if f.item(f.argmin()) >= SMALL_F:
-        return None
-    (few,) = (f < SMALL_F).ravel().nonzero()
-    if not len(few):  # it was NaN
-        return None
-    p.put(few, f.take(few))
-    out.fill(1)
-    out.put(few, 0)
-    return out
-
-
-def run_carry(carry: Array, gc: Array, p: Array, keep: MaybeArray, q: MaybeArray, pad: Pad | None) -> None:
+def run_carry(carry: Array, gc: Array, f: Array, g: Array, p: Array, q: MaybeArray, small: MaybeArray, pad: Pad | None) -> Array:
     """From the last step to the first: gc comes as gh * r*m * activation'(c), and the carry is added to it; then
-    carry = keep*gc + (p*gc + q). p and keep are lost."""
-    for t in range(len(gc) - 1, -1, -1):
-        row, new = gc[t], p[t]
-        add(row, carry, row)
-        multiply(new, row, new)
-        if q is not None:
-            add(new, q[t], new)
-        if keep is not None:
-            kept = keep[t]
-            row = multiply(kept, row, kept)
-        if pad is not None and (stop := pad.steps[t]) is not None:
-            np.copyto(carry, add(new, row, new), where=~stop)
+    carry = gc - g*gc or, where f is small, f*gc, and g becomes g*gc. With q, carry = gc + (p*gc + q), p = A*v_f - g, or
+    (A*v_f + f)*gc + q where f is small; p is lost. Returns the carry."""
+    factor, total = g if q is None else p, len(gc)
+    if total >= SHORT and (count := slices(gc, lambda some: f[some] if q is None else 1 + p[some])):
+        cuts = _Slices(count, total, reverse=True)
+        rows, parts = np.empty((2, cuts.length, count * gc.shape[1], gc.shape[2]), gc.dtype)
+        qs = repeat(None) if q is None else cuts.cut(q)
+        few = repeat(None) if small is None else few_gates(cuts.cut(small), cuts.cut(f))
+        stops = repeat(None) if pad is None else with_any(cuts.cut(pad.columns))
+        steps = list(zip(cuts.cut(gc), rows, cuts.cut(factor), parts, qs, few, stops, strict=False))
+        carry = cuts.run(carry, lambda c, some: carry_steps(c, steps[some]))
+        total -= cuts.whole
+        cuts.join(rows, gc[total:])
+        cuts.join(parts, factor[total:])
+    rest = slice(total - 1, None, -1) if total else slice(0)
+    qs = repeat(None) if q is None else q[rest]
+    few = repeat(None) if small is None else few_gates(small[rest], f[rest])
+    stops = repeat(None) if pad is None else pad.steps[rest]
+    return carry_steps(carry, zip(repeat(None), gc[rest], factor[rest], repeat(None), qs, few, stops, strict=False))
+
+
+def carry_steps(c: Array, steps: Iterable[Any]) -> Array:
+    """Of run_carry: with None for gh and for part, what is computed of them replaces row and factor."""
+    room = np.empty_like(c)
+    for gh, row, factor, part, q, few, stop in steps:
+        gh, part = (row, factor) if gh is None else (gh, part)
+        new = room if stop is None else np.empty_like(c)
+        add(gh, c, row)
+        multiply(factor, row, part)
+        if q is None:
+            subtract(row, part, new)
         else:
-            add(new, row, carry)
+            add(part, q, part)
+            add(row, part, new)
+        if few is not None:
+            small, f = few
+            np.copyto(new, f * row if q is None else part, where=small)
+        if stop is not None:
+            np.copyto(new, c, where=stop)
+        c = new
+    return c
 
 
 def skip_factor(r: Array, q: Array, m: MaybeArray, gate_mask: bool, out: Array) -> Array:
@@ -372,7 +494,8 @@ def one_step(
         v = widened(weight_c, dtype)
         v = v[:, None, None] if v.ndim == 2 else v.transpose(3, 0, 1, 2)
     exponentials(e, v, c_prev, below)
-    run_steps(c_prev, [(new, u0 if candidate == "identity" else activate(candidate, u0), f, g, move, None, small_gates(f), None)])
+    (few,) = islice(few_gates(small_gates(f), f), 1)
+    run_steps(c_prev, [(new, u0 if candidate == "identity" else activate(candidate, u0), few, g, move, None, None, None)])
     gates(r, q)
     if (s := x if k == 3 else u[..., 3]) is not None:
         s = widened(s, dtype)
@@ -454,23 +577,27 @@ def backward(
                 steps, pad, v = t1 - t0, tile.pad(t0, t1), tile.weights(t0, t1)
                 c_prev, c_next, planes, adjoint = history.read(t0, t1)
                 rows = room[:, :steps]
-                e, below, terms = planes[1:], rows[:2], rows[2:6]
-                u0, f, r = planes[0], planes[1], planes[2]
-                g, q, gu1, gu2, p, carried, spare = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6]
+                u0, f, terms = planes[0], planes[1], rows[2:6]
+                gu1, gu2, p, carried, spare = rows[2], rows[3], rows[4], rows[5], rows[6]
                 if history.complete:
+                    r, g, q, e, below = planes[2], rows[0], rows[1], planes[1:], rows[:2]
                     load(tile.planes[:3, t0:t1], planes)
                     if tile.bias is not None:
                         add(e, tile.bias, e)
                     exponentials(e, v, c_prev, below)
                     subtract(c_prev, activate(candidate, u0), adjoint)
                     divide(adjoint, g, adjoint)
+                    gates(e, below)
                 else:
+                    g, r, q = planes[2], rows[0], rows[1]
                     load(tile.planes[2, t0:t1], r)
                     if tile.bias is not None:
                         add(r, tile.bias[1], r)
-                    exponentials(e[1:], None if v is None else v[1:], c_prev, below[1:])
-                    add(f, ONE[f.dtype], g)
-                gates(e, below)
+                    exponentials(rows[:1], None if v is None else v[1:], c_prev, rows[1:2])
+                    if v is not None:
+                        add(f, ONE[f.dtype], g)
+                    gates(f, g)
+                    gates(r, q)
                 multiply(adjoint, f, adjoint)  # A
                 # What does not depend on the carry: the reset gate's side, ...
                 gh, s = widened(grad_h[t0:t1], tile.dtype), tile.skip(t0, t1, out=gu1)
@@ -488,10 +615,16 @@ def backward(
                 if (da := slope(activation, c_next)) is not None:
                     multiply(gc, da, gc)
                 # ... and the forget gate's.
-                keep = split(f, g, p, out=spare)
+                small = None if f.item(f.argmin()) >= SMALL_F else f < SMALL_F  # the least may be NaN
                 if v is not None:
-                    add(p, multiply(adjoint, v[0], carried), p)
-                run_carry(carry, gc, p, keep, None if v is None else multiply(gu2, v[1], carried), pad)
+                    multiply(adjoint, v[0], p)
+                    if small is None:
+                        subtract(p, g, p)
+                    else:
+                        places = small.ravel().nonzero()[0]
+                        kept = p.take(places) + f.take(places)
+                        subtract(p, g, p).put(places, kept)
+                carry = run_carry(carry, gc, f, g, p, None if v is None else multiply(gu2, v[1], carried), small, pad)
                 # What does: gradients of the block.
                 if not of_gates:
                     continue
@@ -502,9 +635,11 @@ def backward(
                 if pad:
                     np.copyto(terms, 0, where=pad.columns)
                 if gu is not None:
+                    if v is not None:
+                        multiply(gc, g, g)
                     if (du0 := None if candidate == "identity" else slope(candidate, u0)) is not None:
-                        multiply(gc, du0, gc)
-                    store(multiply(gc, g, gc), gu[0, t0:t1], pad)
+                        multiply(g, du0, g)
+                    store(g, gu[0, t0:t1], pad)
                     narrow(gu1, gu[1, t0:t1])
                     narrow(gu2, gu[2, t0:t1])
                 if per_step and grad_weight_c is not None:
@@ -583,7 +718,7 @@ class _Tile:
         columns = self.mask_pad[t0:t1, :, None] != 0
         if not columns.any():
             return None
-        return Pad(columns, [row if row.any() else None for row in columns])
+        return Pad(columns, with_any(columns))
 
 
 Operands = tuple[Any, ...]  # arrays or None
@@ -683,8 +818,8 @@ class _History:
 
     def read(self, t0: int, t1: int) -> tuple[Array, Array, Array, Array]:
         """For the steps [t0, t1), each of which comes first: the states before and after, and room for the planes of u and for
-        (c_prev - z) * (1 - f). Where steps are run again, these hold u0, the exponential of the forget gate's argument, and
-        that product. The last two are the caller's to change. Blocks are read from the last to the first."""
+        (c_prev - z) * (1 - f). Where steps are run again, these hold u0, e of the forget gate, without weight_c 1 + e, and that
+        product. All but the states is the caller's to change. Blocks are read from the last to the first."""
         states, planes, move = self.spans
         if not self.complete:
             if t0 < self.low:
@@ -709,7 +844,7 @@ class _History:
         self.low = low = self.saved[i] if i >= 0 else 0
         if rest := t1 - known:  # steps of this block that were run with the block after it
             states[known - low + 1 : t1 - low + 1] = states[1 : rest + 1]  # NumPy sees to the overlap
-            planes[:2, known - low : t1 - low] = planes[:2, :rest]
+            planes[:, known - low : t1 - low] = planes[:, :rest]
             move[known - low : t1 - low] = move[:rest]
         if i < 0:
             load(tile.c0, states[0])
@@ -721,11 +856,10 @@ class _History:
             load(tile.planes[:2, t:end], planes[:2, now])
             if tile.bias is not None:
                 add(planes[1, now], tile.bias[0], planes[1, now])
-            below = planes[2:, now]  # not in use yet
             if v is None:
-                exponentials(planes[1:2, now], None, new, below)
+                exponentials(planes[1:2, now], None, new, planes[2:, now])
             z = activate(tile.candidate, planes[0, now])
-            run_states(new, z, planes[1, now], below[0], move[now], None if v is None else v[0], tile.pad(t, end))
+            run_states(new, z, planes[1, now], planes[2, now], move[now], None if v is None else v[0], tile.pad(t, end))
 
 
 Total = tuple[Array, MaybeArray]  # of some blocks' terms, and what rounding took from it

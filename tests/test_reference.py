@@ -792,3 +792,53 @@ def test_a_small_forget_gate_is_found_wherever_it_is(at, weight, monkeypatch):
             patch.setattr(reference, "RARELY_SMALL", 0)
             assert bits(quick) == bits(run_forward(case))
         np.testing.assert_allclose(quick["c"][at], expect_forward(case)["c"][at], rtol=1e-5, atol=1e-6)
+
+
+def long_case(dtype="float32", length=300, forget_bias=0.0, weight="none", **changes):
+    """Of few columns, long enough for slices of time."""
+    case = make_case(np.random.default_rng(16), length, 2, 4, weight=weight, gain=0.3, dtype=dtype, **changes)
+    u = oracle.widen(case["u"]).astype(np.float64)
+    u[..., 1] += forget_bias
+    return case | {"u": rounded(u, dtype)}
+
+
+def both_passes(case, save_every):
+    grad_h, grad_c_last = case["u"][..., 0], case["u"][0, ..., 1]
+    out = run_forward(case | {"save_every": save_every})
+    return bits(out | run_backward(case | {"save_every": save_every}, grad_h, grad_c_last, out["c"]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("forget_bias", [-4, 0, 3, 9])
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("weight", ["none", "static"])
+@pytest.mark.parametrize("value", [None, np.nan, np.inf])
+def test_slices_of_time_have_the_bits_of_one_step_after_another(value, weight, pad, forget_bias, dtype, monkeypatch):
+    """However many they are, and also where no forget gate ever brings two states together."""
+    case = long_case(dtype, forget_bias=forget_bias, weight=weight, pad=pad, bidirectional=True, candidate="tanh")
+    if value is not None:
+        case["u"][[5, 150, 151], 1, [0, 1, 3], [0, 1, 0]] = rounded(value, dtype)
+    for save_every in (1, 32):
+        found = []
+        for count in (0, 2, 9, 37):
+            monkeypatch.setattr(reference, "slices", lambda a, _, count=count: count if len(a) > 2 * count else 0)
+            found.append(both_passes(case, save_every))
+        assert all(results == found[0] for results in found), save_every
+
+
+def test_slices_are_cut_where_they_save_calls(monkeypatch):
+    """Each pass then makes a third as many calls as there are steps at most; where memory is long, as many as without."""
+    calls = {}
+    for forget_bias in (0, 9):
+        case = long_case(length=2000, forget_bias=forget_bias, pad=False)
+        out = run_forward(case)
+        passes = {
+            "forward": lambda case=case: run_forward(case | {"save_every": None}),
+            "backward": lambda case=case, out=out: run_backward(case, out["h"], None, out["c"]),
+        }
+        for name, run in passes.items():
+            calls[name, forget_bias] = counted(run, name, monkeypatch)["ufuncs"]
+    print(calls)
+    for name in passes:
+        assert 3 * 16 < calls[name, 0] < 2000 / 3
+        assert 3 * 2000 < calls[name, 9] < 3.05 * 2000
