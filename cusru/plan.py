@@ -153,6 +153,8 @@ def _warps(kernel: Specialisation, turns: int, pairs: int, device: Limits) -> in
     sums are added must not depend on it."""
     each = columns(kernel.dtype, kernel.recompute)[0]
     wanted = RESIDENT * device.multiprocessors // max(pairs * 2 // each, 1)
+    if kernel.recompute:  # each a turn of every saved block, or a block to itself
+        wanted = kernel.warps if wanted > 1 else 1
     return max(1, min(kernel.warps, turns, wanted))
 
 

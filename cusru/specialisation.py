@@ -51,8 +51,14 @@ class Specialisation(NamedTuple):
 
     @property
     def tile(self) -> int:
-        """Steps that are unrolled, and a warp's turn."""
-        return 8 if self.direction == "forward" and self.dtype != "float64" else 4
+        """Steps that are unrolled, and a warp's turn: as many as registers hold. Eight are what each of the recomputing
+        backward's four warps has of a saved block of 32."""
+        simple = self.activation == self.candidate == "identity"
+        if self.dtype == "float64" or (self.direction == "backward" and not (self.recompute and not self.alone)):
+            return 4 if simple or not self.weight.startswith("step") or self.direction == "forward" else 2
+        if self.direction == "forward":
+            return 8
+        return 8 if simple and not self.weight.startswith("step") else 4 if not self.weight.startswith("step") else 2
 
     @property
     def step_bytes(self) -> int:
