@@ -18,8 +18,9 @@ import numpy as np
 from cusru import dlpack, raw_kernels
 from cusru.arguments import ARRAYS, OPERATORS, Operator, fill
 from cusru.dlpack import Array
-from cusru.plan import ALIGNMENT, Limits, Plan, plan
+from cusru.plan import ALIGNMENT, Plan, plan
 from cusru.problem import WORKSPACE, Checked, Options, check, check_device, check_result, check_workspace, layout, wanted_results
+from cusru.specialisation import Limits
 
 KEPT = 512  # signatures, of some 3 KB each
 

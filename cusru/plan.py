@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cusru.arguments import BIDIRECTIONAL, GRAD_U_PACKED, ITEMSIZES, MASK_GATE, NARROW, STRAIGHT, Frame, frame
-from cusru.specialisation import REDUCE_COLUMNS, REDUCE_THREADS, UNIT, WARPS, Launch, Specialisation, columns
+from cusru.specialisation import REDUCE_COLUMNS, REDUCE_THREADS, UNIT, Launch, Limits, Specialisation, columns
 
 ALIGNMENT = 16  # bytes: the widest access
 RESIDENT = 8  # warps, two a scheduler: as many as registers allow where a thread has 255
@@ -82,13 +82,6 @@ class Plan(NamedTuple):
         return base, base + aligned(self.partial_bytes)
 
 
-class Limits(NamedTuple):
-    """Of a device."""
-
-    multiprocessors: int
-    shared: int = 227 << 10  #: bytes of a block, at most
-
-
 def plan(problem: Problem, device: Limits) -> Plan:
     """The workspace does not depend on the device."""
     given, wanted = problem.inputs, problem.results
@@ -134,7 +127,7 @@ def plan(problem: Problem, device: Limits) -> Plan:
     of_a_step = ["grad_u"] + ["grad_x"] * (skip == "x") + ["grad_weight_c"] * problem.step_weight
     straight = (
         "mask_pad" not in given
-        and (not backward or wanted.keys() >= set(of_a_step) and grad_u_packed == packed)
+        and (not backward or (wanted.keys() >= set(of_a_step) and grad_u_packed == packed))
         and (backward or problem.block is None or problem.block == 1 or problem.block >= kernel.tile)
         and all(abs(a.strides[0]) * a.itemsize < 1 << 31 for a in (*given.values(), *wanted.values()) if len(a.shape) > 2)
     )

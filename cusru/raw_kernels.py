@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from cusru.dlpack import check_cupy_version
-from cusru.plan import Limits
-from cusru.specialisation import Launch, Specialisation
+from cusru.specialisation import Launch, Limits, Specialisation
 
 
 def run(launches: Iterable[Launch], args: np.ndarray, device: tuple[str, int]) -> None:

@@ -16,7 +16,7 @@ CANDIDATES = {"identity": 0, "tanh": 1}
 WEIGHTS = {"none": 0, "column": 1, "step": 2, "step_state": 3}
 PASSES = {"forward": 0, "backward": 1, "reduce": 2}
 
-WARPS = 8  # of a block at most: they take turns
+WARPS = 7  # of a block at most: they take turns
 UNIT = 32  # steps, at most, that the recomputing backward walks forward at a time
 REDUCE_THREADS, REDUCE_COLUMNS = 512, 8  # of a block of the reduction
 
@@ -46,7 +46,7 @@ class Specialisation(NamedTuple):
 
     @property
     def warps(self) -> int:
-        """Per block, at most. Barriers are 15: two for each warp of the recomputing backward, else one."""
+        """Per block, at most. There are 15 barriers; a warp has one forward, two backward, three where it recomputes."""
         return 1 if self.alone else 4 if self.recompute else WARPS
 
     @property
@@ -73,9 +73,12 @@ class Specialisation(NamedTuple):
         """Bytes of a block of so many warps: their inputs, and what they hand to one another."""
         if self.direction == "reduce":
             return 0
-        relays = 0 if self.alone else 2 if self.direction == "backward" else 1
+        handed = 1  # values of each column: the state; or the carry, the state, and the sums with what they have lost
+        if self.direction == "backward":
+            handed = 2 + 2 * (4 if self.weight == "column" else 2)
         slots = UNIT if self.recompute else warps * self.tile
-        return relays * warps * 32 * self.columns * ITEMSIZES[STATES[self.dtype]] + slots * self.step_bytes
+        hands = 0 if self.alone else handed * warps * 32 * self.columns * ITEMSIZES[STATES[self.dtype]]
+        return hands + slots * self.step_bytes
 
     @property
     def macros(self) -> tuple[str, ...]:
@@ -97,6 +100,13 @@ class Specialisation(NamedTuple):
                 "RECOMPUTE": str(self.recompute).lower(),
             }
         return tuple(f"-DCUSRU_{name}={value}" for name, value in defines.items())
+
+
+class Limits(NamedTuple):
+    """Of a device."""
+
+    multiprocessors: int
+    shared: int = 227 << 10  #: bytes of a block, at most
 
 
 class Launch(NamedTuple):

@@ -19,6 +19,7 @@ import cusru
 from cusru import call, plan, raw_kernels
 from cusru.arguments import BACKWARD, FORWARD
 from cusru.plan import Layout, Problem
+from cusru.specialisation import Limits
 
 L, B, D = 5, 3, 8
 RNG = np.random.default_rng(5)
@@ -300,8 +301,11 @@ def test_what_is_kept_serves_a_forked_child() -> None:
 # ---- the plan, without any array --------------------------------------------------------------------------------------
 
 
-def described(direction: str, length: int = 64, batch: int = 8, width: int = 256, offset: int = 0, pitch: int = 0) -> Problem:
-    problem = Problem(direction, length, batch, width, 3, "float32", "float32", "identity", "identity", "state", False, 1)
+def described(
+    direction: str, length: int = 64, batch: int = 8, width: int = 256, offset: int = 0, pitch: int = 0, save_every: int = 1
+) -> Problem:
+    shared = ("float32", "float32", "identity", "identity", "state", False)
+    problem = Problem(direction, length, batch, width, 3, *shared, save_every)
 
     def rows(*shape: int) -> Layout:
         strides, step = [], 1
@@ -310,46 +314,70 @@ def described(direction: str, length: int = 64, batch: int = 8, width: int = 256
             step *= shape[axis] + (pitch if axis == len(shape) - 1 else 0)
         return Layout(shape, tuple(strides), "float32", offset)
 
-    plane = (length, batch, width)
+    plane, states = (length, batch, width), (-(-length // save_every), batch, width)
     problem.inputs |= {"u": rows(*plane, 3), "x": rows(*plane), "bias": rows(2, width), "c0": rows(batch, width)}
     if direction == "forward":
-        problem.results |= {"h": rows(*plane), "c": rows(*plane), "c_last": rows(batch, width)}
+        problem.results |= {"h": rows(*plane), "c": rows(*states), "c_last": rows(batch, width)}
     else:
-        problem.inputs |= {"grad_h": rows(*plane), "c": rows(*plane)}
+        problem.inputs |= {"grad_h": rows(*plane), "c": rows(*states)}
         problem.results |= {f"grad_{name}": problem.inputs[name] for name in ("u", "x", "bias", "c0")}
     return problem
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_which_sums_are_formed_depends_on_no_layout_and_no_device(direction: str) -> None:
+@pytest.mark.parametrize("save_every", [1, 7, 32, 50])
+def test_which_sums_are_formed_depends_on_no_layout_and_the_workspace_on_no_device(direction: str, save_every: int) -> None:
     plans = [
-        plan.plan(described(direction, offset=offset, pitch=pitch), multiprocessors)
+        plan.plan(described(direction, offset=offset, pitch=pitch, save_every=save_every), Limits(multiprocessors))
+        for multiprocessors in (0, 8, 132)
         for offset in (0, 4, 8)
         for pitch in (0, 1, 16)
-        for multiprocessors in (0, 1, 132)
     ]
     assert len({(p.group, p.rows, p.sums, p.partial_bytes, p.checkpoint_bytes, p.workspace) for p in plans}) == 1
-    assert {p.kernel.columns for p in plans} == {1, 4}
+    assert {p.kernel.columns for p in plans} == {1, 2}
+    for of_device in (plans[:9], plans[9:18], plans[18:]):  # who adds up which steps
+        assert len({(p.kernel.tile, p.kernel.alone, p.launches[0].block) for p in of_device}) == 1
 
 
-def test_vectors_ask_for_alignment_rows_without_gaps_and_enough_threads() -> None:
+def test_two_columns_a_thread_ask_for_alignment_and_rows_without_gaps() -> None:
     def columns(multiprocessors: int = 0, **layout: int) -> int:
-        return plan.plan(described("forward", **layout), multiprocessors).kernel.columns
+        return plan.plan(described("forward", **layout), Limits(multiprocessors)).kernel.columns
 
-    assert columns() == 4
+    assert columns() == columns(multiprocessors=132) == columns(offset=8) == 2
     assert columns(offset=4) == 1
-    assert columns(width=254) == 1
-    assert columns(multiprocessors=132) == 1
-    assert columns(batch=1024, multiprocessors=132) == 4
+    assert columns(width=255) == 1
+    assert columns(pitch=1) == 1
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_block_has_as_many_warps_as_its_device_leaves_room_for_and_its_time_has_turns(direction: str) -> None:
+    def warps(length: int, batch: int, width: int, save_every: int = 1, multiprocessors: int = 132) -> int:
+        problem = described(direction, length, batch, width, save_every=save_every)
+        chosen = plan.plan(problem, Limits(multiprocessors))
+        assert chosen.kernel.alone == (chosen.launches[0].block == (32,))
+        assert chosen.launches[0].shared == chosen.kernel.shared(chosen.launches[0].block[0] // 32)
+        return chosen.launches[0].block[0] // 32
+
+    assert warps(512, 1, 64) == 7  # few columns: as many as there may be
+    assert warps(512, 32, 512) == 4
+    assert warps(512, 32, 1024) == 2
+    assert warps(64, 4096, 64) == 1  # more columns than the device has places for
+    assert warps(1, 8, 512) == 1  # one turn
+    assert warps(16, 1, 64) == (2 if direction == "forward" else 4)
+    assert warps(512, 32, 512, multiprocessors=264) == 7
+    if direction == "backward":  # a saved block is a turn of four warps, or of one
+        assert warps(512, 1, 64, save_every=32) == warps(512, 32, 1024, save_every=32) == 4
+        assert warps(64, 4096, 64, save_every=32) == 1
+        assert warps(512, 1, 64, save_every=8) == 1
 
 
 @pytest.mark.parametrize("operator", [FORWARD, BACKWARD], ids=lambda operator: operator.direction)
 def test_a_gradient_nobody_wants_is_neither_summed_nor_stored(operator: Any) -> None:
-    whole = plan.plan(described(operator.direction), 0)
+    whole = plan.plan(described(operator.direction), Limits(0))
     problem = described(operator.direction)
     for name in list(problem.results)[1:]:
         del problem.results[name]
-    part = plan.plan(problem, 0)
+    part = plan.plan(problem, Limits(0))
     assert part.sums == 0
     assert part.workspace == 0
     assert len(part.launches) == 1 <= len(whole.launches)

@@ -14,6 +14,7 @@ from conftest import missing
 
 import cusru
 from cusru import arguments, call, dlpack, raw_kernels, simulator
+from cusru.specialisation import Limits
 
 cupy = pytest.importorskip("cupy", reason='needs CuPy: pip install "cusru[cuda13]"')
 
@@ -99,7 +100,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
     external = types.SimpleNamespace(from_external=from_external)
     monkeypatch.setattr(cupy.cuda, "Stream", external)
-    monkeypatch.setattr(raw_kernels, "_limits", lambda device: plan.Limits(0))
+    monkeypatch.setattr(raw_kernels, "_limits", lambda device: Limits(0))
     monkeypatch.setattr(raw_kernels, "_kernels", {})
     monkeypatch.setattr(simulator, "multiprocessors", 0)
     wait = lambda obj, name, device, stream: driver.launches.append(("wait", driver.devices[-1], stream))  # noqa: E731

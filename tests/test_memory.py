@@ -455,7 +455,7 @@ def gradients_of(
 
 
 @on_the_simulator
-@pytest.mark.parametrize("multiprocessors", [0, 132], ids=["four columns a thread", "one"])
+@pytest.mark.parametrize("multiprocessors", [0, 132], ids=["a warp a block", "turns"])
 @pytest.mark.parametrize("save_every", [1, 40])
 @pytest.mark.parametrize("k", [3, 4])
 @pytest.mark.parametrize("planar", [False, True], ids=["packed", "planar"])
@@ -479,7 +479,7 @@ def test_an_unwanted_gradient_costs_nothing_and_changes_no_other(
             got = gradients_of(wanted, o, given, save_every, out if "u" in wanted else None)
         sums = [n for n in wanted if n == "bias" or (n == "weight_c" and k == 3)]
         partials = len(sums) * B * 2 * D * 4  # written once and read once
-        between = B * D * 4 if save_every == 40 else 0  # the state between the two tiles of 40 steps
+        between = B * D * 4 if save_every == 40 else 0  # the state between the two units of 40 steps
         results = sum(getattr(whole, n).nbytes for n in wanted)
         assert report.launches == (2 if sums else 1), wanted
         assert report.workspace_bytes == 2 * partials + between, wanted
@@ -507,7 +507,8 @@ def test_parameter_gradients_are_added_up_in_one_order_by_no_more_kernels_than_i
     length: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each thread over its steps from the last, batch after batch, until it has walked 32; where one thread did it all, that
-    is the gradient, and there is no second kernel. Else 16 warps take every 16th thread's sum, then their sums are added."""
+    is the gradient, and there is no second kernel. Else 64 groups of threads take every 64th thread's sum, 8 of them every 8th
+    group's, and the first adds up these."""
     monkeypatch.setenv("CUSRU_SIMULATE", "1")
     arguments = problem(length=length, batch=batch)
     o = cusru.sru_forward(**arguments)
@@ -521,16 +522,20 @@ def test_parameter_gradients_are_added_up_in_one_order_by_no_more_kernels_than_i
     before = np.concatenate([arguments["c0"][None], o.c])[:length]
     of_bias = np.moveaxis(g.u[..., 1:], 3, 0)[:, ::-1]  # gate, step from the last, batch, column
     for name, terms in (("bias", of_bias), ("weight_c", of_bias * before[::-1])):
-        sums = [np.zeros((2, D), "f4")] * 16
-        for warp in range(16):
+        sums = [np.zeros((2, D), "f4")] * 64
+        for group in range(64):
             of_row = [
                 compensated(
                     np.concatenate([np.zeros((1, 2, D), "f4"), *terms[:, :, row * each : (row + 1) * each].transpose(2, 1, 0, 3)])
                 )
-                for row in range(warp, rows, 16)
+                for row in range(group, rows, 64)
             ]
-            sums[warp] = compensated(np.array([sums[warp], *of_row]))
-        np.testing.assert_array_equal(getattr(g, name).reshape(2, D), compensated(np.array(sums)), err_msg=name)
+            sums[group] = compensated(np.array([sums[group], *of_row]))
+        np.testing.assert_array_equal(
+            getattr(g, name).reshape(2, D),
+            compensated(np.array([compensated(np.array(sums[g::8])) for g in range(8)])),
+            err_msg=name,
+        )
 
 
 @on_the_simulator

@@ -22,7 +22,7 @@ if remedy:
     assert source.count(remedy) >= 1, "the line to break is gone"
     raw_kernels.source = lambda: source.replace(remedy, fault)
 rng = np.random.default_rng(0)
-for simulator.multiprocessors in (0, 132):  # columns by the vector, and one by one
+for simulator.multiprocessors in (0, 132):  # a warp a block, and several that take turns
     for length, batch, width, k, save_every in CASES:
         def normal(*shape):
             return rng.standard_normal(shape).astype("f4")
@@ -46,17 +46,23 @@ FAULTS = {  # sanitizer, the line, the line broken, what the sanitizer says
         "args.c_last.at(0, thread.b + 1, thread.d + i, 0)",
         "heap-buffer-overflow",
     ),
-    "a tile longer than its shared memory": (
+    "a record past the shared memory": (
         "address",
-        "CUSRU_SHARED(S, stash, TILE * SLOTS * THREADS);",
-        "CUSRU_SHARED(S, stash, (TILE - 1) * SLOTS * THREADS);",
+        "return records + row * In::BYTES;",
+        "return records + (row + 1) * In::BYTES;",
         "AddressSanitizer",
     ),
-    "a buffer indexed past its end": (
+    "an array indexed past its end": (
         "undefined",
-        "load(next[i]);\n    for",
-        "load(next[i + AHEAD * (i == AHEAD - 1)]);\n    for",
+        "retreat<V>(linear[t][i], carry[i], gc[t][i])",
+        "retreat<V>(linear[t][i], carry[i], gc[t + (t == T - 1)][i])",
         "out of bounds",
+    ),
+    "a state handed on before it is there": (
+        "thread",
+        "barrier_arrive(BARRIER + to, 64);",
+        "barrier_arrive(BARRIER + to, 64), slot(to, 0) = value[0];",
+        "data race",
     ),
     "warps that do not wait for one another": ("thread", "__syncthreads();", "", "data race"),
 }

@@ -108,14 +108,6 @@ template <typename S> struct Sum {
         lost = t - t == S(0) ? (t - total) - y : S(0);  // once infinite the sum stays so, and is not inf - inf
         total = t;
     }
-    // A tile's terms in pairs, pairs of pairs, ...: fewer operations than a compensated sum of all, and as exact.
-    template <int T> __device__ __forceinline__ void add(S (&terms)[T]) {
-#pragma unroll
-        for (int width = T / 2; width > 0; width /= 2)
-#pragma unroll
-            for (int i = 0; i < width; ++i) terms[i] += terms[i + width];
-        add(terms[0]);
-    }
 };
 
 template <typename V>

@@ -181,6 +181,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     using Type = typename V::T;
     using S = typename V::S;
     static constexpr int N = V::COLUMNS, K = V::K;
+    static constexpr int SUMS = V::WEIGHT == WEIGHT_COLUMN ? 4 : 2;  // parameter gradients: bias_f, bias_r, v_f, v_r
     using In = Inputs<V, true>;
     const Args& args;
     const Lane lane;
@@ -191,13 +192,14 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     const long long every, blocks;
     Relay<S, N, ALONE, 1> carries;
     Relay<S, N, ALONE, 1 + WARPS> states;
+    Relay<S, N * SUMS * 2, ALONE, 1 + (RECOMPUTE ? 2 : 1) * WARPS> sums;  // behind the carry: the order is that of one thread
     char* const records;
     In in;
     Cursor grad_u, grad_x, grad_weight;
     long long in_batch, out_batch, out;  // where the cursors are; `out`: the step
     bool active;                         // whether what is walked is to be stored
     S carry[N];
-    Sum<S> bias_f[N], bias_r[N], v_f[N], v_r[N];
+    S sum[N * SUMS * 2];  // total and what it has lost
 
     __device__ __forceinline__ Backward(const Args& args, char* shared)
         : args(args),
@@ -213,6 +215,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
           blocks((args.length + every - 1) / every),
           carries(shared),
           states(shared),
+          sums(shared),
           records(shared) {}
 
     // ---- places ----
@@ -413,13 +416,30 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
             }
         if (p == 0) end();
         if (p || next.b < batches) carries.give(owner(row ? row - T : next.steps - 1), carry);
-        store_gradients(straight, left, pads, linear, gc);
+        S terms[T][N * SUMS];
+        store_gradients(straight, left, pads, linear, gc, terms);
+
+        if (begins && here.b == 0) {
+#pragma unroll
+            for (int i = 0; i < N * SUMS * 2; ++i) sum[i] = 0;
+        } else {
+            sums.take(sum);
+        }
+#pragma unroll
+        for (int t = T - 1; t >= 0; --t)
+            if (straight || (t < left && active))
+#pragma unroll
+                for (int i = 0; i < N * SUMS; ++i) {
+                    Sum<S> one = {sum[2 * i], sum[2 * i + 1]};
+                    one.add(terms[t][i]);
+                    sum[2 * i] = one.total, sum[2 * i + 1] = one.lost;
+                }
+        if (p || next.b < batches) sums.give(owner(row ? row - T : next.steps - 1), sum);
     }
 
     template <typename Straight>
     __device__ __forceinline__ void store_gradients(Straight straight, int left, unsigned pads, const Linear<S> (&linear)[T][N],
-                                                    const S (&gc)[T][N]) {
-        S g_f[N][T], g_r[N][T];
+                                                    const S (&gc)[T][N], S (&terms)[T][N * SUMS]) {
 #pragma unroll
         for (int t = 0; t < T; ++t) {
             Values<Type, K * N> packed;
@@ -433,8 +453,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
                     S value = !straight && pads >> t & 1 ? S(0) : values[k];
                     packed.set(i * K + k, value);
                     rows[k].set(i, value);
-                    if (k == 1) g_f[i][t] = value;
-                    if (k == 2) g_r[i][t] = value;
+                    if (k == 1 || k == 2) terms[t][i * SUMS + k - 1] = value;
                 }
             }
             if (straight || (t < left && grad_u.at && active)) {
@@ -447,28 +466,24 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
                 }
             }
         }
-        if constexpr (V::WEIGHT != NO_WEIGHT) {
-            S w_f[N][T], w_r[N][T];
+        if constexpr (V::WEIGHT != NO_WEIGHT)
 #pragma unroll
             for (int t = 0; t < T; ++t) {
                 StepWeight<V> weights;
 #pragma unroll
                 for (int i = 0; i < N; ++i) {
                     const bool pad = !straight && pads >> t & 1;
-                    w_f[i][t] = pad ? S(0) : g_f[i][t] * linear[t][i].c_prev;
-                    w_r[i][t] = pad ? S(0) : g_r[i][t] * linear[t][i].c_prev;
-                    if constexpr (V::STEP_WEIGHT) weights.set(0, i, w_f[i][t]), weights.set(1, i, w_r[i][t]);
+                    const S w_f = pad ? S(0) : terms[t][i * SUMS] * linear[t][i].c_prev;
+                    const S w_r = pad ? S(0) : terms[t][i * SUMS + 1] * linear[t][i].c_prev;
+                    if constexpr (V::STEP_WEIGHT)
+                        weights.set(0, i, w_f), weights.set(1, i, w_r);
+                    else
+                        terms[t][i * SUMS + 2] = w_f, terms[t][i * SUMS + 3] = w_r;
                 }
                 if constexpr (V::STEP_WEIGHT)
                     if (straight || (t < left && grad_weight.at && active))
                         weights.store(grad_weight(straight, t), args.grad_weight_c.row);
             }
-            if constexpr (V::WEIGHT == WEIGHT_COLUMN)
-#pragma unroll
-                for (int i = 0; i < N; ++i) v_f[i].add(w_f[i]), v_r[i].add(w_r[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < N; ++i) bias_f[i].add(g_f[i]), bias_r[i].add(g_r[i]);
     }
 
     // ---- a batch, and all ----
@@ -536,41 +551,33 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
         }
     }
 
-    // A parameter's sums, of the warps one after the other. Those of several rows wait for reduce(), a single row's are the
-    // gradients. `gate`: of the gradient; `place`: of all sums.
-    __device__ __forceinline__ void leave(Sum<S> (&sum)[N], const Array& gradient, int gate, int place, int narrow) {
-        if (!ALONE) {
-            __syncthreads();
-#pragma unroll
-            for (int i = 0; i < N; ++i) carries.slot(thread.warp, i) = sum[i].total;
-            __syncthreads();
-        }
-        if (thread.warp || !lane.active) return;
-        S* partial = reinterpret_cast<S*>(args.partials) + (lane.row * args.sums + place) * args.width + thread.d;
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            for (int w = 1; !ALONE && w < thread.warps; ++w) sum[i].add(carries.slot(w, i));
-            if (args.rows > 1)
-                workspace_store<sizeof(S)>(partial + i, &sum[i].total);
-            else  // 0 +: as reduce() begins, which takes the sign from a -0
-                store_one<Type>(gradient.at(0, 0, thread.d + i, gate), S(0) + sum[i].total, (args.flags & narrow) != 0);
-        }
-    }
+    // The parameters' sums, which the warp with the last tile has. Those of several rows wait for reduce(), a single row's are
+    // the gradients.
     __device__ __forceinline__ void leave_sums() {
+        if (thread.warp || !lane.active) return;
         int place = 0;
+        auto leave = [&](const Array& gradient, int which, int gate, int narrow) {
+            S* partial = reinterpret_cast<S*>(args.partials) + (lane.row * args.sums + place++) * args.width + thread.d;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                const S total = args.length ? sum[2 * (i * SUMS + which)] : S(0);
+                if (args.rows > 1)
+                    workspace_store<sizeof(S)>(partial + i, &total);
+                else  // 0 +: as reduce() begins, which takes the sign from a -0
+                    store_one<Type>(gradient.at(0, 0, thread.d + i, gate), S(0) + total, (args.flags & narrow) != 0);
+            }
+        };
         if (args.grad_bias.data) {
-            leave(bias_f, args.grad_bias, 0, place++, NARROW_BIAS);
-            leave(bias_r, args.grad_bias, 1, place++, NARROW_BIAS);
+            leave(args.grad_bias, 0, 0, NARROW_BIAS);
+            leave(args.grad_bias, 1, 1, NARROW_BIAS);
         }
         if constexpr (V::WEIGHT == WEIGHT_COLUMN)
             if (args.grad_weight_c.data) {
-                leave(v_f, args.grad_weight_c, 0, place++, NARROW_WEIGHT);
-                leave(v_r, args.grad_weight_c, 1, place++, NARROW_WEIGHT);
+                leave(args.grad_weight_c, 2, 0, NARROW_WEIGHT);
+                leave(args.grad_weight_c, 3, 1, NARROW_WEIGHT);
             }
     }
 };
-
-// ---------------------------------------------------------------------------------------------------------------------
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The parameter gradients: sums over the rows of `partials`, in an order that only the number of rows decides. A block
