@@ -106,7 +106,7 @@ def plan(problem: Problem, device: Limits) -> Plan:
         problem.direction, problem.dtype, skip, problem.activation, problem.candidate, weight, each, packed, recompute
     )
     units = -(-min(problem.block or 1, problem.length) // UNIT)
-    checkpoints = max(units - 1, 0) * problem.batch * problem.width * state_bytes if recompute else 0
+    checkpoints = max(units - 2, 0) * problem.batch * problem.width * state_bytes if recompute else 0
 
     launches = []
     directions = 2 if problem.bidirectional else 1

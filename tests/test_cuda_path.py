@@ -70,6 +70,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     driver = Driver()
 
     class RawKernel:
+        max_dynamic_shared_size_bytes = 48 << 10  # as long as nobody asks for more
+
         def __init__(self, code: str, name: str, options: tuple[str, ...], backend: str) -> None:
             assert backend == "nvrtc"
             assert "--fmad=false" in options
@@ -79,13 +81,14 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
         def compile(self) -> None:
             pass
 
-        def __call__(self, grid: tuple[int], block: tuple[int], args: tuple[Any, ...]) -> None:
+        def __call__(self, grid: tuple[int], block: tuple[int], args: tuple[Any, ...], *, shared_mem: int) -> None:
             (struct,) = args
+            assert shared_mem <= self.max_dynamic_shared_size_bytes
             assert isinstance(struct, np.ndarray), "CuPy takes a struct as an array of one element, and refuses np.void"
             assert struct.size == 1
             assert struct.nbytes == arguments.ARGS.itemsize
             driver.launches.append((self.name, driver.devices[-1], driver.streams[-1], *grid, *block))
-            self.kernel(*grid, *block, struct)
+            self.kernel(*grid, *block, struct, shared_mem)
 
     monkeypatch.setattr(cupy, "RawKernel", RawKernel)
     monkeypatch.setattr(cupy, "empty", driver.empty)

@@ -42,8 +42,8 @@ template <int BYTES> __device__ __forceinline__ void global_load(void* destinati
     *static_cast<word*>(destination) = __ldg(static_cast<const word*>(global));
 }
 
-// An input on its way to shared memory, past the registers: there when async_wait() has returned, for the thread itself.
-// What is older than sm_80, and values of less than 4 bytes, go through a register, and are waited for at once.
+// An input on its way to shared memory, past the registers: there when async_wait() has returned, for the thread
+// itself. What is older than sm_80, and values of less than 4 bytes, go through a register, and are waited for at once.
 template <int BYTES> __device__ __forceinline__ void async_load(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
     if constexpr (BYTES >= 4) {

@@ -126,8 +126,8 @@ __device__ __forceinline__ void store_one(char* global, typename StateOf<T>::typ
 // ---------------------------------------------------------------------------------------------------------------------
 // Functions. All are accurate relative to their own value, near zero and in saturation, and let a NaN through.
 
-// A gate at the argument x, from e = exp(x): its complement g = 1 - sigmoid(x) = 1 / (1 + e), and sigmoid(x) = e g, each
-// exact to its own last bits: 1 - sigmoid loses them all where sigmoid is near 1, and a forget gate lives there.
+// A gate at the argument x, from e = exp(x): its complement g = 1 - sigmoid(x) = 1 / (1 + e), and sigmoid(x) = e g,
+// each exact to its own last bits: 1 - sigmoid loses them all where sigmoid is near 1, and a forget gate lives there.
 __device__ __forceinline__ float exponential(float x) { return ex2_approx(1.44269504f * x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 __device__ __forceinline__ float complement(float e) { return rcp_approx(1.f + e); }

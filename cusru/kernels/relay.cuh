@@ -1,8 +1,9 @@
 // How a block walks time: its warps take turns. A block has 32 threads' columns; time is cut into tiles of T steps, of
-// which each warp takes the one after the last warp's. A warp's loads are in flight, and what needs no state is computed,
-// while others have their turns; when its own comes it takes the state (forward) or the carry (backward) from the warp
-// before, walks the chain through its tile, which is short by then, hands it to the next, and stores what follows. So the
-// order of operations along a column is that of a single thread, whatever the number of warps, and so are the bits.
+// which each warp takes the one after the last warp's. A warp's loads are in flight, and what needs no state is
+// computed, while others have their turns; when its own comes it takes the state (forward) or the carry (backward) from
+// the warp before, walks the chain through its tile, which is short by then, hands it to the next, and stores what
+// follows. So the order of operations along a column is that of a single thread, whatever the number of warps, and so
+// are the bits.
 #pragma once
 #include "step.cuh"
 
@@ -36,9 +37,9 @@ template <bool B> struct Bool {
     __device__ __forceinline__ constexpr operator bool() const { return B; }
 };
 
-// Which columns a thread has: those of `rows` rows, COLUMNS of them at a time, first those that run forward. A block's all
-// run the same way, for its warps stay together. Where it has too many threads they walk the last columns once more, and
-// store nothing.
+// Which columns a thread has: those of `rows` rows, COLUMNS of them at a time, first those that run forward. A block's
+// all run the same way, for its warps stay together. Where it has too many threads they walk the last columns once
+// more, and store nothing.
 struct Lane {
     bool reversed, active, all_active;
     long long row, column;
@@ -113,8 +114,8 @@ template <typename S> struct Sum {
 template <typename V>
 using WeightType = typename Choose<V::WEIGHT == WEIGHT_STEP_STATE, typename V::S, typename V::T>::type;
 
-// What waits in shared memory is a record for each step, with a slot for each thread's values of each array. One array's
-// part of a record, which begins OFFSET bytes within it; neighbouring threads' slots lie side by side.
+// What waits in shared memory is a record for each step, with a slot for each thread's values of each array. One
+// array's part of a record, which begins OFFSET bytes within it; neighbouring threads' slots lie side by side.
 template <typename Stored, int OFFSET> struct Field {
     static constexpr int WIDTH = access_width(sizeof(Stored)), PIECES = sizeof(Stored) / WIDTH;
     static constexpr int END = OFFSET + sizeof(Stored) * 32;

@@ -20,7 +20,8 @@ CUSRU_SIMULATED_KERNEL(cusru_forward, Args, CUSRU_TYPE)
 extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, CUSRU_RESIDENT) cusru_backward(const Args args) {
     CUSRU_DYNAMIC_SHARED(shared);
     static_assert(Inputs<Chosen, true>::BYTES == CUSRU_STEP_BYTES, "see specialisation.py");
-    Backward<Chosen, CUSRU_TILE, CUSRU_UNIT, CUSRU_THREADS / 32, CUSRU_RECOMPUTE, CUSRU_THREADS == 32> backward(args, shared);
+    Backward<Chosen, CUSRU_TILE, CUSRU_UNIT, CUSRU_THREADS / 32, CUSRU_RECOMPUTE, CUSRU_THREADS == 32> backward(args,
+                                                                                                                shared);
     backward.run();
     backward.leave_sums();
 }

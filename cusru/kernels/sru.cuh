@@ -1,5 +1,5 @@
-// The kernels: forward, backward, and the sum of the parameter gradients' parts. step.cuh has the mathematics, relay.cuh
-// how time is walked.
+// The kernels: forward, backward, and the sum of the parameter gradients' parts. step.cuh has the mathematics,
+// relay.cuh how time is walked.
 #pragma once
 #include "relay.cuh"
 
@@ -163,11 +163,11 @@ template <typename V, int T, bool ALONE> struct Forward {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Backward. A block walks its columns against their direction, over `group` batches one after another, unit by unit: the
-// steps whose inputs are in shared memory together. The tiles of a unit belong to the warps in turn. Where not every state
-// was saved a unit is a saved block, and is walked twice: first forward, for the states, tile by tile, each warp handing the
-// state to the next; then backward. Of a block longer than UNIT steps the units but the last are walked forward once more,
-// before, for the states between them, which go to `checkpoints`.
+// Backward. A block walks its columns against their direction, over `group` batches one after another, unit by unit:
+// the steps whose inputs are in shared memory together. The tiles of a unit belong to the warps in turn. Where not
+// every state was saved a unit is a saved block, and is walked twice: first forward, for the states, tile by tile, each
+// warp handing the state to the next; then backward. Of a block longer than UNIT steps the units but the last are
+// walked forward once more, before, for the states between them, which go to `checkpoints`.
 
 // Where a block is, the same for all its threads.
 struct Place {
@@ -187,12 +187,14 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     const Lane lane;
     const long long first_batch, batches;  // of the row; batches that the block walks
     Thread<V> thread;
-    const bool plain, by_time;  // by_time: saved blocks begin at multiples of save_every in time, also of reversed columns
-    const int stride;           // from a warp's tile to its next
+    const bool plain,
+        by_time;       // by_time: saved blocks begin at multiples of save_every in time, also of reversed columns
+    const int stride;  // from a warp's tile to its next
     const long long every, blocks;
     Relay<S, N, ALONE, 1> carries;
     Relay<S, N, ALONE, 1 + WARPS> states;
-    Relay<S, N * SUMS * 2, ALONE, 1 + (RECOMPUTE ? 2 : 1) * WARPS> sums;  // behind the carry: the order is that of one thread
+    Relay<S, N * SUMS * 2, ALONE, 1 + (RECOMPUTE ? 2 : 1) * WARPS>
+        sums;  // behind the carry: the order is that of one thread
     char* const records;
     In in;
     Cursor grad_u, grad_x, grad_weight;
@@ -246,15 +248,21 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
             ++place.b, place.block = blocks - 1;
         enter(place);
     }
-    // Its batch. Rows may differ by some: where another in the block has more, the last is walked again, as if it were padding.
+    // Its batch. Rows may differ by some: where another in the block has more, the last is walked again, as if it were
+    // padding.
     __device__ __forceinline__ bool present(long long b) const { return first_batch + b < args.batch; }
-    __device__ __forceinline__ long long batch(long long b) const { return present(b) ? first_batch + b : args.batch - 1; }
+    __device__ __forceinline__ long long batch(long long b) const {
+        return present(b) ? first_batch + b : args.batch - 1;
+    }
     // Whether the block's other units must be walked forward before.
-    __device__ __forceinline__ bool climbs(const Place& place) const { return RECOMPUTE && place.last && place.unit > 0; }
+    __device__ __forceinline__ bool climbs(const Place& place) const {
+        return RECOMPUTE && place.last && place.unit > 0;
+    }
     __device__ __forceinline__ int owner(int row) const {  // of a tile: the warp
         return ALONE ? 0 : row / T % thread.warps;
     }
-    __device__ __forceinline__ int last_row(const Place& place) const {  // where this warp's last tile begins, < 0: none
+    __device__ __forceinline__ int last_row(
+        const Place& place) const {  // where this warp's last tile begins, < 0: none
         const int mine = thread.warp * T;
         return place.steps > mine ? mine + (place.steps - 1 - mine) / stride * stride : -1;
     }
@@ -345,7 +353,8 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
             if (plain && left >= T)
                 recompute(Bool<true>(), record(row), 0, state);
             else
-                recompute(Bool<false>(), record(row), padding<T>(thread, place.first + row, left < T ? left : T), state);
+                recompute(Bool<false>(), record(row), padding<T>(thread, place.first + row, left < T ? left : T),
+                          state);
             if (left > T || followed) states.give(left > T ? owner(row + T) : 0, state);
         }
     }
@@ -438,8 +447,9 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     }
 
     template <typename Straight>
-    __device__ __forceinline__ void store_gradients(Straight straight, int left, unsigned pads, const Linear<S> (&linear)[T][N],
-                                                    const S (&gc)[T][N], S (&terms)[T][N * SUMS]) {
+    __device__ __forceinline__ void store_gradients(Straight straight, int left, unsigned pads,
+                                                    const Linear<S> (&linear)[T][N], const S (&gc)[T][N],
+                                                    S (&terms)[T][N * SUMS]) {
 #pragma unroll
         for (int t = 0; t < T; ++t) {
             Values<Type, K * N> packed;
@@ -502,7 +512,8 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
             store_one<Type>(args.grad_c0.at(0, thread.b, thread.d + i, 0), carry[i], (args.flags & NARROW_C0) != 0);
     }
 
-    template <typename Straight> __device__ __forceinline__ void out_to(Straight straight, const Place& place, long long p) {
+    template <typename Straight>
+    __device__ __forceinline__ void out_to(Straight straight, const Place& place, long long p) {
         if (place.b == out_batch) {
             const long long steps = p - out;
             grad_u.move(straight, steps), grad_x.move(straight, steps), grad_weight.move(straight, steps);
@@ -551,8 +562,8 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
         }
     }
 
-    // The parameters' sums, which the warp with the last tile has. Those of several rows wait for reduce(), a single row's are
-    // the gradients.
+    // The parameters' sums, which the warp with the last tile has. Those of several rows wait for reduce(), a single
+    // row's are the gradients.
     __device__ __forceinline__ void leave_sums() {
         if (thread.warp || !lane.active) return;
         int place = 0;
@@ -581,8 +592,8 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The parameter gradients: sums over the rows of `partials`, in an order that only the number of rows decides. A block
-// takes COLUMNS neighbouring sums, each of its groups of so many threads every so-manieth row; then some of the groups add
-// up all, and the first adds up these.
+// takes COLUMNS neighbouring sums, each of its groups of so many threads every so-manieth row; then some of the groups
+// add up all, and the first adds up these.
 
 template <typename T, int THREADS, int COLUMNS> __device__ __forceinline__ void reduce(const Args& args) {
     using S = typename StateOf<T>::type;

@@ -14,8 +14,8 @@
 //     carry = gc + (A v_f - g) gc + gu2 v_r                      = f gc + ..., again without the rounding of f
 // Where f is small the plain forms are used, since there the others lose f: in both, each term keeps its own last bits.
 //
-// Each pass is cut in three, for only the middle waits for the step before: what is known without the state (forward) or
-// the carry (backward), the chain from step to step, and what follows from it.
+// Each pass is cut in three, for only the middle waits for the step before: what is known without the state (forward)
+// or the carry (backward), the chain from step to step, and what follows from it.
 #pragma once
 #include "numbers.cuh"
 
@@ -70,9 +70,9 @@ template <typename S> __device__ __forceinline__ Gate<S> gate(S x) {
 // What is known of a step without its state.
 template <typename V, typename S> struct Prepared {
     S z, s, v_f, v_r;
-    S x_f, x_r;           // with weight_c: the gates' arguments but for it
-    Gate<S> forget;       // without: the gates,
-    S reset, weight;      // r m and w s
+    S x_f, x_r;       // with weight_c: the gates' arguments but for it
+    Gate<S> forget;   // without: the gates,
+    S reset, weight;  // r m and w s
 };
 
 template <typename V, typename S> __device__ __forceinline__ void reset(const Column<S>& k, S x, S& r, S& q, S& w) {
@@ -82,7 +82,8 @@ template <typename V, typename S> __device__ __forceinline__ void reset(const Co
     w = fma(S(1) - k.n, r, q);  // 1 - n r, exact to its own last bits
 }
 
-template <typename V, typename S> __device__ __forceinline__ Prepared<V, S> prepare(const Column<S>& k, const Step<S>& in) {
+template <typename V, typename S>
+__device__ __forceinline__ Prepared<V, S> prepare(const Column<S>& k, const Step<S>& in) {
     Prepared<V, S> p;
     S slope;
     activate<V::CANDIDATE>(in.u0, p.z, slope);
@@ -98,8 +99,8 @@ template <typename V, typename S> __device__ __forceinline__ Prepared<V, S> prep
     return p;
 }
 
-// c' -> c = g (z - c') + c', or g (e c' + z) where f = e g < 1/4: there the first form would keep too few of f c' 's bits.
-// Both are g p + rest, so that one fma follows on the gate.
+// c' -> c = g (z - c') + c', or g (e c' + z) where f = e g < 1/4: there the first form would keep too few of f c' 's
+// bits. Both are g p + rest, so that one fma follows on the gate.
 template <typename S> __device__ __forceinline__ S advance(const Gate<S>& forget, S z, S c) {
     bool small = forget.e < S(1. / 3);
     return fma(forget.g, fma(small ? forget.e : S(-1), c, z), small ? S(0) : c);

@@ -86,7 +86,8 @@ class Kernel:
         error = ctypes.create_string_buffer(2048)
         self._simulate(
             self.entry.encode(), self._thread, self._flushes, data, ctypes.c_size_t(len(data)), ctypes.c_uint(grid),
-            ctypes.c_uint(block), ctypes.c_size_t(shared), ctypes.c_uint64(seed & (1 << 64) - 1), counts, error, ctypes.c_size_t(len(error)),
+            ctypes.c_uint(block), ctypes.c_size_t(shared), ctypes.c_uint64(seed & (1 << 64) - 1), counts, error,
+            ctypes.c_size_t(len(error)),
         )  # fmt: skip
         if error.value:
             raise RuntimeError(error.value.decode(errors="replace"))

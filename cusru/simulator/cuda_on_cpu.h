@@ -50,7 +50,7 @@ struct Fiber {
     unsigned spins;            // workspace loads so far: a thread may wait for another with these alone
     unsigned copies;           // that have not been waited for
     Copy copy[256];
-    const void* polled;        // the flag last looked at, and what it said
+    const void* polled;  // the flag last looked at, and what it said
     uint64_t polled_value;
     // The rest is the runtime's.
     Warp* warp;
@@ -228,8 +228,7 @@ template <int BYTES> __forceinline__ void async_load(void* shared, const void* g
 }
 inline void async_wait() {
     cusru_simulator::Fiber& fiber = cusru_simulator::fiber();
-    for (unsigned i = 0; i < fiber.copies; ++i)
-        memcpy(fiber.copy[i].shared, fiber.copy[i].global, fiber.copy[i].bytes);
+    for (unsigned i = 0; i < fiber.copies; ++i) memcpy(fiber.copy[i].shared, fiber.copy[i].global, fiber.copy[i].bytes);
     fiber.copies = 0;
 }
 

@@ -588,9 +588,9 @@ void* shared_memory(const void* declaration, size_t bytes) {
     for (const Declaration& known : block.declarations) total += known.bytes;
     bool has_dynamic = declaration == &dynamic_declaration;
     for (const Declaration& known : block.declarations) has_dynamic |= known.key == &dynamic_declaration;
-    if (total > ALL_SHARED)
-        fail(me, "%zu bytes of shared memory; a block has at most 227 KiB", total);
-    if (total - (has_dynamic ? dynamic : 0) > SHARED || block.shared_used > SHARED_ARENA || block.declarations.size() == DECLARATIONS)
+    if (total > ALL_SHARED) fail(me, "%zu bytes of shared memory; a block has at most 227 KiB", total);
+    if (total - (has_dynamic ? dynamic : 0) > SHARED || block.shared_used > SHARED_ARENA ||
+        block.declarations.size() == DECLARATIONS)
         fail(me, "%zu bytes of shared memory; a block has at most 48 KiB", total);
     IF_ASAN(__asan_unpoison_memory_region(memory, (bytes + 7) / 8 * 8);)
     // A NaN in every floating-point format. Not by memset, which ThreadSanitizer would take for this thread's own
