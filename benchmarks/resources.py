@@ -2,14 +2,13 @@
 
 With --json one object a line, for each specialisation and architecture:
 
-    direction, dtype, skip, activation, candidate, weight, columns, packed, recompute      the specialisation
+    direction, dtype, skip, activation, candidate, weight, columns, packed, recompute, alone      the specialisation
     architecture              90 for sm_90
     threads, ahead            of a block; steps whose loads are in flight
     registers, spill_bytes, stack_bytes, shared_bytes      of a thread, of a thread, of a thread, of a block
     blocks_per_sm             blocks of this kernel that fit on one multiprocessor together
     bytes_in_flight_per_sm    blocks_per_sm * threads * columns * ahead * bytes that are read for a step of a column: what the
-                              kernel can have in flight where a launch has blocks enough. For the recomputing backward the
-                              smaller of its two walks. By Little's law an H100 needs 17.8 KB (docs/performance.md).
+                              kernel can have in flight where a launch has blocks enough. By Little's law an H100 needs 17.8 KB (docs/performance.md).
 
     instructions, special_functions      with --sass: in the loops over time, for a step of a column, from nvdisasm; float64's
                               exp and division are calls from there, and not counted
@@ -117,8 +116,9 @@ def find_nvdisasm() -> str:
     return found
 
 
-def innermost_loops(sass: str) -> list[list[str]]:
-    """The instructions of each loop that holds no other. A loop is what lies between a label and the nearest jump back to it."""
+def smallest_loops(sass: str, opcode: str) -> list[list[str]]:
+    """The instructions of the smallest loop around each such one. A loop is what lies between a label and the nearest jump back
+    to it."""
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in sass.splitlines():
@@ -132,20 +132,23 @@ def innermost_loops(sass: str) -> list[list[str]]:
         first = labels.get(jump[1], last) if jump else last
         if first < last:
             loops.setdefault(first, last)
-    inner = [(a, b) for a, b in loops.items() if not any(a < first and last <= b for first, last in loops.items())]
-    return [instructions[a : b + 1] for a, b in inner]
+    found: list[tuple[int, int]] = []
+    for first, last in sorted(loops.items(), key=lambda loop: loop[1] - loop[0]):
+        around = {i for i in range(first, last + 1) if opcode in instructions[i]}
+        if around - {i for a, b in found for i in range(a, b + 1)}:
+            found.append((first, last))
+    return [instructions[a : b + 1] for a, b in found]
 
 
-def instructions(kernel: Specialisation, cubin: bytes) -> dict[str, float]:
+def instructions(kernel: Specialisation, architecture: int) -> dict[str, float]:
+    """Of whole tiles: padding, tails and other rare things have a copy of the loops to themselves, which is left out here."""
+    _, cubin = build(raw_kernels.source(), (*raw_kernels.options(kernel), "-DCUSRU_WHOLE_TILES"), architecture)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin + b"\0")  # CuPy leaves out the last byte
         file.flush()
         sass = subprocess.run([find_nvdisasm(), file.name], capture_output=True, text=True, check=True).stdout
-    loops = [loop for loop in innermost_loops(sass) if any("LDG" in instruction for instruction in loop)]
-    if kernel.direction == "backward":  # the loop that stores is there twice: one copy, for unwanted gradients, does not count
-        storing = [loop for loop in loops if any("STG" in instruction for instruction in loop)]
-        loops.remove(max(storing, key=len) if kernel.recompute else min(storing, key=len))
-    steps = kernel.columns * _ahead(kernel)
+    loops = smallest_loops(sass, "LDG" if kernel.direction == "reduce" else "MUFU")
+    steps = kernel.columns * (1 if kernel.direction == "reduce" else kernel.tile)
     special = sum("MUFU" in instruction for loop in loops for instruction in loop)
     return {"instructions": round(sum(map(len, loops)) / steps, 1), "special_functions": special / steps}
 
@@ -157,12 +160,17 @@ def _up(n: int, granularity: int) -> int:
     return -(-n // granularity) * granularity
 
 
-def blocks_per_sm(architecture: int, threads: int, registers: int, shared: int) -> int:
-    """Blocks that fit on a multiprocessor together, by its slots for blocks and warps, its registers and its shared memory."""
+BARRIERS = 64  # named ones of a multiprocessor; a kernel that names them by a register takes all 16 that a block may have
+
+
+def blocks_per_sm(architecture: int, threads: int, registers: int, shared: int, barriers: int = 1) -> int:
+    """Blocks that fit on a multiprocessor together, by its slots for blocks and warps, its registers, its shared memory and its
+    barriers."""
     sm, warps = MULTIPROCESSORS[architecture], -(-threads // 32)
     warps_by_registers = REGISTERS // PARTITIONS // _up(registers * 32, REGISTER_GRANULARITY) * PARTITIONS
     by_shared = sm.shared // max(_up(shared + sm.reserved, sm.granularity), 1)
-    return min(sm.blocks, sm.warps // warps, warps_by_registers // warps, by_shared if shared + sm.reserved else sm.blocks)
+    by_shared = by_shared if shared + sm.reserved else sm.blocks
+    return min(sm.blocks, sm.warps // warps, warps_by_registers // warps, by_shared, BARRIERS // barriers)
 
 
 def bytes_per_step(kernel: Specialisation) -> int:
@@ -174,23 +182,25 @@ def bytes_per_step(kernel: Specialisation) -> int:
     weight = {"step": 2 * item, "step_state": 2 * state}.get(kernel.weight, 0)
     if kernel.direction == "forward":
         return u + x + weight
-    if kernel.recompute:
-        return min(u, x + item) + weight
-    return u + x + weight + item + state  # grad_h, c
+    return u + x + weight + item + (0 if kernel.recompute else state)  # grad_h, c
 
 
 def _ahead(kernel: Specialisation) -> int:
-    return 4 if kernel.direction == "reduce" else kernel.ahead  # the reduction's loop is unrolled by 4
+    """Steps that a warp has in flight: the reduction's loop is unrolled by 8, a recomputing warp has its share of a saved block."""
+    if kernel.direction == "reduce":
+        return 8
+    return specialisation.UNIT // kernel.warps if kernel.recompute else kernel.tile
 
 
 def row(kernel: Specialisation, architecture: int, sass: bool = False) -> dict[str, Any]:
-    log, cubin = build(raw_kernels.source(), raw_kernels.options(kernel), architecture)
-    used = _one_usage(log)
-    blocks = blocks_per_sm(architecture, kernel.threads, used.registers, used.shared_bytes)
+    used = usage(kernel, architecture)
+    used = used._replace(shared_bytes=used.shared_bytes + kernel.shared(kernel.warps))
+    barriers = 1 if kernel.alone or kernel.direction == "reduce" else 16
+    blocks = blocks_per_sm(architecture, kernel.threads, used.registers, used.shared_bytes, barriers)
     in_flight = blocks * kernel.threads * kernel.columns * _ahead(kernel) * bytes_per_step(kernel)
     return {
         **kernel._asdict(), "architecture": architecture, "threads": kernel.threads, "ahead": _ahead(kernel), **used._asdict(),
-        "blocks_per_sm": blocks, "bytes_in_flight_per_sm": in_flight, **(instructions(kernel, cubin) if sass else {}),
+        "blocks_per_sm": blocks, "bytes_in_flight_per_sm": in_flight, **(instructions(kernel, architecture) if sass else {}),
     }  # fmt: skip
 
 
@@ -208,9 +218,9 @@ def covering(kernels: Iterable[Specialisation]) -> list[Specialisation]:
     registers, with every dtype."""
 
     def pairs(kernel: Specialisation) -> set[tuple[object, ...]]:
-        shape = (kernel.direction, kernel.recompute, kernel.columns, kernel.packed)
+        shape = (kernel.direction, kernel.recompute, kernel.columns, kernel.packed, kernel.alone)
         options = (kernel.skip, kernel.activation, kernel.candidate, kernel.weight)
-        registers = (kernel.dtype, *shape[:3], kernel.weight)
+        registers = (kernel.dtype, *shape[:3], kernel.alone, kernel.weight)
         return {(kernel.dtype, shape), registers} | {(kernel.dtype, i, option) for i, option in enumerate(options)}
 
     remaining = {kernel: pairs(kernel) for kernel in kernels}
@@ -239,7 +249,7 @@ def rows(kernels: Iterable[Specialisation], architectures: Iterable[int], sass: 
 
 COLUMNS = (
     ("direction", 10), ("dtype", 9), ("skip", 10), ("activation", 11), ("candidate", 10), ("weight", 11), ("columns", 8),
-    ("packed", 7), ("recompute", 10), ("architecture", 13), ("threads", 8), ("ahead", 6), ("registers", 10), ("spill_bytes", 12),
+    ("packed", 7), ("recompute", 10), ("alone", 6), ("architecture", 13), ("threads", 8), ("ahead", 6), ("registers", 10), ("spill_bytes", 12),
     ("shared_bytes", 13), ("blocks_per_sm", 14), ("bytes_in_flight_per_sm", 23),
 )  # fmt: skip
 

@@ -42,23 +42,24 @@ class Specialisation(NamedTuple):
     @property
     def threads(self) -> int:
         """Per block, at most."""
-        return REDUCE_THREADS if self.direction == "reduce" else 32 * self.warps
+        return 32 * self.warps
 
     @property
     def warps(self) -> int:
         """Per block, at most. There are 15 barriers; a warp has one forward, two backward, three where it recomputes."""
-        return 1 if self.alone else 4 if self.recompute else WARPS
+        return REDUCE_THREADS // 32 if self.direction == "reduce" else 1 if self.alone else 4 if self.recompute else WARPS
 
     @property
     def tile(self) -> int:
-        """Steps that are unrolled, and a warp's turn: as many as registers hold. Eight are what each of the recomputing
-        backward's four warps has of a saved block of 32."""
-        simple = self.activation == self.candidate == "identity"
-        if self.dtype == "float64" or (self.direction == "backward" and not (self.recompute and not self.alone)):
-            return 4 if simple or not self.weight.startswith("step") or self.direction == "forward" else 2
+        """Steps that are unrolled, and a warp's turn, as many as registers hold: no bit depends on it. Eight are what each of
+        the recomputing backward's four warps has of a saved block of 32."""
+        simple, steps = self.activation == self.candidate == "identity", self.weight.startswith("step")
         if self.direction == "forward":
-            return 8
-        return 8 if simple and not self.weight.startswith("step") else 4 if not self.weight.startswith("step") else 2
+            return 4 if self.dtype == "float64" else 8
+        if steps and not simple:
+            return 2
+        eight = self.recompute and not self.alone and self.packed and simple and not steps
+        return 8 if eight and self.dtype != "float64" and (self.weight, self.skip) != ("column", "projected") else 4
 
     @property
     def step_bytes(self) -> int:

@@ -32,6 +32,12 @@ struct Args {  // arguments.ARRAYS has a row for each array; an absent one has d
     long long flags;
 };
 
+#ifdef CUSRU_WHOLE_TILES  // to count what a step of the common path takes (benchmarks/resources.py)
+constexpr bool GENERAL = false;
+#else
+constexpr bool GENERAL = true;
+#endif
+
 template <bool B> struct Bool {
     static constexpr bool value = B;
     __device__ __forceinline__ constexpr operator bool() const { return B; }
@@ -161,20 +167,41 @@ template <typename V> struct Thread {  // which columns a thread walks, and what
     bool reversed;
     Column<S> column[N];
 
-    __device__ __forceinline__ Thread(const Args& args, const Lane& lane, long long b)
+    // Parameters are read by the first warp, and reach the others through `room`.
+    __device__ __forceinline__ Thread(const Args& args, const Lane& lane, long long b, char* room)
         : args(args), b(b), d(lane.column), warp(threadIdx.x / 32), warps(blockDim.x / 32), reversed(lane.reversed) {
-        S scale = S(args.scale);
-        if (args.scale_x.data) scale = one(args.scale_x, 0, 0, 0, NARROW_SCALE);
+        S* const slots = reinterpret_cast<S*>(room) + threadIdx.x % 32;
+        if (warp == 0) {
+            S scale = S(args.scale);
+            if (args.scale_x.data) scale = one(args.scale_x, 0, 0, 0, NARROW_SCALE);
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                Column<S>& k = column[i];
+                k.bias_f = args.bias.data ? one(args.bias, 0, d + i, 0, NARROW_BIAS) : S(0);
+                k.bias_r = args.bias.data ? one(args.bias, 0, d + i, 1, NARROW_BIAS) : S(0);
+                k.v_f = V::WEIGHT == WEIGHT_COLUMN ? one(args.weight_c, 0, d + i, 0, NARROW_WEIGHT) : S(0);
+                k.v_r = V::WEIGHT == WEIGHT_COLUMN ? one(args.weight_c, 0, d + i, 1, NARROW_WEIGHT) : S(0);
+                k.scale = scale;
+            }
+            to_batch(b);
+        }
+        if (warps == 1) return;
+        each([&](S& value, int i) {
+            if (warp == 0) slots[32 * i] = value;
+        });
+        __syncthreads();
+        each([&](S& value, int i) {
+            if (warp) value = slots[32 * i];
+        });
+        __syncthreads();
+    }
+    template <typename Action> __device__ __forceinline__ void each(Action action) {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             Column<S>& k = column[i];
-            k.bias_f = args.bias.data ? one(args.bias, 0, d + i, 0, NARROW_BIAS) : S(0);
-            k.bias_r = args.bias.data ? one(args.bias, 0, d + i, 1, NARROW_BIAS) : S(0);
-            k.v_f = V::WEIGHT == WEIGHT_COLUMN ? one(args.weight_c, 0, d + i, 0, NARROW_WEIGHT) : S(0);
-            k.v_r = V::WEIGHT == WEIGHT_COLUMN ? one(args.weight_c, 0, d + i, 1, NARROW_WEIGHT) : S(0);
-            k.scale = scale;
+            action(k.bias_f, 7 * i), action(k.bias_r, 7 * i + 1), action(k.v_f, 7 * i + 2), action(k.v_r, 7 * i + 3);
+            action(k.m, 7 * i + 4), action(k.n, 7 * i + 5), action(k.scale, 7 * i + 6);
         }
-        to_batch(b);
     }
     __device__ __forceinline__ void to_batch(long long batch) {  // what differs from one batch to the next
         b = batch;

@@ -67,7 +67,7 @@ template <typename V, int T, bool ALONE> struct Forward {
     __device__ __forceinline__ Forward(const Args& args, char* shared)
         : args(args),
           lane(args, args.batch, N),
-          thread(args, lane, lane.row),
+          thread(args, lane, lane.row, shared),
           plain((args.flags & STRAIGHT) && lane.all_active),
           turn(static_cast<long long>(thread.warps) * T),
           first(static_cast<long long>(thread.warp) * T),
@@ -88,7 +88,7 @@ template <typename V, int T, bool ALONE> struct Forward {
     __device__ __forceinline__ void load(long long left) {
         if (plain && left >= T)
             load_tile(Bool<true>(), T);
-        else
+        else if (GENERAL)
             load_tile(Bool<false>(), left);
     }
     __device__ __forceinline__ void end(const S (&c)[N]) {
@@ -157,7 +157,7 @@ template <typename V, int T, bool ALONE> struct Forward {
         while (first < args.length)
             if (plain && args.length - first >= T)
                 tile(Bool<true>());
-            else
+            else if (GENERAL)
                 tile(Bool<false>());
     }
 };
@@ -209,7 +209,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
           first_batch(lane.row * args.group),
           batches(args.batch - lane.first_row * args.group < args.group ? args.batch - lane.first_row * args.group
                                                                         : args.group),
-          thread(args, lane, first_batch),
+          thread(args, lane, first_batch, shared),
           plain((args.flags & STRAIGHT) && lane.all_active && (lane.last_row + 1) * args.group <= args.batch),
           by_time(RECOMPUTE && thread.reversed),
           stride(ALONE ? T : T * thread.warps),
@@ -295,7 +295,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
         const int left = place.steps - row;
         if (plain && left >= T)
             load(Bool<true>(), place, row, T);
-        else
+        else if (GENERAL)
             load(Bool<false>(), place, row, left);
     }
     // This warp's tiles of a unit, from a row on.
@@ -352,7 +352,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
             const int left = place.steps - row;
             if (plain && left >= T)
                 recompute(Bool<true>(), record(row), 0, state);
-            else
+            else if (GENERAL)
                 recompute(Bool<false>(), record(row), padding<T>(thread, place.first + row, left < T ? left : T),
                           state);
             if (left > T || followed) states.give(left > T ? owner(row + T) : 0, state);
@@ -529,7 +529,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     __device__ __forceinline__ void walk(const Place& here, const Place& next) {
         if (batch(here.b) != thread.b) thread.to_batch(batch(here.b));
         active = lane.active && present(here.b);
-        if (climbs(here)) climb(here);
+        if (GENERAL && climbs(here)) climb(here);
         async_wait();
         if constexpr (RECOMPUTE) find_states(here, climbs(here), false);
         const int last = last_row(here);
@@ -539,7 +539,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
         for (int row = last; row >= 0; row -= stride)
             if (plain && here.steps - row >= T)
                 tile(Bool<true>(), here, row, next);
-            else
+            else if (GENERAL)
                 tile(Bool<false>(), here, row, next);
     }
     __device__ __forceinline__ void run() {
