@@ -134,9 +134,8 @@ def smallest_loops(sass: str, opcode: str) -> list[list[str]]:
             loops.setdefault(first, last)
     found: list[tuple[int, int]] = []
     for first, last in sorted(loops.items(), key=lambda loop: loop[1] - loop[0]):
-        around = {i for i in range(first, last + 1) if opcode in instructions[i]}
-        if around - {i for a, b in found for i in range(a, b + 1)}:
-            found.append((first, last))
+        if any(opcode in instructions[i] for i in range(first, last + 1) if not any(a <= i <= b for a, b in found)):
+            found = [(a, b) for a, b in found if not first <= a <= last] + [(first, last)]
     return [instructions[a : b + 1] for a, b in found]
 
 
@@ -160,7 +159,9 @@ def _up(n: int, granularity: int) -> int:
     return -(-n // granularity) * granularity
 
 
-BARRIERS = 64  # named ones of a multiprocessor; a kernel that names them by a register takes all 16 that a block may have
+# Named ones of a multiprocessor, by NVIDIA's cuda_occupancy.h, which has no limit before 9.0. A kernel that names them by a
+# register takes all 16 that a block may have.
+BARRIERS = {90: 64, 100: 64, 120: 24}
 
 
 def blocks_per_sm(architecture: int, threads: int, registers: int, shared: int, barriers: int = 1) -> int:
@@ -170,7 +171,7 @@ def blocks_per_sm(architecture: int, threads: int, registers: int, shared: int, 
     warps_by_registers = REGISTERS // PARTITIONS // _up(registers * 32, REGISTER_GRANULARITY) * PARTITIONS
     by_shared = sm.shared // max(_up(shared + sm.reserved, sm.granularity), 1)
     by_shared = by_shared if shared + sm.reserved else sm.blocks
-    return min(sm.blocks, sm.warps // warps, warps_by_registers // warps, by_shared, BARRIERS // barriers)
+    return min(sm.blocks, sm.warps // warps, warps_by_registers // warps, by_shared, BARRIERS.get(architecture, 1 << 10) // barriers)
 
 
 def bytes_per_step(kernel: Specialisation) -> int:

@@ -148,7 +148,8 @@ def _warps(kernel: Specialisation, turns: int, pairs: int, device: Limits) -> in
     wanted = RESIDENT * device.multiprocessors // max(pairs * 2 // each, 1)
     if kernel.recompute:  # each a turn of every saved block, or a block to itself
         wanted = kernel.warps if wanted > 1 else 1
-    return max(1, min(kernel.warps, turns, wanted))
+    fitting = [warps for warps in range(1, kernel.warps + 1) if kernel.shared(warps) <= device.shared]
+    return max(1, min(turns, wanted, *fitting[-1:]))
 
 
 def _memory_half(problem: Problem, recompute: bool) -> tuple[int, bool, bool]:
