@@ -8,7 +8,8 @@ With --json one object a line, for each specialisation and architecture:
     registers, spill_bytes, stack_bytes, shared_bytes      of a thread, of a thread, of a thread, of a block
     blocks_per_sm             blocks of this kernel that fit on one multiprocessor together
     bytes_in_flight_per_sm    blocks_per_sm * threads * columns * ahead * bytes that are read for a step of a column: what the
-                              kernel can have in flight where a launch has blocks enough. By Little's law an H100 needs 17.8 KB (docs/performance.md).
+                              kernel can have in flight where a launch has blocks enough. By Little's law an H100 needs
+                              17.8 KB (docs/performance.md).
 
     instructions, special_functions      with --sass: in the loops over time, for a step of a column, from nvdisasm; float64's
                               exp and division are calls from there, and not counted
@@ -171,11 +172,12 @@ def blocks_per_sm(architecture: int, threads: int, registers: int, shared: int, 
     warps_by_registers = REGISTERS // PARTITIONS // _up(registers * 32, REGISTER_GRANULARITY) * PARTITIONS
     by_shared = sm.shared // max(_up(shared + sm.reserved, sm.granularity), 1)
     by_shared = by_shared if shared + sm.reserved else sm.blocks
-    return min(sm.blocks, sm.warps // warps, warps_by_registers // warps, by_shared, BARRIERS.get(architecture, 1 << 10) // barriers)
+    by_barriers = BARRIERS.get(architecture, 1 << 10) // barriers
+    return min(sm.blocks, sm.warps // warps, warps_by_registers // warps, by_shared, by_barriers)
 
 
 def bytes_per_step(kernel: Specialisation) -> int:
-    """That a thread reads for a step of one column, in the walk that reads fewer."""
+    """That a thread reads for a step of one column."""
     item, state = ITEMSIZES[kernel.dtype], ITEMSIZES[STATES[kernel.dtype]]
     if kernel.direction == "reduce":
         return state
@@ -187,7 +189,7 @@ def bytes_per_step(kernel: Specialisation) -> int:
 
 
 def _ahead(kernel: Specialisation) -> int:
-    """Steps that a warp has in flight: the reduction's loop is unrolled by 8, a recomputing warp has its share of a saved block."""
+    """Steps that a warp has in flight: the reduction's are unrolled by 8, a recomputing warp has its share of a block's."""
     if kernel.direction == "reduce":
         return 8
     return specialisation.UNIT // kernel.warps if kernel.recompute else kernel.tile
@@ -250,7 +252,8 @@ def rows(kernels: Iterable[Specialisation], architectures: Iterable[int], sass: 
 
 COLUMNS = (
     ("direction", 10), ("dtype", 9), ("skip", 10), ("activation", 11), ("candidate", 10), ("weight", 11), ("columns", 8),
-    ("packed", 7), ("recompute", 10), ("alone", 6), ("architecture", 13), ("threads", 8), ("ahead", 6), ("registers", 10), ("spill_bytes", 12),
+    ("packed", 7), ("recompute", 10), ("alone", 6),
+    ("architecture", 13), ("threads", 8), ("ahead", 6), ("registers", 10), ("spill_bytes", 12),
     ("shared_bytes", 13), ("blocks_per_sm", 14), ("bytes_in_flight_per_sm", 23),
 )  # fmt: skip
 

@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     which = "this case, with its own dtypes (may be given again); default: " + ", ".join(case.name for case in CASES)
     parser.add_argument("--case", action="append", choices=list(named), metavar="NAME", help=which)
-    size = "of the GPU that is planned for (default 132); 0: threads walk several columns wherever the layout allows"
+    size = "of the GPU that is planned for (default 132); 0: every block is one warp"
     parser.add_argument("--multiprocessors", type=int, default=132, metavar="N", help=size)
     options = parser.parse_args(arguments)
     if not 0 <= options.multiprocessors <= 10_000:

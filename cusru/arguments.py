@@ -1,5 +1,5 @@
 """The kernels' arguments, one row for each array. From this table come the struct that a kernel takes, the shapes and dtypes that
-are checked, the results that are allocated, and the schema of torch's operators: `kernels/sru.cuh` says what each one is for."""
+are checked, the results that are allocated, and the schema of torch's operators: `kernels/relay.cuh` says what each one is for."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def allowed_shapes(name: str, sizes: Mapping[str, int]) -> dict[int, tuple[int, 
 
 # ---- struct Args -----------------------------------------------------------------------------------------------------
 
-# As a kernel sees it; `frame` and `fill` pack just this (a test holds the three, and sru.cuh, against one another).
+# As a kernel sees it; `frame` and `fill` pack just this (a test holds the three, and relay.cuh, against one another).
 ARRAY = np.dtype([("data", "u8"), ("time", "i8"), ("batch", "i8"), ("column", "i8"), ("row", "i8")])
 _NUMBERS = ("length", "batch", "width", "save_every", "group", "rows", "sums")
 ARGS = np.dtype(

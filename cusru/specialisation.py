@@ -1,5 +1,5 @@
 """What a kernel is compiled for: the choices that are fixed by then, and all the kernels that there are. The numbers are the
-enums of `kernels/sru.cuh` and `kernels/numbers.cuh`."""
+enums of `kernels/step.cuh` and `kernels/numbers.cuh`."""
 
 from __future__ import annotations
 

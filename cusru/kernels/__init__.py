@@ -1,1 +1,1 @@
-"""The CUDA source, as package data: `sru.cu` is the entry point, `sru.cuh` the mathematics."""
+"""The CUDA source, as package data: `sru.cu` is the entry point, `sru.cuh` the passes, `step.cuh` the mathematics."""
