@@ -1,5 +1,5 @@
 """The kernels' arguments, one row for each array. From this table come the struct that a kernel takes, the shapes and dtypes that
-are checked, the results that are allocated, and the schema of torch's operators: `kernels/relay.cuh` says what each one is for."""
+are checked, the results that are allocated, and the schema of torch's operators: `kernels/relay.cuh` says what each is for."""
 
 from __future__ import annotations
 

@@ -11,12 +11,14 @@ template <typename V> struct Saver {
     static constexpr int N = V::COLUMNS;
     using S = typename V::S;
     long long every, blocks, until;  // until: steps from a tile's first to the next that is saved
+    bool cut;                        // a forward column's last block is, by the end
     Cursor at;
     __device__ __forceinline__ Saver(const Thread<V>& thread, long long first) : every(thread.args.save_every) {
         const Args& args = thread.args;
         blocks = args.c.data ? (args.length + every - 1) / every : 0;
         at = {thread.reversed ? args.c.at(blocks - 1, thread.b, thread.d, 0) : args.c.at(0, thread.b, thread.d, 0),
               thread.reversed ? -args.c.time : args.c.time};
+        cut = blocks && !thread.reversed && args.length % every;
         until = (thread.reversed ? args.length - (blocks - 1) * every : every) - 1;
         move(first);
     }
@@ -96,8 +98,7 @@ template <typename V, int T, bool ALONE> struct Forward {
 #pragma unroll
         for (int i = 0; i < N; ++i) store_one<typename V::T>(args.c_last.at(0, thread.b, thread.d + i, 0), c[i], false);
         // A forward column's last block, cut short by the end
-        if (saver.blocks && !thread.reversed && args.length % saver.every)
-            saver.save(args.c.at(saver.blocks - 1, thread.b, thread.d, 0), c);
+        if (saver.cut) saver.save(args.c.at(saver.blocks - 1, thread.b, thread.d, 0), c);
     }
 
     template <typename Straight> __device__ __forceinline__ void tile(Straight straight) {
@@ -259,12 +260,18 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
         return RECOMPUTE && place.last && place.unit > 0;
     }
     __device__ __forceinline__ int owner(int row) const {  // of a tile: the warp
-        return ALONE ? 0 : row / T % thread.warps;
+        int tile = row / T;
+        if (RECOMPUTE)  // a remainder, without the special function that an integer division takes
+            while (tile >= thread.warps) tile -= thread.warps;
+        return ALONE ? 0 : tile;
     }
     __device__ __forceinline__ int last_row(
         const Place& place) const {  // where this warp's last tile begins, < 0: none
-        const int mine = thread.warp * T;
-        return place.steps > mine ? mine + (place.steps - 1 - mine) / stride * stride : -1;
+        int row = thread.warp * T;
+        if (row >= place.steps) return -1;
+        if (RECOMPUTE)
+            while (row + stride < place.steps) row += stride;
+        return row;
     }
     __device__ __forceinline__ char* record(int row) const { return records + row * In::BYTES; }
 
@@ -406,7 +413,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
         if (next.b < batches && !climbs(next) && row < next.steps) {
             if (next.b == in_batch)
                 in.move(straight, next.first + row);
-            else
+            else if (GENERAL)
                 point_in(next, row);
             load(next, row);
         }
@@ -517,7 +524,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
         if (place.b == out_batch) {
             const long long steps = p - out;
             grad_u.move(straight, steps), grad_x.move(straight, steps), grad_weight.move(straight, steps);
-        } else {
+        } else if (GENERAL) {
             const long long b = batch(place.b);
             grad_u = thread.cursor(args.grad_u, p, b), grad_x = thread.cursor(args.grad_x, p, b);
             grad_weight = thread.cursor(args.grad_weight_c, p, b);
