@@ -38,7 +38,7 @@ class Scope:
 
     id = device_id = DEVICE
     ptr = 0
-    attributes = {"MultiProcessorCount": MULTIPROCESSORS}  # noqa: RUF012
+    attributes = {"MultiProcessorCount": MULTIPROCESSORS, "MaxSharedMemoryPerBlockOptin": 227 << 10}  # noqa: RUF012
 
     def __enter__(self) -> Scope:
         return self
