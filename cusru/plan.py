@@ -66,8 +66,8 @@ class Problem:
 
 class Plan(NamedTuple):
     kernel: Specialisation
-    group: int  #: numeric: batches whose parameter gradients one thread of the backward sums
-    rows: int  #: numeric: threads along the batch, ceil(B / group)
+    group: int  #: numeric: batches whose parameter gradients one block of the backward sums
+    rows: int  #: numeric: blocks along the batch, ceil(B / group)
     sums: int  #: parameter gradients per column, 0, 2 or 4; of several rows they go through the workspace
     grad_u_packed: bool  #: memory: grad_u is written as vectors of k values
     partial_bytes: int
@@ -100,7 +100,7 @@ def plan(problem: Problem, device: Limits) -> Plan:
     sums = 2 * ("grad_bias" in wanted) + 2 * ("grad_weight_c" in wanted and weight == "column")
     state_bytes = ITEMSIZES[problem.state]
 
-    each, packed, grad_u_packed = _memory_half(problem, recompute)
+    each, packed, grad_u_packed = _memory_half(problem)
     skip = "projected" if problem.k == 4 else "x" if "x" in given else "none"
     kernel = Specialisation(
         problem.direction, problem.dtype, skip, problem.activation, problem.candidate, weight, each, packed, recompute
@@ -142,24 +142,23 @@ def plan(problem: Problem, device: Limits) -> Plan:
 
 def _warps(kernel: Specialisation, turns: int, pairs: int, device: Limits) -> int:
     """Of a block: as many as its multiprocessor's share of the columns leaves room for. By registers that is some RESIDENT of
-    them. `pairs`: blocks if each thread walked two columns, whether the layout lets it or not, for the order in which the warps'
-    sums are added must not depend on it."""
-    each = columns(kernel.dtype, kernel.recompute)[0]
+    them. `pairs`: blocks if each thread walked two columns, whether the layout lets it or not: the turns are the shape's."""
+    each = columns(kernel.dtype)[0]
     wanted = RESIDENT * device.multiprocessors // max(pairs * 2 // each, 1)
     if kernel.recompute:  # each a turn of every saved block, or a block to itself
         wanted = kernel.warps if wanted > 1 else 1
-    fitting = [warps for warps in range(1, kernel.warps + 1) if kernel.shared(warps) <= device.shared]
-    return max(1, min(turns, wanted, *fitting[-1:]))
+    fitting = [1, *(warps for warps in range(2, kernel.warps + 1) if kernel.shared(warps) <= device.shared)]  # 1: alone
+    return max(1, min(turns, wanted, fitting[-1]))
 
 
-def _memory_half(problem: Problem, recompute: bool) -> tuple[int, bool, bool]:
+def _memory_half(problem: Problem) -> tuple[int, bool, bool]:
     """Columns per thread, and whether the k values of u and of grad_u lie side by side."""
     arrays = {**problem.inputs, **problem.results}
     directions = 2 if problem.bidirectional else 1
     u, grad_u = arrays["u"], arrays.get("grad_u")
     streams = [a for a in arrays.values() if len(a.shape) == 3]  # (L or blocks, B, D): x, h, c, grad_h, ...
     weights = [arrays[n] for n in ("weight_c", "grad_weight_c") if problem.step_weight and n in arrays]
-    for n in columns(problem.dtype, recompute):
+    for n in columns(problem.dtype):
         packed = _vectors(u, n, problem.k)
         grad_u_packed = grad_u is not None and _vectors(grad_u, n, problem.k)
         if n == 1 or (

@@ -117,8 +117,8 @@ class Launch(NamedTuple):
     shared: int  #: bytes
 
 
-def columns(dtype: str, recompute: bool) -> tuple[int, ...]:
-    """That a thread walks: two where layout and alignment allow, if two threads' registers and shared memory do."""
+def columns(dtype: str) -> tuple[int, ...]:
+    """That a thread may walk: two where layout and alignment allow, if registers do."""
     return (1,) if dtype == "float64" else (2, 1)
 
 
@@ -131,5 +131,5 @@ def specialisations() -> Iterator[Specialisation]:
         for (direction, recompute), skip, activation, candidate, weight in itertools.product(
             passes, SKIPS, ACTIVATIONS, CANDIDATES, weights
         ):
-            for each, packed, alone in itertools.product(columns(dtype, recompute), (False, True), (False, True)):
+            for each, packed, alone in itertools.product(columns(dtype), (False, True), (False, True)):
                 yield Specialisation(direction, dtype, skip, activation, candidate, weight, each, packed, recompute, alone)

@@ -365,6 +365,11 @@ def test_a_block_has_as_many_warps_as_its_device_leaves_room_for_and_its_time_ha
     assert warps(1, 8, 512) == 1  # one turn
     assert warps(16, 1, 64) == (2 if direction == "forward" else 4)
     assert warps(512, 32, 512, multiprocessors=264) == 7
+    for shared in (64 << 10, 99 << 10, 227 << 10):  # sm_75, sm_86, sm_90: no more than a block of theirs may have
+        for weight in ((2, 64), (512, 4, 64, 2)):
+            problem = described(direction, 512, 4, 64, save_every=32)
+            problem.inputs["weight_c"] = plan.Layout(weight, (64, 1) if len(weight) == 2 else (512, 128, 2, 1), "float32")
+            assert plan.plan(problem, Limits(132, shared)).launches[0].shared <= shared
     if direction == "backward":  # a saved block is a turn of four warps, or of one
         assert warps(512, 1, 64, save_every=32) == warps(512, 32, 1024, save_every=32) == 4
         assert warps(64, 4096, 64, save_every=32) == 1

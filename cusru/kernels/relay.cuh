@@ -25,7 +25,7 @@ struct Args {  // arguments.ARRAYS has a row for each array; an absent one has d
     Array h, c, c_last;
     Array grad_h, grad_c_last, grad_u, grad_x, grad_bias, grad_weight_c, grad_c0;
     char* partials;     // [rows][sums][D] in the state's type: parameter gradients summed over time and `group` batches
-    char* checkpoints;  // [turn][B][D] in the state's type: states inside a saved block longer than a turn of all warps
+    char* checkpoints;  // [unit][B][D] in the state's type: states inside a saved block longer than two units
     long long length, batch, width, save_every;
     long long group, rows, sums;  // batches a block walks, blocks along the batch, parameter gradients per column
     double scale;
