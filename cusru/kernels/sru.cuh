@@ -183,19 +183,21 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     using S = typename V::S;
     static constexpr int N = V::COLUMNS, K = V::K;
     static constexpr int SUMS = V::WEIGHT == WEIGHT_COLUMN ? 4 : 2;  // parameter gradients: bias_f, bias_r, v_f, v_r
+    static constexpr int GROUP = T < 4 ? T : 4;  // steps, by their time, that are added up before their sum is
     using In = Inputs<V, true>;
     const Args& args;
     const Lane lane;
     const long long first_batch, batches;  // of the row; batches that the block walks
     Thread<V> thread;
-    const bool plain,
-        by_time;       // by_time: saved blocks begin at multiples of save_every in time, also of reversed columns
+    const bool plain;
     const int stride;  // from a warp's tile to its next
     const long long every, blocks;
     Relay<S, N, ALONE, 1> carries;
     Relay<S, N, ALONE, 1 + WARPS> states;
     Relay<S, N * SUMS * 2, ALONE, 1 + (RECOMPUTE ? 2 : 1) * WARPS>
-        sums;  // behind the carry: the order is that of one thread
+        sums;        // behind the carry: the order is that of one thread
+    S* const begun;  // of the group of steps that is being added up, where a tile may end within it: [sum][lane]
+    const int shift;  // a group's last step, as it is walked, is one whose number and this are a multiple of GROUP
     char* const records;
     In in;
     Cursor grad_u, grad_x, grad_weight;
@@ -212,27 +214,27 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
                                                                         : args.group),
           thread(args, lane, first_batch, shared),
           plain((args.flags & STRAIGHT) && lane.all_active && (lane.last_row + 1) * args.group <= args.batch),
-          by_time(RECOMPUTE && thread.reversed),
           stride(ALONE ? T : T * thread.warps),
           every(RECOMPUTE ? args.save_every : stride),
           blocks((args.length + every - 1) / every),
           carries(shared),
           states(shared),
           sums(shared),
-          records(shared) {}
+          begun(reinterpret_cast<S*>(shared) + threadIdx.x % 32),
+          shift(lane.reversed ? GROUP - static_cast<int>(args.length % GROUP) : 0),
+          records(shared + N * SUMS * 32 * sizeof(S)) {}
 
     // ---- places ----
 
     __device__ __forceinline__ void enter(Place& place) const {  // the last unit of place.block
+        // Blocks begin at multiples of `every` in time: a reversed column's first is the one that may be short.
+        const long long time = (lane.reversed ? blocks - 1 - place.block : place.block) * every;
+        const long long steps = args.length - time < every ? args.length - time : every;
+        place.first = lane.reversed ? args.length - time - steps : time;
         if (!RECOMPUTE) {
-            place.first = place.block * stride;
-            place.steps = static_cast<int>(args.length - place.first < stride ? args.length - place.first : stride);
+            place.steps = static_cast<int>(steps);
             return;
         }
-        // A reversed column's first block is the one that may be short.
-        const long long time = (by_time ? blocks - 1 - place.block : place.block) * every;
-        const long long steps = args.length - time < every ? args.length - time : every;
-        place.first = by_time ? args.length - time - steps : time;
         place.unit = steps > UNIT ? static_cast<int>((steps - 1) / UNIT) : 0;
         place.first += static_cast<long long>(place.unit) * UNIT;
         place.steps = static_cast<int>(steps - static_cast<long long>(place.unit) * UNIT);
@@ -434,23 +436,42 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
         if (p || next.b < batches) carries.give(owner(row ? row - T : next.steps - 1), carry);
         S terms[T][N * SUMS];
         store_gradients(straight, left, pads, linear, gc, terms);
+        add_up(straight, p, left, begins && here.b == 0, terms);
+        if (p || next.b < batches) sums.give(owner(row ? row - T : next.steps - 1), sum);
+    }
 
-        if (begins && here.b == 0) {
+    // Each group's sum by itself, then into the running sums, of which the thread's turn is made: whole groups of a
+    // straight tile, and in general step by step.
+    template <typename Straight>
+    __device__ __forceinline__ void add_up(Straight straight, long long p, int left, bool first,
+                                           S (&terms)[T][N * SUMS]) {
+        if (straight)
 #pragma unroll
-            for (int i = 0; i < N * SUMS * 2; ++i) sum[i] = 0;
+            for (int t = T - 2; t >= 0; --t)
+#pragma unroll
+                for (int i = 0; i < N * SUMS; ++i)
+                    if ((t + 1) % GROUP) terms[t][i] = terms[t + 1][i] + terms[t][i];
+        if (first) {
+#pragma unroll
+            for (int i = 0; i < N * SUMS; ++i) sum[2 * i] = sum[2 * i + 1] = begun[32 * i] = 0;
         } else {
             sums.take(sum);
         }
 #pragma unroll
         for (int t = T - 1; t >= 0; --t)
-            if (straight || (t < left && active))
+            if (straight ? t % GROUP == 0 : t < left && active) {
+                const bool ends = straight || (p + t + shift) % GROUP == 0 || p + t == 0;
 #pragma unroll
                 for (int i = 0; i < N * SUMS; ++i) {
+                    S& so_far = begun[32 * i];
+                    const S value = straight ? terms[t][i] : so_far + terms[t][i];
+                    if (!straight) so_far = ends ? S(0) : value;
+                    if (!ends) continue;
                     Sum<S> one = {sum[2 * i], sum[2 * i + 1]};
-                    one.add(terms[t][i]);
+                    one.add(value);
                     sum[2 * i] = one.total, sum[2 * i + 1] = one.lost;
                 }
-        if (p || next.b < batches) sums.give(owner(row ? row - T : next.steps - 1), sum);
+            }
     }
 
     template <typename Straight>
@@ -544,7 +565,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
             load_unit(next, last < 0 ? thread.warp * T : last + stride);
 #pragma unroll 1
         for (int row = last; row >= 0; row -= stride)
-            if (plain && here.steps - row >= T)
+            if (plain && here.steps - row >= T && (here.first + row + shift) % GROUP == 0)
                 tile(Bool<true>(), here, row, next);
             else if (GENERAL)
                 tile(Bool<false>(), here, row, next);
