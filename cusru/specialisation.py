@@ -75,8 +75,9 @@ class Specialisation(NamedTuple):
         if self.direction == "reduce":
             return 0
         sums = 0 if self.direction == "forward" else 4 if self.weight == "column" else 2
-        handed = 1 + bool(sums) + 2 * sums  # values of each column: the state; or carry, state, and sums with what they lost
-        values = sums + (0 if self.alone else handed * warps)
+        values = sums  # of each column: of steps that are being added up; the state, or the carry and sums with what they lost
+        if not self.alone:
+            values += warps * (1 + 2 * sums + self.recompute)
         slots = UNIT if self.recompute else warps * self.tile
         return values * 32 * self.columns * ITEMSIZES[STATES[self.dtype]] + slots * self.step_bytes
 

@@ -73,7 +73,7 @@ template <typename V, int T, bool ALONE> struct Forward {
           plain((args.flags & STRAIGHT) && lane.all_active),
           turn(static_cast<long long>(thread.warps) * T),
           first(static_cast<long long>(thread.warp) * T),
-          relay(shared),
+          relay(shared, thread.warps),
           records(shared + thread.warp * T * Inputs<V, false>::BYTES),
           h(thread.cursor(args.h, first)),
           saver(thread, first) {
@@ -172,7 +172,7 @@ template <typename V, int T, bool ALONE> struct Forward {
 
 // Where a block is, the same for all its threads.
 struct Place {
-    long long b;             // batch, of those of a row
+    int b;                   // batch, of those of a row
     long long block, first;  // saved block, in the order of processing; the unit's first step, likewise
     int unit, steps;         // of the block; of the unit
     bool last;               // unit of its block
@@ -187,39 +187,39 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     using In = Inputs<V, true>;
     const Args& args;
     const Lane lane;
-    const long long first_batch, batches;  // of the row; batches that the block walks
+    const long long first_batch;  // of the row
+    const int batches;            // that the block walks
     Thread<V> thread;
     const bool plain;
     const int stride;  // from a warp's tile to its next
     const long long every, blocks;
     Relay<S, N, ALONE, 1> carries;
-    Relay<S, N, ALONE, 1 + WARPS> states;
-    Relay<S, N * SUMS * 2, ALONE, 1 + (RECOMPUTE ? 2 : 1) * WARPS>
-        sums;        // behind the carry: the order is that of one thread
-    S* const begun;  // of the group of steps that is being added up, where a tile may end within it: [sum][lane]
+    Relay<S, N * SUMS * 2, ALONE, 1 + WARPS> sums;  // behind the carry: the order is that of one thread
+    Relay<S, N, ALONE, 1 + 2 * WARPS> states;
+    S* const begun;   // of the group of steps that is being added up, where a tile may end within it: [sum][lane]
     const int shift;  // a group's last step, as it is walked, is one whose number and this are a multiple of GROUP
     char* const records;
     In in;
     Cursor grad_u, grad_x, grad_weight;
-    long long in_batch, out_batch, out;  // where the cursors are; `out`: the step
-    bool active;                         // whether what is walked is to be stored
-    S carry[N];
-    S sum[N * SUMS * 2];  // total and what it has lost
+    int in_batch, out_batch;  // where the cursors are
+    long long out;            // likewise, the step
+    bool active;              // whether what is walked is to be stored
 
     __device__ __forceinline__ Backward(const Args& args, char* shared)
         : args(args),
           lane(args, args.rows, N),
           first_batch(lane.row * args.group),
-          batches(args.batch - lane.first_row * args.group < args.group ? args.batch - lane.first_row * args.group
-                                                                        : args.group),
+          batches(static_cast<int>(args.batch - lane.first_row * args.group < args.group
+                                       ? args.batch - lane.first_row * args.group
+                                       : args.group)),
           thread(args, lane, first_batch, shared),
           plain((args.flags & STRAIGHT) && lane.all_active && (lane.last_row + 1) * args.group <= args.batch),
           stride(ALONE ? T : T * thread.warps),
           every(RECOMPUTE ? args.save_every : stride),
           blocks((args.length + every - 1) / every),
-          carries(shared),
-          states(shared),
-          sums(shared),
+          carries(shared, thread.warps),
+          sums(shared, thread.warps),
+          states(shared, RECOMPUTE ? thread.warps : 0),
           begun(reinterpret_cast<S*>(shared) + threadIdx.x % 32),
           shift(lane.reversed ? GROUP - static_cast<int>(args.length % GROUP) : 0),
           records(shared + N * SUMS * 32 * sizeof(S)) {}
@@ -253,10 +253,8 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     }
     // Its batch. Rows may differ by some: where another in the block has more, the last is walked again, as if it were
     // padding.
-    __device__ __forceinline__ bool present(long long b) const { return first_batch + b < args.batch; }
-    __device__ __forceinline__ long long batch(long long b) const {
-        return present(b) ? first_batch + b : args.batch - 1;
-    }
+    __device__ __forceinline__ bool present(int b) const { return first_batch + b < args.batch; }
+    __device__ __forceinline__ long long batch(int b) const { return present(b) ? first_batch + b : args.batch - 1; }
     // Whether the block's other units must be walked forward before.
     __device__ __forceinline__ bool climbs(const Place& place) const {
         return RECOMPUTE && place.last && place.unit > 0;
@@ -422,8 +420,10 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
 
         // From batch to batch turns are taken too, lest a warp give twice before the next has taken.
         const bool begins = p + left == args.length;
+        const int heir = row ? owner(row - T) : next.b < batches ? owner(next.steps - 1) : 0;
+        S carry[N];
         if (!begins || here.b) carries.take(carry);
-        if (begins) begin();
+        if (begins) begin(carry);
         S gc[T][N];
 #pragma unroll
         for (int t = T - 1; t >= 0; --t)
@@ -432,18 +432,17 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
                 S before = retreat<V>(linear[t][i], carry[i], gc[t][i]);
                 carry[i] = !straight && pads >> t & 1 ? carry[i] : before;
             }
-        if (p == 0) end();
-        if (p || next.b < batches) carries.give(owner(row ? row - T : next.steps - 1), carry);
+        if (p == 0) end(carry);
+        carries.give(heir, carry);
         S terms[T][N * SUMS];
         store_gradients(straight, left, pads, linear, gc, terms);
-        add_up(straight, p, left, begins && here.b == 0, terms);
-        if (p || next.b < batches) sums.give(owner(row ? row - T : next.steps - 1), sum);
+        add_up(straight, p, left, begins && here.b == 0, heir, terms);
     }
 
     // Each group's sum by itself, then into the running sums, of which the thread's turn is made: whole groups of a
     // straight tile, and in general step by step.
     template <typename Straight>
-    __device__ __forceinline__ void add_up(Straight straight, long long p, int left, bool first,
+    __device__ __forceinline__ void add_up(Straight straight, long long p, int left, bool first, int heir,
                                            S (&terms)[T][N * SUMS]) {
         if (straight)
 #pragma unroll
@@ -451,6 +450,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
 #pragma unroll
                 for (int i = 0; i < N * SUMS; ++i)
                     if ((t + 1) % GROUP) terms[t][i] = terms[t + 1][i] + terms[t][i];
+        S sum[N * SUMS * 2];  // total and what it has lost
         if (first) {
 #pragma unroll
             for (int i = 0; i < N * SUMS; ++i) sum[2 * i] = sum[2 * i + 1] = begun[32 * i] = 0;
@@ -472,6 +472,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
                     sum[2 * i] = one.total, sum[2 * i + 1] = one.lost;
                 }
             }
+        sums.give(heir, sum);
     }
 
     template <typename Straight>
@@ -526,14 +527,14 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
 
     // ---- a batch, and all ----
 
-    __device__ __forceinline__ void begin() {
+    __device__ __forceinline__ void begin(S (&carry)[N]) {
 #pragma unroll
         for (int i = 0; i < N; ++i)
             carry[i] = args.grad_c_last.data
                            ? thread.one(args.grad_c_last, thread.b, thread.d + i, 0, NARROW_GRAD_C_LAST)
                            : S(0);
     }
-    __device__ __forceinline__ void end() {
+    __device__ __forceinline__ void end(const S (&carry)[N]) {
         if (!args.grad_c0.data || !active) return;
 #pragma unroll
         for (int i = 0; i < N; ++i)
@@ -573,8 +574,10 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     __device__ __forceinline__ void run() {
         if (args.length == 0) {
             active = lane.active;
-            for (long long b = first_batch; thread.warp == 0 && b < args.batch && b < first_batch + args.group; ++b)
-                thread.to_batch(b), begin(), end();
+            for (long long b = first_batch; thread.warp == 0 && b < args.batch && b < first_batch + args.group; ++b) {
+                S carry[N];
+                thread.to_batch(b), begin(carry), end(carry);
+            }
             return;
         }
         Place here = {0, blocks - 1, 0, 0, 0, false};
@@ -590,16 +593,18 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
         }
     }
 
-    // The parameters' sums, which the warp with the last tile has. Those of several rows wait for reduce(), a single
-    // row's are the gradients.
+    // The parameters' sums, which the first warp was given at the end. Those of several rows wait for reduce(), a
+    // single row's are the gradients.
     __device__ __forceinline__ void leave_sums() {
         if (thread.warp || !lane.active) return;
+        S sum[N * SUMS * 2] = {};
+        if (args.length) sums.take(sum);
         int place = 0;
         auto leave = [&](const Array& gradient, int which, int gate, int narrow) {
             S* partial = reinterpret_cast<S*>(args.partials) + (lane.row * args.sums + place++) * args.width + thread.d;
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-                const S total = args.length ? sum[2 * (i * SUMS + which)] : S(0);
+                const S total = sum[2 * (i * SUMS + which)];
                 if (args.rows > 1)
                     workspace_store<sizeof(S)>(partial + i, &total);
                 else  // 0 +: as reduce() begins, which takes the sign from a -0
