@@ -183,7 +183,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     using S = typename V::S;
     static constexpr int N = V::COLUMNS, K = V::K;
     static constexpr int SUMS = V::WEIGHT == WEIGHT_COLUMN ? 4 : 2;  // parameter gradients: bias_f, bias_r, v_f, v_r
-    static constexpr int GROUP = T < 4 ? T : 4;  // steps, by their time, that are added up before their sum is
+    static constexpr int GROUP = T < 4 ? T : 4;  // steps, by their number, that are added up before their sum is
     using In = Inputs<V, true>;
     const Args& args;
     const Lane lane;
@@ -196,8 +196,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     Relay<S, N, ALONE, 1> carries;
     Relay<S, N * SUMS * 2, ALONE, 1 + WARPS> sums;  // behind the carry: the order is that of one thread
     Relay<S, N, ALONE, 1 + 2 * WARPS> states;
-    S* const begun;   // of the group of steps that is being added up, where a tile may end within it: [sum][lane]
-    const int shift;  // a group's last step, as it is walked, is one whose number and this are a multiple of GROUP
+    S* const begun;  // of the group of steps that is being added up, where a tile may end within it: [sum][lane]
     char* const records;
     In in;
     Cursor grad_u, grad_x, grad_weight;
@@ -221,20 +220,21 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
           sums(shared, thread.warps),
           states(shared, RECOMPUTE ? thread.warps : 0),
           begun(reinterpret_cast<S*>(shared) + threadIdx.x % 32),
-          shift(lane.reversed ? GROUP - static_cast<int>(args.length % GROUP) : 0),
           records(shared + N * SUMS * 32 * sizeof(S)) {}
 
     // ---- places ----
 
     __device__ __forceinline__ void enter(Place& place) const {  // the last unit of place.block
-        // Blocks begin at multiples of `every` in time: a reversed column's first is the one that may be short.
+        if (!RECOMPUTE) {
+            place.first = place.block * stride;
+            place.steps = static_cast<int>(args.length - place.first < stride ? args.length - place.first : stride);
+            return;
+        }
+        // Saved blocks begin at multiples of save_every in time: a reversed column's first is the one that may be
+        // short.
         const long long time = (lane.reversed ? blocks - 1 - place.block : place.block) * every;
         const long long steps = args.length - time < every ? args.length - time : every;
         place.first = lane.reversed ? args.length - time - steps : time;
-        if (!RECOMPUTE) {
-            place.steps = static_cast<int>(steps);
-            return;
-        }
         place.unit = steps > UNIT ? static_cast<int>((steps - 1) / UNIT) : 0;
         place.first += static_cast<long long>(place.unit) * UNIT;
         place.steps = static_cast<int>(steps - static_cast<long long>(place.unit) * UNIT);
@@ -436,15 +436,19 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
         carries.give(heir, carry);
         S terms[T][N * SUMS];
         store_gradients(straight, left, pads, linear, gc, terms);
-        add_up(straight, p, left, begins && here.b == 0, heir, terms);
+        const bool first = begins && here.b == 0;
+        if (straight && (!RECOMPUTE || p % GROUP == 0))  // else a group may be cut by the saved block's end
+            add_up(Bool<true>(), p, left, first, heir, terms);
+        else if (GENERAL)
+            add_up(Bool<false>(), p, left, first, heir, terms);
     }
 
-    // Each group's sum by itself, then into the running sums, of which the thread's turn is made: whole groups of a
-    // straight tile, and in general step by step.
-    template <typename Straight>
-    __device__ __forceinline__ void add_up(Straight straight, long long p, int left, bool first, int heir,
+    // Each group's sum by itself, then into the running sums, which take turns: of whole groups, or in general step by
+    // step.
+    template <typename Whole>
+    __device__ __forceinline__ void add_up(Whole whole, long long p, int left, bool first, int heir,
                                            S (&terms)[T][N * SUMS]) {
-        if (straight)
+        if (whole)
 #pragma unroll
             for (int t = T - 2; t >= 0; --t)
 #pragma unroll
@@ -459,13 +463,13 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
         }
 #pragma unroll
         for (int t = T - 1; t >= 0; --t)
-            if (straight ? t % GROUP == 0 : t < left && active) {
-                const bool ends = straight || (p + t + shift) % GROUP == 0 || p + t == 0;
+            if (whole ? t % GROUP == 0 : t < left && active) {
+                const bool ends = whole || (p + t) % GROUP == 0;
 #pragma unroll
                 for (int i = 0; i < N * SUMS; ++i) {
                     S& so_far = begun[32 * i];
-                    const S value = straight ? terms[t][i] : so_far + terms[t][i];
-                    if (!straight) so_far = ends ? S(0) : value;
+                    const S value = whole ? terms[t][i] : so_far + terms[t][i];
+                    if (!whole) so_far = ends ? S(0) : value;
                     if (!ends) continue;
                     Sum<S> one = {sum[2 * i], sum[2 * i + 1]};
                     one.add(value);
@@ -566,7 +570,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
             load_unit(next, last < 0 ? thread.warp * T : last + stride);
 #pragma unroll 1
         for (int row = last; row >= 0; row -= stride)
-            if (plain && here.steps - row >= T && (here.first + row + shift) % GROUP == 0)
+            if (plain && here.steps - row >= T)
                 tile(Bool<true>(), here, row, next);
             else if (GENERAL)
                 tile(Bool<false>(), here, row, next);
