@@ -169,7 +169,9 @@ def kernel(of: Specialisation) -> Known:
     which = "recompute" if of.recompute else of.direction
     weight = "step" if of.weight.startswith("step") else of.weight
     size = ITEMSIZES[of.dtype]
-    turns, alone, of_turns, of_alone = KERNELS.get((which, weight, size, of.columns)) or KERNELS[which, "column", size, of.columns]
+    turns, alone, of_turns, of_alone = (
+        KERNELS.get((which, weight, size, of.columns)) or KERNELS[which, "column", size, of.columns]
+    )
     instructions = (alone if of.alone else turns) + CALLS * (size == 8)
     chain = 0 if of.alone else CHAINS[which, "column" if weight == "column" else "none"]
     special = (6 if of.recompute else 4) * of.columns

@@ -101,7 +101,9 @@ def lines(one: Planned, device: model.Device) -> list[str]:
         reason = f"the columns alone are {per_sm:.1f} warps a multiprocessor, or its time is one turn: no turns to take"
     else:
         reason = f"{per_sm:.2f} blocks a multiprocessor leave each some {RESIDENT / max(per_sm, 1):.1f} of its {RESIDENT} warps"
-        reason += f"; {kernel.warps} at most, and one a turn" + (": a turn is a tile of a saved block" if kernel.recompute else "")
+        reason += f"; {kernel.warps} at most, and one a turn" + (
+            ": a turn is a tile of a saved block" if kernel.recompute else ""
+        )
     straight = made.frame[-1] & STRAIGHT
     ahead = UNIT if kernel.recompute else walk.warps * kernel.tile
     in_flight = said.waves[0] * ahead * 32 * kernel.columns * resources.bytes_per_step(kernel)
@@ -152,7 +154,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--k", type=int, choices=[3, 4], default=3)
     parser.add_argument("--weight", choices=["none", "column", "step"], default="none", help="weight_c: SRU v1, v2, or per step")
-    parser.add_argument("--every", type=_every, default=1, metavar="N", help="save_every, or none: the forward alone (default: 1)")
+    parser.add_argument(
+        "--every", type=_every, default=1, metavar="N", help="save_every, or none: the forward alone (default: 1)"
+    )
     parser.add_argument("--bidirectional", action="store_true")
     parser.add_argument("--device", choices=list(model.DEVICES), default="h100")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of words")

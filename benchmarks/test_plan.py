@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,7 +139,181 @@ def errors(rows: list[Row]) -> list[float]:
     return [math.exp(abs(math.log(row.ratio))) for row in rows]
 
 
-if __name__ == "__main__":
+def without(row: Row, term: str) -> Row:
+    walk, cost = row.walk, row.walk.cost
+    changed = {
+        "bytes": walk._replace(bytes=0),
+        "issue": walk._replace(cost=cost._replace(instructions=0)),
+        "chain": walk._replace(cost=cost._replace(chain=0)),
+        "waves": walk._replace(resident=walk.blocks),
+        "second kernel": walk._replace(reducers=0),
+    }
+    return row._replace(walk=changed[term])
+
+
+# ---- the model against the reports -----------------------------------------------------------------------------------------
+
+
+def test_the_reports_are_all_there() -> None:
+    assert len(TABLE) == 58
+    assert len(OLD) == 2 * 58 + 48
+    assert {row.report for row in TABLE + OLD} == {"turns", "first", "host", "shapes"}
+    folders = {folder.name for folder in RESULTS.iterdir() if folder.is_dir()}
+    assert folders == {"h200-2026-11-26", "h200-2026-11-26-host", "h200-2026-11-26-turns"}, (
+        "a new report: hold the model against it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "median", "most"),
+    [([row for row in TABLE if row.case.name not in FITTED], 1.07, 1.37), (TABLE, 1.06, 1.37), (OLD, 1.05, 1.37)],
+    ids=["turns, not fitted to", "turns", "one thread a column"],
+)
+def test_the_model_is_near_every_time_that_was_measured(rows: list[Row], median: float, most: float) -> None:
+    """The farthest are padding, which takes a copy of the code that the model does not know, float64's calls, and kernels of which
+    only a relative was profiled (tanh and k = 4, weights per step)."""
+    assert statistics.median(errors(rows)) < median
+    assert max(errors(rows)) < most
+
+
+def rows_of(L: int, direction: str, dtype: str, recompute: bool, weight: str) -> list[Row]:
+    found = [
+        row for row in TABLE + OLD
+        if (row.case.L, row.direction, row.dtype, row.case.weight_c) == (L, direction, dtype, weight)
+        and (row.case.save_every != 1) == recompute
+    ]  # fmt: skip
+    assert found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("term", "rows", "most"),
+    [
+        ("bytes", rows_of(4096, "backward", "float32", False, "none"), 1.1),
+        ("issue", [row for row in OLD if row.case.L == 16384], 1.2),
+        ("chain", [row for row in TABLE if row.case.name == "narrow-v2"], 1.1),
+        ("waves", rows_of(64, "backward", "bfloat16", True, "column"), 1.15),
+        ("second kernel", [row for row in rows_of(64, "backward", "float32", False, "column") if row.report != "turns"], 1.1),
+    ],
+    ids=["bytes", "issue", "chain", "waves", "second kernel"],
+)
+def test_no_term_can_be_left_out(term: str, rows: list[Row], most: float) -> None:
+    """Special functions are not here: no report decides about them."""
+    assert max(errors(rows)) < most
+    assert max(errors([without(row, term) for row in rows])) > most
+
+
+def test_no_ramp_no_short_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row for row in OLD if row.case.L == 32]
+    assert max(errors(rows)) < 1.2
+    monkeypatch.setattr(model, "RAMP", 0)
+    assert min(errors(rows)) > 1.2
+
+
+def test_a_lone_warp_takes_what_a_simulation_of_the_machine_code_says() -> None:
+    """Cycles a step of the kernels before turns, float32, which nothing was fitted to: they came from running the machine code on a
+    model of one warp. (That backward from every 32nd state without weights was profiled with 16-bit values only.)"""
+    for which, weight, size, simulated in (
+        ("forward", "none", 4, 189), ("forward", "column", 4, 207), ("backward", "none", 4, 316),
+        ("recompute", "none", 2, 563), ("recompute", "column", 4, 592),
+    ):  # fmt: skip
+        cost = Cost(COUNTED[which, weight, size, 1].instructions, 4, 0, GAPS[which])
+        assert max(model.cycles(cost, 1, 1).values()) == pytest.approx(simulated, rel=0.15), (which, weight)
+
+
+def test_the_yardstick_is_the_faster_of_copy_and_stream() -> None:
+    found = []
+    for row in read("h200-2026-11-26-turns/table.jsonl"):
+        if row["cache"] == "cold":
+            measured = row["floor_bytes"] / max(row["copy_gb_per_s"], row["stream_gb_per_s"]) / 1e9
+            found.append(math.exp(abs(math.log(model.yardstick(row["floor_bytes"], H200) / measured))))
+    assert statistics.median(found) < 1.04
+    assert max(found) < 1.15
+
+
+def test_more_steps_take_longer_and_a_faster_memory_does_not() -> None:
     for row in TABLE + OLD:
-        print(f"{row.report:7}{row.case.name:16}{row.case.L, row.case.B, row.case.D!s:20}{row.direction:9}{row.dtype:9}", row.case.weight_c, row.case.save_every, f"{row.seconds*1e6:.1f} {row.ratio:.2f}", model.predict(row.walk,H200).waves, {k: round(v*1e6,1) for k,v in model.predict(row.walk,H200).terms.items()})
-    for n, r in (("turns",TABLE),("held",[r for r in TABLE if r.case.name not in FITTED]),("old",OLD)): print(n, len(r), statistics.median(errors(r)), max(errors(r)))
+        of = model.predict(row.walk, H200).seconds
+        assert model.predict(row.walk._replace(steps=row.walk.steps + 8), H200).seconds > of
+        assert model.predict(row.walk._replace(bytes=row.walk.bytes * 1.1), H200).seconds > of
+        assert model.predict(row.walk, H200._replace(bandwidth=2 * H200.bandwidth)).seconds < of
+
+
+# ---- what the model is told --------------------------------------------------------------------------------------------------
+
+
+def test_the_floor_of_a_shape_is_that_of_its_arrays() -> None:
+    """As the reports counted it, from arrays."""
+    for row in read("h200-2026-11-26-turns/table.jsonl"):
+        assert plan.floor(plan.problem(cases.CASES[row["case"]], row["pass"], row["dtype"])).bytes == row["floor_bytes"]
+
+
+def test_every_kernel_is_known() -> None:
+    for kernel in specialisations():
+        if kernel.direction != "reduce":
+            cost, registers = model.kernel(kernel)
+            assert 40 * kernel.columns < cost.instructions < 600 * kernel.columns
+            assert 0 < registers < 256
+            assert (cost.chain == 0) == kernel.alone
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        Specialisation("forward", "bfloat16", "x", columns=2, packed=True),
+        Specialisation("forward", "float32", "x", weight="column", columns=2, packed=True, alone=True),
+        Specialisation("backward", "float32", "x", weight="column", columns=2, packed=True),
+        Specialisation("backward", "bfloat16", "x", weight="column", columns=2, packed=True, recompute=True),
+    ],
+    ids=lambda kernel: f"{kernel.direction}-{kernel.dtype}-{kernel.weight}",
+)
+def test_the_table_of_instructions_is_what_ptxas_makes(kernel: Specialisation) -> None:
+    pytest.importorskip("cupy", reason='needs CuPy and NVRTC: pip install "cusru[cuda13]"')
+    try:
+        resources.find_nvdisasm()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    row, (cost, registers) = resources.row(kernel, 90, sass=True), model.kernel(kernel)
+    assert row["instructions"] * kernel.columns == pytest.approx(cost.instructions, rel=0.1), (
+        "make KERNELS of benchmarks/model.py again"
+    )
+    assert row["special_functions"] * kernel.columns == pytest.approx(cost.special, rel=0.05)
+    assert row["registers"] == pytest.approx(registers, abs=16)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------------
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert plan.main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_a_plan_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    words = run(capsys, "512", "32", "512", "--dtype", "bfloat16", "--weight", "column", "--every", "32", "--device", "h200")
+    forward, backward = words.split("backward\n")
+    for said in ("2 a thread", "4 a block", "256, 1.94 a multiprocessor", "straight", "launches        1\n", "us on H200"):
+        assert said in forward, words
+    for said in ("states recomputed", "launches        2; the second adds up 32 rows of 4 sums", "chain", "second kernel"):
+        assert said in backward, words
+
+
+def test_a_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    forward, backward = map(json.loads, run(capsys, "64", "4096", "64", "--every", "1", "--bidirectional", "--json").splitlines())
+    assert (forward["pass"], backward["pass"]) == ("forward", "backward")
+    assert forward["kernel"]["alone"]
+    assert len(backward["waves"]) > 1
+    for row in (forward, backward):
+        assert row["seconds"] > max(row["terms"].values())
+        assert 0.5 < row["of_yardstick"] <= 1
+
+
+def test_without_saved_states_there_is_a_forward_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "backward" not in run(capsys, "8", "2", "7", "--every", "none", "--k", "4", "--weight", "step", "--dtype", "float64")
+
+
+@pytest.mark.parametrize("arguments", [("0", "1", "2"), ("4", "1", "3", "--bidirectional"), ("4", "1", "2", "--every", "0")])
+def test_what_no_call_can_be_is_refused(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        plan.main(list(arguments))
+    assert "error:" in capsys.readouterr().err
