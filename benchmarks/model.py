@@ -1,9 +1,9 @@
 """How long a pass takes, from its plan: a model of bytes, issue, special functions, the chain of steps, and waves of blocks.
 
-`predict` is pure. A pass is a `Walk`: blocks of warps that walk so many steps, at a `Cost` a step. Blocks run in waves, as many as
-a multiprocessor holds; a wave takes as long as the longest of its terms, and somewhat more, for they overlap imperfectly: their
-power mean with the exponent OVERLAP. `benchmarks/test_plan.py` says what each constant was fitted to, and holds the model against
-every measurement that there is. It knows nothing of caches, of the banks of shared memory, or of what padding costs."""
+`predict` is pure. A pass is a `Walk`: blocks of warps that walk so many steps, at a `Cost` a step. Blocks run in waves, as many
+as a multiprocessor holds; a wave takes as long as the longest of its terms, and somewhat more, for they overlap imperfectly:
+their power mean with the exponent OVERLAP. `benchmarks/test_plan.py` says what each constant was fitted to, and holds the model
+against every measurement that there is. It knows nothing of caches, of the banks of shared memory, or of what padding costs."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ DEVICES = {
 SCHEDULERS = 4  # of a multiprocessor, an instruction a cycle each
 SPECIAL_LANES = 16  # of a multiprocessor: ex2, rcp
 
-OVERLAP = 2.5  # 1 would add the terms up, infinity take the longest
+OVERLAP = 3  # 1 would add the terms up, infinity take the longest
 GAP = 2.4  # cycles from an instruction of a warp to its next: arithmetic waits for arithmetic
-ISSUE = 0.7  # instructions a cycle of a scheduler that has warps enough
+ISSUE = 0.6  # instructions a cycle of a scheduler that has warps enough
 RAMP = 5.5e-6  # seconds: a launch, the first tile, the last store
 STREAM_RAMP = 3e-6  # of a copy or a stream, which has no tile to fill
-LAUNCH = 4.5e-6  # of a kernel that waits for the one before
+LAUNCH = 3.5e-6  # of a kernel that waits for the one before
 REDUCE_BANDWIDTH = 17e9  # bytes a second that a block of the reduction adds up
 
 
@@ -106,9 +106,9 @@ class Known(NamedTuple):
     registers: int  #: of a thread
 
 
-# By pass, weights, bytes of a value and columns of a thread: instructions a step of a column, and registers of a thread, each where
-# warps take turns and where a block is one warp. `python -m benchmarks.resources --kernels plain --architecture 90 --sass --json`,
-# NVRTC 13, k values side by side, whole tiles; weights of a step have the state's dtype. A test counts some of them again.
+# By pass, weights, bytes of a value and columns of a thread: instructions a step of a column, and registers of a thread, each
+# where warps take turns and where a block is one warp. From `python -m benchmarks.resources --kernels plain --architecture 90
+# --sass --json`, NVRTC 13: k values side by side, whole tiles, weights of a step in the state's dtype. A test counts some anew.
 KERNELS: dict[tuple[str, str, int, int], tuple[float, float, int, int]] = {
     ("forward", "none", 8, 1): (193.0, 183.2, 170, 188),
     ("forward", "none", 4, 2): (49.3, 46.8, 183, 184),
@@ -154,12 +154,12 @@ KERNELS: dict[tuple[str, str, int, int], tuple[float, float, int, int]] = {
     ("recompute", "step", 2, 1): (211.2, 181.0, 186, 209),
 }
 
-# Fitted to (16384, 1, 1024) on an H200, before the parameter sums were grouped (h200-2026-11-26-turns); the backward's then times
-# 0.80 to 0.88, which a simulation of the machine code says that this gained.
+# The forward's are fitted (benchmarks/test_plan.py); the backward's are those fitted before the parameter sums were grouped,
+# times 0.80 to 0.88, which a simulation of the machine code says that this gained.
 CHAINS = {
-    ("forward", "none"): 26, ("forward", "column"): 70,
-    ("backward", "none"): 98, ("backward", "column"): 111,
-    ("recompute", "none"): 216, ("recompute", "column"): 249,
+    ("forward", "none"): 13, ("forward", "column"): 71,
+    ("backward", "none"): 97, ("backward", "column"): 110,
+    ("recompute", "none"): 223, ("recompute", "column"): 257,
 }  # fmt: skip
 CALLS = 150  # instructions a step of float64's exponentials and divisions, calls that are not counted. Fitted to one row
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.plan L B D`: how a shape is laid out on a GPU, in words, and how long that should take. No GPU is needed.
+"""`python -m benchmarks.plan L B D`: how a shape is laid out on a GPU, in words, and how long that should take. No GPU needed.
 
 The call is one with contiguous arrays, bias and skip input; `--k 4` brings its own skip. The plan is the one that cusru makes
 (`cusru.plan.plan`), the time `benchmarks.model`'s. With --json one object a line, for each pass and device."""
@@ -88,55 +88,55 @@ def planned(case: Case, direction: str, dtype: str, multiprocessors: int, cost: 
 
 def lines(one: Planned, device: model.Device) -> list[str]:
     """The plan in words."""
-    asked, made, must, walk = one.problem, one.plan, one.floor, one.walk
-    kernel, per_sm = made.kernel, walk.blocks / device.multiprocessors
-    said = model.predict(walk, device)
+    made, must, walk = one.plan, one.floor, one.walk
+    kernel, per_sm, said = made.kernel, walk.blocks / device.multiprocessors, model.predict(walk, device)
     if kernel.columns == 2:
-        why = "D and every address allow vectors of two"
+        columns = "D and every address allow vectors of two"
     elif kernel.dtype == "float64":
-        why = "registers hold no more of float64"
+        columns = "registers hold no more of float64"
     else:
-        why = "two would need an even D for each direction and aligned rows, or more shared memory than a block has"
-    if walk.warps == 1:
-        reason = f"the columns alone are {per_sm:.1f} warps a multiprocessor, or its time is one turn: no turns to take"
+        columns = "two need a D that is even in each direction, and room in shared memory"
+    if walk.warps > 1:
+        room = f"{RESIDENT} have room on a multiprocessor, which has {per_sm:.2f} blocks"
+        warps = f"{room}; {kernel.warps} at most take turns" + (" at the tiles of a saved block" if kernel.recompute else "")
     else:
-        reason = f"{per_sm:.2f} blocks a multiprocessor leave each some {RESIDENT / max(per_sm, 1):.1f} of its {RESIDENT} warps"
-        reason += f"; {kernel.warps} at most, and one a turn" + (
-            ": a turn is a tile of a saved block" if kernel.recompute else ""
-        )
-    straight = made.frame[-1] & STRAIGHT
+        warps = f"{per_sm:.1f} blocks a multiprocessor leave no room for more, or all time is one turn"
+    straight = "whole tiles without a branch"
+    general = "padding, far strides, gradients unwanted or laid otherwise than u, or saved blocks shorter than a tile"
     ahead = UNIT if kernel.recompute else walk.warps * kernel.tile
     in_flight = said.waves[0] * ahead * 32 * kernel.columns * resources.bytes_per_step(kernel)
-    at_once = f"{walk.resident} fit together, so {len(said.waves)} wave{'s' * (len(said.waves) > 1)} of {said.waves}"
-    found = [
-        f"kernel          {kernel.entry}, {kernel.dtype}, weights: {kernel.weight}, k values "
-        + ("side by side" if kernel.packed else "in planes") + (", states recomputed" if kernel.recompute else ""),
-        f"columns         {kernel.columns} a thread: {why}",
-        f"warps           {walk.warps} a block: {reason}",
-        f"blocks          {walk.blocks}, {per_sm:.2f} a multiprocessor; {at_once}",
-        f"tile            {kernel.tile} steps, unrolled" + (f"; {made.group} batches one after the other" * (made.group > 1)),
-        f"shared memory   {made.launches[0].shared:,} bytes a block",
-        f"in flight       up to {in_flight:,} bytes a multiprocessor: {ahead} steps of each block",
-        "path            " + ("straight: whole tiles without a branch" if straight else
-            "general: padding, strides beyond 2 GiB, gradients not wanted or laid otherwise than u, or saved blocks shorter than a tile"),
-        f"launches        {len(made.launches)}" + (f"; the second adds up {made.rows} rows of {made.sums} sums a column"
-            if walk.reducers else "; the block's sums are the gradients" * (made.sums > 0)),
-        f"workspace       {made.workspace:,} bytes",
-        f"bytes           {must.read:,} read, {must.written:,} written at least; {walk.bytes - must.bytes:,.0f} more by this plan",
-        f"predicted       {said.seconds * 1e6:.1f} us on {device.name}, {model.yardstick(must.bytes, device) / said.seconds:.2f} of "
-        f"a copy or stream: " + ", ".join(f"{name} {t * 1e6:.1f}" for name, t in sorted(said.terms.items(), key=lambda x: -x[1])),
-    ]  # fmt: skip
-    return found
+    second = f"the second adds up {made.rows} rows of {made.sums} sums a column" if walk.reducers else "it does all"
+    of_stream = model.yardstick(must.bytes, device) / said.seconds
+    by_size = sorted(said.terms.items(), key=lambda term: -term[1])
+    found = {
+        "kernel": f"{kernel.entry}, {kernel.dtype}, weights: {kernel.weight}, k values "
+        + ("side by side" if kernel.packed else "in planes")
+        + ", states recomputed" * kernel.recompute,
+        "columns": f"{kernel.columns} a thread: {columns}",
+        "warps": f"{walk.warps} a block: {warps}",
+        "blocks": f"{walk.blocks}, {per_sm:.2f} a multiprocessor, where {walk.resident} fit together: waves of {said.waves}",
+        "tile": f"{kernel.tile} steps, unrolled" + f"; {made.group} batches one after the other" * (made.group > 1),
+        "shared memory": f"{made.launches[0].shared:,} bytes a block",
+        "in flight": f"up to {in_flight:,} bytes a multiprocessor: {ahead} steps of each block",
+        "path": f"straight: {straight}" if made.frame[-1] & STRAIGHT else f"general: {general}",
+        "launches": f"{len(made.launches)}: {second}",
+        "workspace": f"{made.workspace:,} bytes",
+        "bytes": f"{must.read:,} read and {must.written:,} written at least; {walk.bytes - must.bytes:,.0f} more by this plan",
+        "predicted": f"{said.seconds * 1e6:.1f} us on {device.name}, {of_stream:.2f} of a copy or stream. By itself, us: "
+        + ", ".join(f"{name} {seconds * 1e6:.1f}" for name, seconds in by_size),
+    }
+    return [f"{name:<15} {what}" for name, what in found.items()]
 
 
 def row(one: Planned, device: model.Device) -> dict[str, Any]:
-    said = model.predict(one.walk, device)
+    asked, said = one.problem, model.predict(one.walk, device)
     return {
-        "pass": one.problem.direction, "shape": [one.problem.length, one.problem.batch, one.problem.width], "device": device.name,
+        "pass": asked.direction, "shape": [asked.length, asked.batch, asked.width], "device": device.name,
         "kernel": one.plan.kernel._asdict(), "tile": one.plan.kernel.tile, "warps": one.warps, "blocks": one.walk.blocks,
         "resident": one.walk.resident, "waves": said.waves, "shared_bytes": one.plan.launches[0].shared,
-        "straight": bool(one.plan.frame[-1] & STRAIGHT), "launches": len(one.plan.launches), "workspace_bytes": one.plan.workspace,
-        "floor_bytes": one.floor.bytes, "bytes": one.walk.bytes, "terms": said.terms, "seconds": said.seconds,
+        "straight": bool(one.plan.frame[-1] & STRAIGHT), "launches": len(one.plan.launches),
+        "workspace_bytes": one.plan.workspace, "floor_bytes": one.floor.bytes, "bytes": one.walk.bytes, "terms": said.terms,
+        "seconds": said.seconds,
         "of_yardstick": model.yardstick(one.floor.bytes, device) / said.seconds,
     }  # fmt: skip
 
@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(name, type=int)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--k", type=int, choices=[3, 4], default=3)
-    parser.add_argument("--weight", choices=["none", "column", "step"], default="none", help="weight_c: SRU v1, v2, or per step")
+    parser.add_argument("--weight", choices=["none", "column", "step"], default="none", help="SRU v1, v2, or per step")
     parser.add_argument(
         "--every", type=_every, default=1, metavar="N", help="save_every, or none: the forward alone (default: 1)"
     )

@@ -1,8 +1,8 @@
 """The command `python -m benchmarks.plan`, and its model of time against everything that was measured on a device.
 
-Fitted, by hand and a coarse grid: RAMP, LAUNCH and STREAM_RAMP to the rows of `short`; OVERLAP, GAP and ISSUE to `square`; CHAINS to `narrow`
-and `narrow-v2`, each in h200-2026-11-26-turns; REDUCE_BANDWIDTH and GAPS, of kernels that are no more, to kernels.jsonl. All other rows are
-predictions."""
+Fitted, by a grid: RAMP, STREAM_RAMP, LAUNCH, OVERLAP and ISSUE to the rows of `short` and `square` in the three tables; to
+`narrow` and `narrow-v2` in h200-2026-11-26-turns CHAINS, to `double` there CALLS; to kernels.jsonl REDUCE_BANDWIDTH, GAP, and
+GAPS of kernels that are no more, at (512, 32, 512). All other rows are predictions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cusru.specialisation import Specialisation, specialisations
 
 RESULTS = Path(__file__).parent / "results"
 H200 = model.DEVICES["h200"]
-FITTED = ("short", "square", "narrow", "narrow-v2")
+FITTED = ("short", "square", "narrow", "narrow-v2", "double")
 
 
 class Row(NamedTuple):
@@ -51,13 +51,14 @@ def of_kind(kernel: Specialisation) -> tuple[str, str]:
 
 # ---- the kernels of the reports, as data ---------------------------------------------------------------------------------
 
-# Warps by turns, parameter sums not grouped yet: instructions a step of a column, of float32 and of 16-bit values, by turns and alone, by
-# `benchmarks.resources --sass` at 9bf8f24; and the chain. Forwards are as they are now.
+# Warps by turns, parameter sums not grouped yet: instructions a step of a column, of float32 and of 16-bit values, by turns and
+# alone (`benchmarks.resources --sass` at 9bf8f24), and the chain. A simulation of the machine code says how it differs with and
+# without weights, where `narrow` has only one of the two. Forwards are as they are now.
 TURNS = {
-    ("backward", "none"): ((115.1, 102.4), (122.8, 109.9), 112),
-    ("backward", "column"): ((138.6, 125.0), (145.5, 133.6), 139),
-    ("recompute", "none"): ((109.2, 121.0), (120.3, 133.8), 267),
-    ("recompute", "column"): ((131.3, 143.9), (142.4, 157.0), 307),
+    ("backward", "none"): ((115.1, 102.4), (122.8, 109.9), 110),
+    ("backward", "column"): ((138.6, 125.0), (145.5, 133.6), 137),
+    ("recompute", "none"): ((109.2, 121.0), (120.3, 133.8), 275),
+    ("recompute", "column"): ((131.3, 143.9), (142.4, 157.0), 317),
 }
 
 
@@ -74,8 +75,8 @@ def turns() -> Iterator[Row]:
             yield Row("turns", case, row["pass"], row["dtype"], row["times"]["cusru"]["seconds"], walk)
 
 
-# One thread a column, or four columns of it where there are many; a warp waits for nobody, and 32 sums were a block of the reduction.
-GAPS = {"forward": 2.2, "backward": 2.1, "recompute": 3.4}
+# One column a thread, or four where there are many; a warp waits for nobody, and a block of the reduction has 32 sums.
+GAPS = {"forward": 2.3, "backward": 2.2, "recompute": 3.4}
 
 
 class Counted(NamedTuple):
@@ -166,12 +167,17 @@ def test_the_reports_are_all_there() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "median", "most"),
-    [([row for row in TABLE if row.case.name not in FITTED], 1.07, 1.37), (TABLE, 1.06, 1.37), (OLD, 1.05, 1.37)],
-    ids=["turns, not fitted to", "turns", "one thread a column"],
+    [
+        (TABLE, 1.05, 1.33),
+        ([row for row in TABLE if row.case.name not in FITTED], 1.06, 1.33),
+        (OLD, 1.04, 1.33),
+        ([row for row in OLD if row.case.name not in FITTED], 1.05, 1.33),
+    ],
+    ids=["turns", "turns, not fitted to", "one thread a column", "one thread a column, not fitted to"],
 )
 def test_the_model_is_near_every_time_that_was_measured(rows: list[Row], median: float, most: float) -> None:
-    """The farthest are padding, which takes a copy of the code that the model does not know, float64's calls, and kernels of which
-    only a relative was profiled (tanh and k = 4, weights per step)."""
+    """The farthest are padding, which takes a copy of the code that the model does not know, float64's calls, and kernels of
+    which only a relative was profiled (tanh and k = 4, weights per step)."""
     assert statistics.median(errors(rows)) < median
     assert max(errors(rows)) < most
 
@@ -192,13 +198,14 @@ def rows_of(L: int, direction: str, dtype: str, recompute: bool, weight: str) ->
         ("bytes", rows_of(4096, "backward", "float32", False, "none"), 1.1),
         ("issue", [row for row in OLD if row.case.L == 16384], 1.2),
         ("chain", [row for row in TABLE if row.case.name == "narrow-v2"], 1.1),
-        ("waves", rows_of(64, "backward", "bfloat16", True, "column"), 1.15),
+        ("waves", [row for row in rows_of(64, "forward", "bfloat16", False, "column") if row.report != "turns"], 1.08),
         ("second kernel", [row for row in rows_of(64, "backward", "float32", False, "column") if row.report != "turns"], 1.1),
     ],
     ids=["bytes", "issue", "chain", "waves", "second kernel"],
 )
 def test_no_term_can_be_left_out(term: str, rows: list[Row], most: float) -> None:
-    """Special functions are not here: no report decides about them."""
+    """Special functions are not here: no report decides about them. Of waves the rows with every state saved do; without states
+    the model is a quarter too slow there, and less so without waves."""
     assert max(errors(rows)) < most
     assert max(errors([without(row, term) for row in rows])) > most
 
@@ -211,8 +218,8 @@ def test_no_ramp_no_short_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_lone_warp_takes_what_a_simulation_of_the_machine_code_says() -> None:
-    """Cycles a step of the kernels before turns, float32, which nothing was fitted to: they came from running the machine code on a
-    model of one warp. (That backward from every 32nd state without weights was profiled with 16-bit values only.)"""
+    """Cycles a step of the kernels before turns, float32, to which nothing was fitted: they came from running the machine code
+    on a model of one warp. (A backward from every 32nd state without weights was profiled with 16-bit values only.)"""
     for which, weight, size, simulated in (
         ("forward", "none", 4, 189), ("forward", "column", 4, 207), ("backward", "none", 4, 316),
         ("recompute", "none", 2, 563), ("recompute", "column", 4, 592),
@@ -292,14 +299,21 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_a_plan_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     words = run(capsys, "512", "32", "512", "--dtype", "bfloat16", "--weight", "column", "--every", "32", "--device", "h200")
     forward, backward = words.split("backward\n")
-    for said in ("2 a thread", "4 a block", "256, 1.94 a multiprocessor", "straight", "launches        1\n", "us on H200"):
+    for said in (
+        "2 a thread",
+        "4 a block",
+        "256, 1.94 a multiprocessor",
+        "straight",
+        "launches        1: it does all",
+        "us on H200",
+    ):
         assert said in forward, words
-    for said in ("states recomputed", "launches        2; the second adds up 32 rows of 4 sums", "chain", "second kernel"):
+    for said in ("states recomputed", "launches        2: the second adds up 32 rows of 4 sums", "chain", "second kernel"):
         assert said in backward, words
 
 
 def test_a_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    forward, backward = map(json.loads, run(capsys, "64", "4096", "64", "--every", "1", "--bidirectional", "--json").splitlines())
+    forward, backward = map(json.loads, run(capsys, "64", "4096", "64", "--bidirectional", "--json").splitlines())
     assert (forward["pass"], backward["pass"]) == ("forward", "backward")
     assert forward["kernel"]["alone"]
     assert len(backward["waves"]) > 1
