@@ -102,7 +102,7 @@ def lines(one: Planned, device: model.Device) -> list[str]:
     else:
         warps = f"{per_sm:.1f} blocks a multiprocessor leave no room for more, or all time is one turn"
     straight = "whole tiles without a branch"
-    general = "padding, far strides, gradients unwanted or laid otherwise than u, or saved blocks shorter than a tile"
+    general = "far strides, gradients unwanted or laid otherwise than u, or saved blocks shorter than a tile"
     ahead = UNIT if kernel.recompute else walk.warps * kernel.tile
     in_flight = said.waves[0] * ahead * 32 * kernel.columns * resources.bytes_per_step(kernel)
     second = f"the second adds up {made.rows} rows of {made.sums} sums a column" if walk.reducers else "it does all"
