@@ -102,6 +102,7 @@ def plan(problem: Problem, device: Limits) -> Plan:
 
     skip = "projected" if problem.k == 4 else "x" if "x" in given else "none"
     directions = 2 if problem.bidirectional else 1
+    pairs = directions * -(-rows * problem.width // (directions * 64))
     walked = min(problem.block or UNIT, UNIT) if recompute else problem.length  # together
     choices = []  # two columns a thread or one; if neither has room, a warp by itself
     for each in columns(problem.dtype):
@@ -113,7 +114,7 @@ def plan(problem: Problem, device: Limits) -> Plan:
             padded="mask_pad" in given,
         )  # fmt: skip
         grid = directions * -(-rows * problem.width // (directions * each * 32))  # a block's columns all run the same way
-        choices.append((kernel, grad_u_packed, grid, _warps(kernel, -(-walked // kernel.tile), grid, device)))
+        choices.append((kernel, grad_u_packed, grid, _warps(kernel, -(-walked // kernel.tile), pairs, device)))
     choices += [(kernel, packed, grid, 1) for kernel, packed, grid, _ in choices]
     kernel, grad_u_packed, grid, warps = next((c for c in choices if _fits(c[0], c[3], device)), choices[-1])
     kernel = kernel._replace(alone=warps == 1)
@@ -150,10 +151,10 @@ def _fits(kernel: Specialisation, warps: int, device: Limits) -> bool:
     return kernel._replace(alone=warps == 1).shared(warps) <= device.shared
 
 
-def _warps(kernel: Specialisation, turns: int, blocks: int, device: Limits) -> int:
-    """Of a block: as many as its multiprocessor's share of the blocks leaves room for. By registers that is some RESIDENT of
-    them."""
-    wanted = min(turns, RESIDENT * device.multiprocessors // max(blocks, 1))
+def _warps(kernel: Specialisation, turns: int, pairs: int, device: Limits) -> int:
+    """Of a block: as many as its multiprocessor's share of the columns leaves room for. By registers that is some RESIDENT of
+    them. `pairs`: blocks if each thread walked two columns, whether the layout lets it or not: the turns are the shape's."""
+    wanted = min(turns, RESIDENT * device.multiprocessors // max(pairs * 2 // columns(kernel.dtype)[0], 1))
     if kernel.recompute:  # each a turn of every saved block, or a block to itself
         return min(turns, kernel.warps) if wanted > 1 else 1
     return max([1, *(warps for warps in range(2, min(wanted, kernel.warps) + 1) if _fits(kernel, warps, device))])

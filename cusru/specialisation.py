@@ -76,9 +76,9 @@ class Specialisation(NamedTuple):
         if self.direction == "reduce":
             return 0
         sums = 0 if self.direction == "forward" else 4 if self.weight == "column" else 2
-        values = sums  # of each column: of steps that are being added up; the state, or the carry and sums with what they lost
+        values = 0  # of each column: the state; or the carry, the sums with what they lost, and those of a group of steps
         if not self.alone:
-            values += warps * (1 + 2 * sums + self.recompute)
+            values = warps * (1 + 2 * sums + self.recompute) + sums
         slots = UNIT if self.recompute else warps * self.tile
         return values * 32 * self.columns * ITEMSIZES[STATES[self.dtype]] + slots * self.step_bytes
 
