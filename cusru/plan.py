@@ -100,21 +100,27 @@ def plan(problem: Problem, device: Limits) -> Plan:
     sums = 2 * ("grad_bias" in wanted) + 2 * ("grad_weight_c" in wanted and weight == "column")
     state_bytes = ITEMSIZES[problem.state]
 
-    each, packed, grad_u_packed = _memory_half(problem)
     skip = "projected" if problem.k == 4 else "x" if "x" in given else "none"
-    kernel = Specialisation(
-        problem.direction, problem.dtype, skip, problem.activation, problem.candidate, weight, each, packed, recompute
-    )
+    directions = 2 if problem.bidirectional else 1
+    walked = min(problem.block or UNIT, UNIT) if recompute else problem.length  # together
+    choices = []  # two columns a thread or one; if neither has room, a warp by itself
+    for each in columns(problem.dtype):
+        if (layout := _memory_half(problem, each)) is None:
+            continue
+        packed, grad_u_packed = layout
+        kernel = Specialisation(
+            problem.direction, problem.dtype, skip, problem.activation, problem.candidate, weight, each, packed, recompute
+        )
+        grid = directions * -(-rows * problem.width // (directions * each * 32))  # a block's columns all run the same way
+        choices.append((kernel, grad_u_packed, grid, _warps(kernel, -(-walked // kernel.tile), grid, device)))
+    choices += [(kernel, packed, grid, 1) for kernel, packed, grid, _ in choices]
+    kernel, grad_u_packed, grid, warps = next((c for c in choices if _fits(c[0], c[3], device)), choices[-1])
+    kernel = kernel._replace(alone=warps == 1)
     units = -(-min(problem.block or 1, problem.length) // UNIT)
     checkpoints = max(units - 2, 0) * problem.batch * problem.width * state_bytes if recompute else 0
 
     launches = []
-    directions = 2 if problem.bidirectional else 1
-    if rows * problem.width:  # a block's columns all run the same way
-        grid = directions * -(-rows * problem.width // (directions * each * 32))
-        turns = -(-(min(problem.block, UNIT) if recompute and problem.block else problem.length) // kernel.tile)
-        warps = _warps(kernel, turns, directions * -(-rows * problem.width // (directions * 64)), device)
-        kernel = kernel._replace(alone=warps == 1)
+    if grid:
         launches.append(Launch(kernel, (grid,), (32 * warps,), kernel.shared(warps)))
     if sums and problem.width and rows != 1:  # a single row's sums are the gradients; of no rows the sums are 0
         reduce = Specialisation("reduce", problem.dtype)
@@ -140,36 +146,36 @@ def plan(problem: Problem, device: Limits) -> Plan:
     return Plan(kernel, group, rows, sums, grad_u_packed, partials, checkpoints, tuple(launches), parts, workspace)
 
 
-def _warps(kernel: Specialisation, turns: int, pairs: int, device: Limits) -> int:
-    """Of a block: as many as its multiprocessor's share of the columns leaves room for. By registers that is some RESIDENT of
-    them. `pairs`: blocks if each thread walked two columns, whether the layout lets it or not: the turns are the shape's."""
-    each = columns(kernel.dtype)[0]
-    wanted = RESIDENT * device.multiprocessors // max(pairs * 2 // each, 1)
+def _fits(kernel: Specialisation, warps: int, device: Limits) -> bool:
+    return kernel._replace(alone=warps == 1).shared(warps) <= device.shared
+
+
+def _warps(kernel: Specialisation, turns: int, blocks: int, device: Limits) -> int:
+    """Of a block: as many as its multiprocessor's share of the blocks leaves room for. By registers that is some RESIDENT of
+    them."""
+    wanted = min(turns, RESIDENT * device.multiprocessors // max(blocks, 1))
     if kernel.recompute:  # each a turn of every saved block, or a block to itself
-        wanted = kernel.warps if wanted > 1 else 1
-    fitting = [1, *(warps for warps in range(2, kernel.warps + 1) if kernel.shared(warps) <= device.shared)]  # 1: alone
-    return max(1, min(turns, wanted, fitting[-1]))
+        return min(turns, kernel.warps) if wanted > 1 else 1
+    return max([1, *(warps for warps in range(2, min(wanted, kernel.warps) + 1) if _fits(kernel, warps, device))])
 
 
-def _memory_half(problem: Problem) -> tuple[int, bool, bool]:
-    """Columns per thread, and whether the k values of u and of grad_u lie side by side."""
+def _memory_half(problem: Problem, n: int) -> tuple[bool, bool] | None:
+    """Whether the k values of u and of grad_u lie side by side; None if the layout has no n columns a thread."""
     arrays = {**problem.inputs, **problem.results}
     directions = 2 if problem.bidirectional else 1
     u, grad_u = arrays["u"], arrays.get("grad_u")
     streams = [a for a in arrays.values() if len(a.shape) == 3]  # (L or blocks, B, D): x, h, c, grad_h, ...
-    weights = [arrays[n] for n in ("weight_c", "grad_weight_c") if problem.step_weight and n in arrays]
-    for n in columns(problem.dtype):
-        packed = _vectors(u, n, problem.k)
-        grad_u_packed = grad_u is not None and _vectors(grad_u, n, problem.k)
-        if n == 1 or (
-            problem.width % (n * directions) == 0
-            and all(_vectors(a, n, 1) for a in streams)
-            and all(_vectors(a, n, 2) for a in weights)
-            and (packed or _vectors(u, n, 1))
-            and (grad_u is None or grad_u_packed or _vectors(grad_u, n, 1))
-        ):
-            return n, packed, grad_u_packed
-    raise AssertionError("one column a thread takes every layout")
+    weights = [arrays[name] for name in ("weight_c", "grad_weight_c") if problem.step_weight and name in arrays]
+    packed = _vectors(u, n, problem.k)
+    grad_u_packed = grad_u is not None and _vectors(grad_u, n, problem.k)
+    possible = n == 1 or (
+        problem.width % (n * directions) == 0
+        and all(_vectors(a, n, 1) for a in streams)
+        and all(_vectors(a, n, 2) for a in weights)
+        and (packed or _vectors(u, n, 1))
+        and (grad_u is None or grad_u_packed or _vectors(grad_u, n, 1))
+    )
+    return (packed, grad_u_packed) if possible else None
 
 
 def _vectors(array: Layout, columns: int, unit: int) -> bool:

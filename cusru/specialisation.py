@@ -74,12 +74,12 @@ class Specialisation(NamedTuple):
         """Bytes of a block of so many warps: their inputs, and what they hand to one another."""
         if self.direction == "reduce":
             return 0
-        handed = 1  # values of each column: the state; or the carry, the state, and the sums with what they have lost
-        if self.direction == "backward":
-            handed = 2 + 2 * (4 if self.weight == "column" else 2)
+        sums = 0 if self.direction == "forward" else 4 if self.weight == "column" else 2
+        values = sums  # of each column: of steps that are being added up; the state, or the carry and sums with what they lost
+        if not self.alone:
+            values += warps * (1 + 2 * sums + self.recompute)
         slots = UNIT if self.recompute else warps * self.tile
-        hands = 0 if self.alone else handed * warps * 32 * self.columns * ITEMSIZES[STATES[self.dtype]]
-        return hands + slots * self.step_bytes
+        return values * 32 * self.columns * ITEMSIZES[STATES[self.dtype]] + slots * self.step_bytes
 
     @property
     def macros(self) -> tuple[str, ...]:

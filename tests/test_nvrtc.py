@@ -19,9 +19,10 @@ def check(kernel: Specialisation, architecture: int) -> None:
     assert used.spill_bytes == 0, f"{kernel} spills for sm_{architecture}: {used}"
     assert used.stack_bytes == 0, f"{kernel} keeps an array in local memory for sm_{architecture}: {used}"
     most = resources.MULTIPROCESSORS[architecture]
-    assert used.shared_bytes + kernel.shared(1) <= most.shared - most.reserved, (
-        f"{kernel} for sm_{architecture}: not one warp fits"
-    )
+    if kernel.columns == 1:  # the planner's last resort
+        assert used.shared_bytes + kernel.shared(1) <= most.shared - most.reserved, (
+            f"{kernel} for sm_{architecture}: not one warp fits"
+        )
     assert used.shared_bytes + kernel.shared(kernel.warps) <= 227 * 1024, f"{kernel}: {used}"
 
 
@@ -37,8 +38,17 @@ def test_the_covering_sample_holds_every_value_of_every_option_with_every_dtype(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_covering_sample_compiles_without_spills(architecture: int) -> None:
+    """All of it for sm_90, half of it for each of the others: all of it for all would take as long as all other tests."""
     if f"{architecture}" not in map(str, nvrtc.getSupportedArchs()):
         pytest.skip(f"this NVRTC does not know sm_{architecture}")
+    of_each = slice(None) if architecture == 90 else slice(ARCHITECTURES.index(architecture) % 2, None, 2)
+    for kernel in SAMPLE[of_each]:
+        check(kernel, architecture)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_whole_covering_sample_compiles_without_spills(architecture: int) -> None:
     for kernel in SAMPLE:
         check(kernel, architecture)
 

@@ -71,8 +71,8 @@ template <typename S, int N, bool ALONE, int BARRIER> struct Relay {
     S* slots;           // [warp][column of a thread][lane]
     bool kept = false;  // what is to be taken comes from this warp itself
     S own[N];
-    __device__ __forceinline__ explicit Relay(char*& room) : slots(reinterpret_cast<S*>(room)) {
-        if (!ALONE) room += blockDim.x * N * sizeof(S);
+    __device__ __forceinline__ Relay(char*& room, int warps) : slots(reinterpret_cast<S*>(room)) {
+        if (!ALONE) room += warps * 32 * N * sizeof(S);
     }
     __device__ __forceinline__ S& slot(int warp, int i) const { return slots[(warp * N + i) * 32 + threadIdx.x % 32]; }
     __device__ __forceinline__ void give(int to, const S (&value)[N]) {

@@ -73,7 +73,7 @@ template <typename V, int T, bool ALONE> struct Forward {
           plain((args.flags & STRAIGHT) && lane.all_active),
           turn(static_cast<long long>(thread.warps) * T),
           first(static_cast<long long>(thread.warp) * T),
-          relay(shared),
+          relay(shared, thread.warps),
           records(shared + thread.warp * T * Inputs<V, false>::BYTES),
           h(thread.cursor(args.h, first)),
           saver(thread, first) {
@@ -172,7 +172,7 @@ template <typename V, int T, bool ALONE> struct Forward {
 
 // Where a block is, the same for all its threads.
 struct Place {
-    long long b;             // batch, of those of a row
+    int b;                   // batch, of those of a row
     long long block, first;  // saved block, in the order of processing; the unit's first step, likewise
     int unit, steps;         // of the block; of the unit
     bool last;               // unit of its block
@@ -183,43 +183,44 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     using S = typename V::S;
     static constexpr int N = V::COLUMNS, K = V::K;
     static constexpr int SUMS = V::WEIGHT == WEIGHT_COLUMN ? 4 : 2;  // parameter gradients: bias_f, bias_r, v_f, v_r
+    static constexpr int GROUP = T < 4 ? T : 4;  // steps, by their number, that are added up before their sum is
     using In = Inputs<V, true>;
     const Args& args;
     const Lane lane;
-    const long long first_batch, batches;  // of the row; batches that the block walks
+    const long long first_batch;  // of the row
+    const int batches;            // that the block walks
     Thread<V> thread;
-    const bool plain,
-        by_time;       // by_time: saved blocks begin at multiples of save_every in time, also of reversed columns
+    const bool plain;
     const int stride;  // from a warp's tile to its next
     const long long every, blocks;
     Relay<S, N, ALONE, 1> carries;
-    Relay<S, N, ALONE, 1 + WARPS> states;
-    Relay<S, N * SUMS * 2, ALONE, 1 + (RECOMPUTE ? 2 : 1) * WARPS>
-        sums;  // behind the carry: the order is that of one thread
+    Relay<S, N * SUMS * 2, ALONE, 1 + WARPS> sums;  // behind the carry: the order is that of one thread
+    Relay<S, N, ALONE, 1 + 2 * WARPS> states;
+    S* const begun;  // of the group of steps that is being added up, where a tile may end within it: [sum][lane]
     char* const records;
     In in;
     Cursor grad_u, grad_x, grad_weight;
-    long long in_batch, out_batch, out;  // where the cursors are; `out`: the step
-    bool active;                         // whether what is walked is to be stored
-    S carry[N];
-    S sum[N * SUMS * 2];  // total and what it has lost
+    int in_batch, out_batch;  // where the cursors are
+    long long out;            // likewise, the step
+    bool active;              // whether what is walked is to be stored
 
     __device__ __forceinline__ Backward(const Args& args, char* shared)
         : args(args),
           lane(args, args.rows, N),
           first_batch(lane.row * args.group),
-          batches(args.batch - lane.first_row * args.group < args.group ? args.batch - lane.first_row * args.group
-                                                                        : args.group),
+          batches(static_cast<int>(args.batch - lane.first_row * args.group < args.group
+                                       ? args.batch - lane.first_row * args.group
+                                       : args.group)),
           thread(args, lane, first_batch, shared),
           plain((args.flags & STRAIGHT) && lane.all_active && (lane.last_row + 1) * args.group <= args.batch),
-          by_time(RECOMPUTE && thread.reversed),
           stride(ALONE ? T : T * thread.warps),
           every(RECOMPUTE ? args.save_every : stride),
           blocks((args.length + every - 1) / every),
-          carries(shared),
-          states(shared),
-          sums(shared),
-          records(shared) {}
+          carries(shared, thread.warps),
+          sums(shared, thread.warps),
+          states(shared, RECOMPUTE ? thread.warps : 0),
+          begun(reinterpret_cast<S*>(shared) + threadIdx.x % 32),
+          records(shared + N * SUMS * 32 * sizeof(S)) {}
 
     // ---- places ----
 
@@ -229,10 +230,11 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
             place.steps = static_cast<int>(args.length - place.first < stride ? args.length - place.first : stride);
             return;
         }
-        // A reversed column's first block is the one that may be short.
-        const long long time = (by_time ? blocks - 1 - place.block : place.block) * every;
+        // Saved blocks begin at multiples of save_every in time: a reversed column's first is the one that may be
+        // short.
+        const long long time = (lane.reversed ? blocks - 1 - place.block : place.block) * every;
         const long long steps = args.length - time < every ? args.length - time : every;
-        place.first = by_time ? args.length - time - steps : time;
+        place.first = lane.reversed ? args.length - time - steps : time;
         place.unit = steps > UNIT ? static_cast<int>((steps - 1) / UNIT) : 0;
         place.first += static_cast<long long>(place.unit) * UNIT;
         place.steps = static_cast<int>(steps - static_cast<long long>(place.unit) * UNIT);
@@ -251,10 +253,8 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     }
     // Its batch. Rows may differ by some: where another in the block has more, the last is walked again, as if it were
     // padding.
-    __device__ __forceinline__ bool present(long long b) const { return first_batch + b < args.batch; }
-    __device__ __forceinline__ long long batch(long long b) const {
-        return present(b) ? first_batch + b : args.batch - 1;
-    }
+    __device__ __forceinline__ bool present(int b) const { return first_batch + b < args.batch; }
+    __device__ __forceinline__ long long batch(int b) const { return present(b) ? first_batch + b : args.batch - 1; }
     // Whether the block's other units must be walked forward before.
     __device__ __forceinline__ bool climbs(const Place& place) const {
         return RECOMPUTE && place.last && place.unit > 0;
@@ -420,8 +420,10 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
 
         // From batch to batch turns are taken too, lest a warp give twice before the next has taken.
         const bool begins = p + left == args.length;
+        const int heir = row ? owner(row - T) : next.b < batches ? owner(next.steps - 1) : 0;
+        S carry[N];
         if (!begins || here.b) carries.take(carry);
-        if (begins) begin();
+        if (begins) begin(carry);
         S gc[T][N];
 #pragma unroll
         for (int t = T - 1; t >= 0; --t)
@@ -430,27 +432,51 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
                 S before = retreat<V>(linear[t][i], carry[i], gc[t][i]);
                 carry[i] = !straight && pads >> t & 1 ? carry[i] : before;
             }
-        if (p == 0) end();
-        if (p || next.b < batches) carries.give(owner(row ? row - T : next.steps - 1), carry);
+        if (p == 0) end(carry);
+        carries.give(heir, carry);
         S terms[T][N * SUMS];
         store_gradients(straight, left, pads, linear, gc, terms);
+        const bool first = begins && here.b == 0;
+        if (straight && (!RECOMPUTE || p % GROUP == 0))  // else a group may be cut by the saved block's end
+            add_up(Bool<true>(), p, left, first, heir, terms);
+        else if (GENERAL)
+            add_up(Bool<false>(), p, left, first, heir, terms);
+    }
 
-        if (begins && here.b == 0) {
+    // Each group's sum by itself, then into the running sums, which take turns: of whole groups, or in general step by
+    // step.
+    template <typename Whole>
+    __device__ __forceinline__ void add_up(Whole whole, long long p, int left, bool first, int heir,
+                                           S (&terms)[T][N * SUMS]) {
+        if (whole)
 #pragma unroll
-            for (int i = 0; i < N * SUMS * 2; ++i) sum[i] = 0;
+            for (int t = T - 2; t >= 0; --t)
+#pragma unroll
+                for (int i = 0; i < N * SUMS; ++i)
+                    if ((t + 1) % GROUP) terms[t][i] = terms[t + 1][i] + terms[t][i];
+        S sum[N * SUMS * 2];  // total and what it has lost
+        if (first) {
+#pragma unroll
+            for (int i = 0; i < N * SUMS; ++i) sum[2 * i] = sum[2 * i + 1] = begun[32 * i] = 0;
         } else {
             sums.take(sum);
         }
 #pragma unroll
         for (int t = T - 1; t >= 0; --t)
-            if (straight || (t < left && active))
+            if (whole ? t % GROUP == 0 : t < left && active) {
+                const bool ends = whole || (p + t) % GROUP == 0;
 #pragma unroll
                 for (int i = 0; i < N * SUMS; ++i) {
+                    S& so_far = begun[32 * i];
+                    const S value = whole ? terms[t][i] : so_far + terms[t][i];
+                    if (!whole) so_far = ends ? S(0) : value;
+                    if (!ends) continue;
                     Sum<S> one = {sum[2 * i], sum[2 * i + 1]};
-                    one.add(terms[t][i]);
+                    one.add(value);
                     sum[2 * i] = one.total, sum[2 * i + 1] = one.lost;
                 }
-        if (p || next.b < batches) sums.give(owner(row ? row - T : next.steps - 1), sum);
+            }
+        sums.give(heir, sum);
     }
 
     template <typename Straight>
@@ -505,14 +531,14 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
 
     // ---- a batch, and all ----
 
-    __device__ __forceinline__ void begin() {
+    __device__ __forceinline__ void begin(S (&carry)[N]) {
 #pragma unroll
         for (int i = 0; i < N; ++i)
             carry[i] = args.grad_c_last.data
                            ? thread.one(args.grad_c_last, thread.b, thread.d + i, 0, NARROW_GRAD_C_LAST)
                            : S(0);
     }
-    __device__ __forceinline__ void end() {
+    __device__ __forceinline__ void end(const S (&carry)[N]) {
         if (!args.grad_c0.data || !active) return;
 #pragma unroll
         for (int i = 0; i < N; ++i)
@@ -552,8 +578,10 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     __device__ __forceinline__ void run() {
         if (args.length == 0) {
             active = lane.active;
-            for (long long b = first_batch; thread.warp == 0 && b < args.batch && b < first_batch + args.group; ++b)
-                thread.to_batch(b), begin(), end();
+            for (long long b = first_batch; thread.warp == 0 && b < args.batch && b < first_batch + args.group; ++b) {
+                S carry[N];
+                thread.to_batch(b), begin(carry), end(carry);
+            }
             return;
         }
         Place here = {0, blocks - 1, 0, 0, 0, false};
@@ -569,16 +597,18 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
         }
     }
 
-    // The parameters' sums, which the warp with the last tile has. Those of several rows wait for reduce(), a single
-    // row's are the gradients.
+    // The parameters' sums, which the first warp was given at the end. Those of several rows wait for reduce(), a
+    // single row's are the gradients.
     __device__ __forceinline__ void leave_sums() {
         if (thread.warp || !lane.active) return;
+        S sum[N * SUMS * 2] = {};
+        if (args.length) sums.take(sum);
         int place = 0;
         auto leave = [&](const Array& gradient, int which, int gate, int narrow) {
             S* partial = reinterpret_cast<S*>(args.partials) + (lane.row * args.sums + place++) * args.width + thread.d;
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-                const S total = args.length ? sum[2 * (i * SUMS + which)] : S(0);
+                const S total = sum[2 * (i * SUMS + which)];
                 if (args.rows > 1)
                     workspace_store<sizeof(S)>(partial + i, &total);
                 else  // 0 +: as reduce() begins, which takes the sign from a -0
