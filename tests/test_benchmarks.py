@@ -982,7 +982,7 @@ print({csv!r})
 
 def a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: int, said: str = "") -> list[dict[str, Any]]:
     """By a stand-in for ncu, which prints such a table."""
-    figures = {name: 10.0 for name in device.METRICS}
+    figures = dict.fromkeys(device.METRICS, 10.0)
     figures |= {"gpu__time_duration.sum": 2000.0, "dram__bytes_read.sum": 500.0, "launch__registers_per_thread": 168.0}
     heads = ",".join(f'"{name}"' for name in ("ID", "Kernel Name", *figures))
     lines = [heads, ",".join('""' for _ in range(2 + len(figures)))]
