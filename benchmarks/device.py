@@ -1,5 +1,5 @@
 """`python -m benchmarks.device [correctness | speed] --out DIR`: all that only a GPU can show, in less than twelve minutes, or as
-two commands of five and six and a half, of which the second adds to what the first has left in DIR.
+two commands of less than nine, of which the second adds to what the first has left in DIR.
 
 correctness
     tests       pytest -m gpu tests
@@ -55,8 +55,8 @@ from cusru.measuring import Floor, address
 
 ROOT = Path(__file__).parent.parent
 PARTS = {  # what one step leaves of its seconds, the next may use
-    "correctness": {"tests": 210, "sanitizer": 80},
-    "speed": {"bandwidth": 10, "goals": 90, "profile": 60, "table": 105, "host": 35, "peers": 70},
+    "correctness": {"tests": 190, "sanitizer": 80},
+    "speed": {"bandwidth": 10, "goals": 130, "profile": 60, "table": 90, "host": 30, "peers": 65},
 }
 SECONDS = {**PARTS["correctness"], **PARTS["speed"]}
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
@@ -88,7 +88,7 @@ def find(simulate: bool) -> measuring.Machine:
 def tests(simulate: bool, seconds: float) -> Iterator[Row]:
     """One row a test, as pytest reports it."""
     command = [sys.executable, "-m", "pytest", "tests", "-v", "-p", "no:cacheprovider", "--color=no", "--tb=short"]
-    command += ["-m", "not long", "-k", "simulator and test_properties"] if simulate else ["-m", "gpu and not long"]
+    command += ["-m", "not long", "-k", "simulator and small_cases"] if simulate else ["-m", "gpu and not long"]
     with contextlib.suppress(ImportError):
         import xdist  # noqa: F401
 
@@ -339,13 +339,13 @@ def goals(simulate: bool, seconds: float) -> Iterator[Row]:
                 for direction in work.results:
                     about = _about(goal, work, direction)
                     row = {**work.measure(direction, cache=here.caches[0]), **about, "launches": counted[direction]}
-                    reached, key = (
-                        row["times"]["cusru"]["of_ceiling"],
-                        (*about["shape"], goal.dtype, direction, about["save_every"]),
-                    )
-                    if goal.of_plain is None and work.case.weight_c == "column":
+                    reached = row["times"]["cusru"]["of_ceiling"]
+                    key = (*about["shape"], goal.dtype, direction, about["save_every"])
+                    if goal.of_plain and key in plain:
+                        row["of_plain"] = reached / plain[key]
+                    elif work.case.weight_c == "column":
                         plain[key] = reached
-                    yield row | ({"of_plain": reached / plain[key]} if goal.of_plain and key in plain else {})
+                    yield row
         except Exception as error:
             yield {**about, "case": goal.case.name, "dtype": goal.dtype, "failed": _one_line(error)}
             if _lost(error):

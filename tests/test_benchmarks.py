@@ -829,16 +829,16 @@ def test_what_was_found_is_kept_when_it_is_ended_from_outside(tmp_path: Path, nu
 
 
 def test_each_part_takes_less_than_nine_minutes_and_both_less_than_twelve() -> None:
-    """With what the environment's step, the ends of steps and the picture may take besides."""
-    parts = [sum(part.values()) + 60 for part in device.PARTS.values()]
-    assert max(parts) < 9 * 60
-    assert sum(device.SECONDS.values()) + 60 < 12 * 60
+    """With a minute for what the environment's step, the ends of steps and the picture take besides."""
+    parts = [sum(part.values()) for part in device.PARTS.values()]
+    assert max(parts) + 60 < 9 * 60
+    assert sum(parts) + 60 < 12 * 60
 
 
 def test_the_second_part_adds_to_the_report_of_the_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In either order, and again; not to that of another device, nor to what is no report."""
     here = {"device": "A GPU"}
-    row: dict[str, Any] = {"test": "tests/a.py::b", "outcome": "passed"}
+    row = {"test": "tests/a.py::b", "outcome": "passed"}
 
     def step(name: str, simulate: bool, seconds: float) -> dict[str, Any]:
         return {"status": "ok", "seconds": 1.0, "rows": [here if name == "environment" else row]}
@@ -861,8 +861,6 @@ def test_the_second_part_adds_to_the_report_of_the_first(monkeypatch: pytest.Mon
     text = (tmp_path / "report.md").read_text()
     assert text.count("- command: `python -m benchmarks.device") == 2
     assert "1 passed." in text
-    row = {"failed": "later"}
-    assert device.main(["correctness", *out]) == 0, "run_step decides by rows, and is replaced"
     here = {"device": "Another GPU"}
     assert device.main(["speed", *out]) == 0
     assert [name for name in steps() if name != "picture"] == second
