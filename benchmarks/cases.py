@@ -98,9 +98,9 @@ CASES = {case.name: case for case in (*BENCHMARKS, *SMALL)}
 
 
 class Goal(NamedTuple):
-    """What a case is to reach on a device, in either pass: a row of the issue's second table."""
+    """What a case is to reach on a device, in either pass."""
 
-    row: str
+    row: str  #: of the table of goals; of two that one case serves
     case: Case  #: saves every 32nd state; forward also as inference, which saves none
     dtype: str
     of_ceiling: float | None = None  #: of the faster of copy and stream
