@@ -625,12 +625,14 @@ def other_part(out: Path, chosen: list[str], here: Row) -> Row:
         steps = {name: step for name, step in found["steps"].items() if name not in chosen}
         if not steps or any(found[name] != value for name, value in here.items()):
             return {}
-        run = {name: found[name] for name in ("date", "command", "seconds")}
+        kept: Row = {"before": {name: found[name] for name in ("date", "command", "seconds")}}
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return {}
     if "table" in chosen:
         steps.pop("picture", None)
-    return {"steps": steps, "before": run} | ({"picture": PICTURE} if "picture" in steps else {})
+    elif "picture" in found:
+        kept["picture"] = PICTURE
+    return {"steps": steps, **kept}
 
 
 def prepare(out: Path, keep: bool = False) -> None:
@@ -679,7 +681,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.part:
             before = other_part(options.out, chosen, {"simulated": options.simulate, "environment": first["rows"][0]})
-        prepare(options.out, keep="picture" in before.get("steps", {}))
+        prepare(options.out, keep="picture" in before)
     except OSError as error:
         parser.error(f"--out: {error}")
 

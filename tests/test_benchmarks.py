@@ -858,9 +858,16 @@ def test_the_second_part_adds_to_the_report_of_the_first(monkeypatch: pytest.Mon
     ):
         assert device.main([part, *out]) == 0
         assert [name for name in steps() if name != "picture"] == has
+        assert "![" not in (tmp_path / "report.md").read_text(), "no picture was drawn"
     text = (tmp_path / "report.md").read_text()
     assert text.count("- command: `python -m benchmarks.device") == 2
     assert "1 passed." in text
+    found = json.loads((tmp_path / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps({**found, "picture": device.PICTURE}))
+    for part, kept in (("correctness", True), ("speed", False)):  # which draws its own
+        (tmp_path / device.PICTURE).touch()
+        assert device.main([part, *out]) == 0
+        assert (tmp_path / device.PICTURE).exists() == ("![" in (tmp_path / "report.md").read_text()) == kept
     here = {"device": "Another GPU"}
     assert device.main(["speed", *out]) == 0
     assert [name for name in steps() if name != "picture"] == second
