@@ -109,8 +109,9 @@ def plan(problem: Problem, device: Limits) -> Plan:
             continue
         packed, grad_u_packed = layout
         kernel = Specialisation(
-            problem.direction, problem.dtype, skip, problem.activation, problem.candidate, weight, each, packed, recompute
-        )
+            problem.direction, problem.dtype, skip, problem.activation, problem.candidate, weight, each, packed, recompute,
+            padded="mask_pad" in given,
+        )  # fmt: skip
         grid = directions * -(-rows * problem.width // (directions * each * 32))  # a block's columns all run the same way
         choices.append((kernel, grad_u_packed, grid, _warps(kernel, -(-walked // kernel.tile), grid, device)))
     choices += [(kernel, packed, grid, 1) for kernel, packed, grid, _ in choices]
@@ -132,8 +133,7 @@ def plan(problem: Problem, device: Limits) -> Plan:
     )  # fmt: skip
     of_a_step = ["grad_u"] + ["grad_x"] * (skip == "x") + ["grad_weight_c"] * problem.step_weight
     straight = (
-        "mask_pad" not in given
-        and (not backward or (wanted.keys() >= set(of_a_step) and grad_u_packed == packed))
+        (not backward or (wanted.keys() >= set(of_a_step) and grad_u_packed == packed))
         and (backward or problem.block is None or problem.block == 1 or problem.block >= kernel.tile)
         and all(abs(a.strides[0]) * a.itemsize < 1 << 31 for a in (*given.values(), *wanted.values()) if len(a.shape) > 2)
     )

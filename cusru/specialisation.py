@@ -34,6 +34,7 @@ class Specialisation(NamedTuple):
     packed: bool = False  #: the k values of `columns` columns lie side by side
     recompute: bool = False  #: backward from states saved every S > 1 steps
     alone: bool = False  #: a block is one warp, and there are no turns to take
+    padded: bool = False  #: there is a mask_pad
 
     @property
     def entry(self) -> str:
@@ -58,7 +59,7 @@ class Specialisation(NamedTuple):
             return 4 if self.dtype == "float64" else 8
         if steps and not simple:
             return 2
-        eight = self.recompute and not self.alone and self.packed and simple and not steps
+        eight = self.recompute and not (self.alone or self.padded) and self.packed and simple and not steps
         return 8 if eight and self.dtype != "float64" and (self.weight, self.skip) != ("column", "projected") else 4
 
     @property
@@ -94,6 +95,7 @@ class Specialisation(NamedTuple):
                 "WEIGHT": WEIGHTS[self.weight],
                 "COLUMNS": self.columns,
                 "PACKED": str(self.packed).lower(),
+                "PADDED": str(self.padded).lower(),
                 "TILE": self.tile,
                 "UNIT": UNIT,
                 "STEP_BYTES": self.step_bytes,
@@ -131,5 +133,8 @@ def specialisations() -> Iterator[Specialisation]:
         for (direction, recompute), skip, activation, candidate, weight in itertools.product(
             passes, SKIPS, ACTIVATIONS, CANDIDATES, weights
         ):
-            for each, packed, alone in itertools.product(columns(dtype), (False, True), (False, True)):
-                yield Specialisation(direction, dtype, skip, activation, candidate, weight, each, packed, recompute, alone)
+            both = (False, True)
+            for each, packed, alone, padded in itertools.product(columns(dtype), both, both, both):
+                yield Specialisation(
+                    direction, dtype, skip, activation, candidate, weight, each, packed, recompute, alone, padded
+                )

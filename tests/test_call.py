@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import gc
+import itertools
 import os
 import threading
 import weakref
@@ -16,10 +17,12 @@ import strategies
 from conftest import Backend, missing
 
 import cusru
+from benchmarks.cases import Case
+from benchmarks.plan import problem as problem_of
 from cusru import call, plan, raw_kernels
 from cusru.arguments import BACKWARD, FORWARD
 from cusru.plan import Layout, Problem
-from cusru.specialisation import Limits
+from cusru.specialisation import ACTIVATIONS, CANDIDATES, SKIPS, TYPES, Limits
 
 L, B, D = 5, 3, 8
 RNG = np.random.default_rng(5)
@@ -374,6 +377,31 @@ def test_a_block_has_as_many_warps_as_its_device_leaves_room_for_and_its_time_ha
         assert warps(512, 1, 64, save_every=32) == warps(512, 32, 1024, save_every=32) == 4
         assert warps(64, 4096, 64, save_every=32) == 1
         assert warps(512, 1, 64, save_every=8) == 1
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("shared", [64 << 10, 99 << 10, 227 << 10], ids=["sm_75", "sm_86", "sm_90"])
+def test_a_block_of_any_kernel_fits_in_shared_memory_and_has_one_column_where_two_do_not(direction: str, shared: int) -> None:
+    """Over every option that a kernel is compiled for. One has no room on Turing at all: float64 that recomputes with a
+    skip and weights per step."""
+    seen = set()
+    for skip, activation, candidate, weight, dtype, save_every, (batch, width) in itertools.product(
+        SKIPS, ACTIVATIONS, CANDIDATES, ("none", "column", "step"), TYPES, (1, 32), ((4, 64), (32, 512), (1024, 64))
+    ):
+        case = Case("", 64, batch, width, skip, weight, activation, candidate, save_every=save_every)
+        chosen = plan.plan(problem_of(case, direction, dtype), Limits(132, shared))
+        kernel, (main, *_) = chosen.kernel, chosen.launches
+        warps = main.block[0] // 32
+        assert main.shared == kernel.shared(warps)
+        too_large = kernel.recompute and dtype == "float64" and weight == "step" and skip != "none" and shared == 64 << 10
+        assert (main.shared <= shared) != too_large, kernel
+        assert kernel.alone == (warps == 1)
+        assert warps <= kernel.warps
+        if kernel.columns == 1 and dtype != "float64":
+            two = kernel._replace(columns=2, alone=not kernel.recompute)
+            assert two.shared(two.warps) > shared, kernel
+        seen.add((kernel.direction, kernel.recompute, kernel.columns, kernel.alone))
+    assert {columns for _, _, columns, _ in seen} == {1, 2}, "float64 has one"
 
 
 @pytest.mark.parametrize("operator", [FORWARD, BACKWARD], ids=lambda operator: operator.direction)

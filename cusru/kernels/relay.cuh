@@ -17,7 +17,7 @@ enum Flag {  // uniform over the launch
     BIDIRECTIONAL = 64,
     MASK_GATE = 128,
     GRAD_U_PACKED = 256,
-    STRAIGHT = 512,  // whole tiles need no question: no padding, no gradient unwanted, ... (plan.py)
+    STRAIGHT = 512,  // whole tiles need no question: no gradient unwanted, ... (plan.py)
 };
 
 struct Args {  // arguments.ARRAYS has a row for each array; an absent one has data == nullptr
@@ -303,17 +303,22 @@ template <typename V, bool BACKWARD> struct Inputs {
 };
 
 // Which of a tile's steps are padding, a bit each; those beyond the sequence's end count as such.
-template <int T, typename V>
-__device__ __forceinline__ unsigned padding(const Thread<V>& thread, long long p, int left) {
-    unsigned bits = left < T ? ~0u << left : 0;
-    if (!thread.args.mask_pad.data) return bits;
-    Cursor at = thread.cursor(thread.args.mask_pad, p);
-    unsigned char pad[T];
+template <int T, typename V, typename Straight>
+__device__ __forceinline__ unsigned padding(const Thread<V>& thread, Straight straight, long long p, int left) {
+    unsigned bits = straight || left >= T ? 0 : ~0u << left;
+    if constexpr (V::PADDED) {
+        Cursor at = thread.cursor(thread.args.mask_pad, p);
+        unsigned char pad[T];
 #pragma unroll
-    for (int i = 0; i < T; ++i)
-        if (i < left) global_load<1>(&pad[i], at(Bool<false>(), i));
+        for (int i = 0; i < T; ++i)
+            if (straight || i < left) global_load<1>(&pad[i], at(straight, i));
 #pragma unroll
-    for (int i = 0; i < T; ++i)
-        if (i < left && pad[i]) bits |= 1u << i;
+        for (int i = 0; i < T; ++i)
+            if ((straight || i < left) && pad[i]) bits |= 1u << i;
+    }
     return bits;
+}
+template <typename V, typename Straight>
+__device__ __forceinline__ bool skips(Straight straight, unsigned pads, int t) {
+    return (V::PADDED || !straight) && pads >> t & 1;
 }

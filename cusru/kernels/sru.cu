@@ -7,8 +7,8 @@ extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, 1) cusru_reduce(cons
 }
 CUSRU_SIMULATED_KERNEL(cusru_reduce, Args, CUSRU_TYPE)
 #else
-using Chosen =
-    Variant<CUSRU_TYPE, CUSRU_SKIP, CUSRU_ACTIVATION, CUSRU_CANDIDATE, CUSRU_WEIGHT, CUSRU_COLUMNS, CUSRU_PACKED>;
+using Chosen = Variant<CUSRU_TYPE, CUSRU_SKIP, CUSRU_ACTIVATION, CUSRU_CANDIDATE, CUSRU_WEIGHT, CUSRU_COLUMNS,
+                       CUSRU_PACKED, CUSRU_PADDED>;
 #if CUSRU_PASS == 0
 extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, CUSRU_RESIDENT) cusru_forward(const Args args) {
     CUSRU_DYNAMIC_SHARED(shared);

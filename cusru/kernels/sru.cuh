@@ -104,7 +104,7 @@ template <typename V, int T, bool ALONE> struct Forward {
     template <typename Straight> __device__ __forceinline__ void tile(Straight straight) {
         const long long rest = args.length - first;
         const int left = straight || rest > T ? T : static_cast<int>(rest);
-        const unsigned pads = straight ? 0 : padding<T>(thread, first, left);
+        const unsigned pads = padding<T>(thread, straight, first, left);
         Prepared<V, S> prepared[T][N];
         async_wait();
 #pragma unroll
@@ -127,7 +127,7 @@ template <typename V, int T, bool ALONE> struct Forward {
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 state[t + 1][i] = advance<V>(prepared[t][i], state[t][i]);
-                if (!straight && pads >> t & 1) state[t + 1][i] = state[t][i];
+                if (skips<V>(straight, pads, t)) state[t + 1][i] = state[t][i];
             }
         if (rest > T)
             relay.give(thread.warp + 1 < thread.warps ? thread.warp + 1 : 0, state[T]);
@@ -140,7 +140,7 @@ template <typename V, int T, bool ALONE> struct Forward {
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 S value = output<V>(thread.column[i], prepared[t][i], state[t][i], state[t + 1][i]);
-                out.set(i, !straight && pads >> t & 1 ? S(0) : value);
+                out.set(i, skips<V>(straight, pads, t) ? S(0) : value);
             }
             if (straight || (t < left && lane.active)) out.store(h(straight, t));
         }
@@ -327,7 +327,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
             for (int i = 0; i < N; ++i) {
                 before.set(i, state[i]);
                 S next = advance<V>(prepare<V>(thread.column[i], step[i]), state[i]);
-                state[i] = !straight && pads >> t & 1 ? state[i] : next;
+                state[i] = skips<V>(straight, pads, t) ? state[i] : next;
             }
             In::C::set(at + t * In::BYTES, before);
         }
@@ -357,11 +357,11 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
 #pragma unroll
                 for (int i = 0; i < N; ++i) workspace_store<sizeof(S)>(checkpoint(place) + i, &state[i]);
             const int left = place.steps - row;
+            const long long p = place.first + row;
             if (plain && left >= T)
-                recompute(Bool<true>(), record(row), 0, state);
+                recompute(Bool<true>(), record(row), padding<T>(thread, Bool<true>(), p, T), state);
             else if (GENERAL)
-                recompute(Bool<false>(), record(row), padding<T>(thread, place.first + row, left < T ? left : T),
-                          state);
+                recompute(Bool<false>(), record(row), padding<T>(thread, Bool<false>(), p, left < T ? left : T), state);
             if (left > T || followed) states.give(left > T ? owner(row + T) : 0, state);
         }
     }
@@ -383,7 +383,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
         char* const at = record(row);
         const long long p = here.first + row;
         const int rest = here.steps - row, left = straight || rest > T ? T : rest;
-        const unsigned pads = straight ? 0 : active ? padding<T>(thread, p, left) : ~0u;
+        const unsigned pads = straight || active ? padding<T>(thread, straight, p, left) : ~0u;
         out_to(straight, here, p);
 
         Linear<S> linear[T][N];
@@ -403,7 +403,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
                 const Column<S>& k = thread.column[i];
                 linear[t][i] = linearise<V>(k, step[i], of_h.get(i), state[i]);
                 if constexpr (V::SKIP == SKIP_X)
-                    out.set(i, !straight && pads >> t & 1 ? S(0) : linear[t][i].skip * k.scale);
+                    out.set(i, skips<V>(straight, pads, t) ? S(0) : linear[t][i].skip * k.scale);
             }
             if constexpr (V::SKIP == SKIP_X)
                 if (straight || (t < left && grad_x.at && active)) out.store(grad_x(straight, t));
@@ -430,7 +430,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 S before = retreat<V>(linear[t][i], carry[i], gc[t][i]);
-                carry[i] = !straight && pads >> t & 1 ? carry[i] : before;
+                carry[i] = skips<V>(straight, pads, t) ? carry[i] : before;
             }
         if (p == 0) end(carry);
         carries.give(heir, carry);
@@ -493,7 +493,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
                 const S values[4] = {gc[t][i] * (l.g * l.slope_z), gc[t][i] * l.forget, l.u2, l.skip};
 #pragma unroll
                 for (int k = 0; k < K; ++k) {
-                    S value = !straight && pads >> t & 1 ? S(0) : values[k];
+                    S value = skips<V>(straight, pads, t) ? S(0) : values[k];
                     packed.set(i * K + k, value);
                     rows[k].set(i, value);
                     if (k == 1 || k == 2) terms[t][i * SUMS + k - 1] = value;
@@ -515,7 +515,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
                 StepWeight<V> weights;
 #pragma unroll
                 for (int i = 0; i < N; ++i) {
-                    const bool pad = !straight && pads >> t & 1;
+                    const bool pad = skips<V>(straight, pads, t);
                     const S w_f = pad ? S(0) : terms[t][i * SUMS] * linear[t][i].c_prev;
                     const S w_r = pad ? S(0) : terms[t][i * SUMS + 1] * linear[t][i].c_prev;
                     if constexpr (V::STEP_WEIGHT)

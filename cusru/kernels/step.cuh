@@ -28,13 +28,15 @@ enum Weight {
 };  // STEP_STATE: in the state's type
 
 // What is fixed when the kernel is compiled.
-template <typename T_, int SKIP_, int ACTIVATION_, int CANDIDATE_, int WEIGHT_, int COLUMNS_, bool PACKED_>
+template <typename T_, int SKIP_, int ACTIVATION_, int CANDIDATE_, int WEIGHT_, int COLUMNS_, bool PACKED_,
+          bool PADDED_>
 struct Variant {
     using T = T_;
     using S = typename StateOf<T>::type;
     static constexpr int SKIP = SKIP_, ACTIVATION = ACTIVATION_, CANDIDATE = CANDIDATE_, WEIGHT = WEIGHT_;
     static constexpr int COLUMNS = COLUMNS_;  // neighbouring columns that one thread walks
     static constexpr bool PACKED = PACKED_;   // u's k values of a column lie side by side, and so do the columns
+    static constexpr bool PADDED = PADDED_;   // there is a mask_pad
     static constexpr int K = SKIP == SKIP_PROJECTED ? 4 : 3;
     static constexpr bool STEP_WEIGHT = WEIGHT >= WEIGHT_STEP;
 };
