@@ -97,6 +97,48 @@ SMALL = (  # the same kinds of problem, for a CPU
 CASES = {case.name: case for case in (*BENCHMARKS, *SMALL)}
 
 
+class Goal(NamedTuple):
+    """What a case is to reach on a device, in either pass."""
+
+    row: str  #: of the table of goals; of two that one case serves
+    case: Case  #: saves every 32nd state; forward also as inference, which saves none
+    dtype: str
+    of_ceiling: float | None = None  #: of the faster of copy and stream
+    of_original: float | None = None  #: the original design's time over ours
+    of_plain: float | None = None  #: of what the plain v2 case of the same shape reaches of its own ceiling
+    launches: tuple[int, int] | None = None  #: forward, and at most backward
+
+
+def _goals(row: str, *shape: int, dtype: str = "float32", **goals: Any) -> list[Goal]:
+    """Of SRU v1 and v2."""
+    versions = [Case(f"{name}-{'x'.join(map(str, shape))}", *shape, weight_c=weight, save_every=32)
+                for name, weight in (("v1", "none"), ("v2", "column"))]  # fmt: skip
+    return [Goal(row, case, dtype, **goals) for case in versions]
+
+
+def _beside_plain(row: str, *shape: int, dtype: str = "float32") -> list[Goal]:
+    """What is to stay within a tenth of the plain case."""
+    *_, (_, plain, *_) = _goals(row, *shape)
+    variants = {"padding": {"padding": "lengths"}, "k4": {"skip": "projected"}, "two-directions": {"bidirectional": True},
+                "step-weights": {"weight_c": "step"}}  # fmt: skip
+    return [Goal(row, plain._replace(name=plain.name.replace("v2", name), **options), dtype, of_plain=0.9)
+            for name, options in variants.items()]  # fmt: skip
+
+
+GOALS = (
+    *_goals("1", 512, 32, 512, dtype="bfloat16", of_ceiling=0.85),
+    *_goals("2", 512, 32, 1024, dtype="bfloat16", of_ceiling=0.95),
+    *_goals("2", 64, 4096, 64, dtype="bfloat16", of_ceiling=0.95),
+    *_goals("3, 5", 2048, 16, 1024, of_ceiling=0.95, of_original=2),
+    *_goals("4", 4096, 8, 2048, dtype="bfloat16", of_ceiling=0.9),
+    *_goals("5", 512, 32, 64, of_original=8),
+    *_goals("6", 32, 32, 256, launches=(1, 2)),
+    *_goals("6", 128, 32, 512, launches=(1, 2)),
+    *_beside_plain("1", 512, 32, 512, dtype="bfloat16"),
+    *_beside_plain("3", 2048, 16, 1024),
+)
+
+
 def _as_it_is(a: np.ndarray) -> Any:
     return a
 

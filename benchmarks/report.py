@@ -18,14 +18,15 @@ def markdown(report: Row) -> str:
     if report["simulated"]:
         lines += [f"**{SIMULATED}**", ""]
     lines += [f"- {name}: {value}" for name, value in report["environment"].items() if name != "device"]
-    lines += [f"- date: {report['date']}", f"- command: `{report['command']}`, {report['seconds']:.0f} s", ""]
+    runs = [run for run in (report.get("before"), report) if run]
+    lines += [f"- date: {report['date']}", *(f"- command: `{run['command']}`, {run['seconds']:.0f} s" for run in runs), ""]
     steps = report["steps"].items()
     lines += [
         "## Steps",
         "",
         *_table("step | status | seconds | why", ([n, s["status"], s["seconds"], s.get("why", "")] for n, s in steps)),
     ]
-    for section in (_tests, _sanitizer, _bandwidth, _passes, _host, _peers):
+    for section in (_tests, _sanitizer, _bandwidth, _goals, _profile, _passes, _host, _peers):
         lines += section(report)
     if "picture" in report:
         lines += ["", f"![fraction of the ceiling]({report['picture']})"]
@@ -47,9 +48,22 @@ def _sanitizer(report: Row) -> Iterator[str]:
         yield from ("", "## compute-sanitizer, on the small cases", "")
         yield from _table("tool | passes run | says", ([row["tool"], row["passes_run"], _says(row)] for row in found))
 
+    for row in found:
+        if "reports" in row:
+            yield from ("", "What racecheck reports of hand-overs between warps (benchmarks/hand_over.cu):", "")
+            yes_or_no = ({True: "yes", False: "no"}[reported] for both in row["reports"].values() for reported in both)
+            yield from _table("form | the right one | the planted race", zip(row["reports"], yes_or_no, yes_or_no, strict=True))
+        if row.get("hazards"):
+            yield from ("", f"Hazards of {row['tool']}, the first of them:", "")
+            for one in row["hazards"]:
+                lines = "".join(f"; `{line}`" for line in one["lines"])
+                during = ", ".join(map(str, one["during"].values()))
+                yield f"- {during}: {one['bytes']} bytes, threads {one['threads']}, shared {one['address']}: {one['at']}{lines}"
+
 
 def _says(row: Row) -> str:
-    return next((row[key] for key in ("failed", "skipped", "summary") if key in row), "exit status 0")
+    says = [row[key] for key in ("failed", "skipped", "summary", "doubted") if key in row]
+    return "; ".join(says[:1] + says[1:] * ("doubted" in row)) if says else "exit status 0"
 
 
 def _bandwidth(report: Row) -> Iterator[str]:
@@ -60,6 +74,59 @@ def _bandwidth(report: Row) -> Iterator[str]:
         sizes = dict.fromkeys(row["bytes"] for row in found)
         yield from ("", "## Yardsticks, L2 cold", "", "GB/s, bytes read and bytes written counted together.", "")
         yield from _table(heads, ([f"{size / 2**20:g}", *(of.get((*kind, size), "") for kind in kinds)] for size in sizes))
+    for row in _rows(report, "bandwidth", "datasheet_gb_per_s"):
+        peak, failed = f"{row['datasheet_gb_per_s']:.0f} GB/s", f": {row['failed']}" if "failed" in row else ""
+        yield from ("", f"The fastest is {row['reached']:.2f} of {peak}, the memory's clock times its width{failed}.")
+
+
+def _goals(report: Row) -> Iterator[str]:
+    if found := _rows(report, "goals", "times"):
+        yield from (
+            "",
+            "## Goals, L2 cold",
+            "",
+            "Reached / goal, where there is one; rows as benchmarks/cases.py numbers its goals. Of the plain case: what is",
+            "reached of the ceiling, over what v2 of the same shape reaches of its own. Yardstick: the ceiling's GB/s.",
+            "",
+        )
+        heads = (
+            "row | L, B, D | dtype | case | save_every | pass | us | yardstick | of the ceiling | of the original | of the plain"
+        )
+        yield from _table(f"{heads} | launches", map(_goal, found))
+    failed = _rows(report, "goals", "failed")
+    yield from ["", *(f"- failed: {row['case']}, {row['dtype']}: {row['failed']}" for row in failed)] if failed else []
+
+
+def _goal(row: Row) -> list[str]:
+    ours, original = row["times"]["cusru"], row["times"].get("original")
+    reached = {"of_ceiling": ours["of_ceiling"], "of_plain": row.get("of_plain"), "launches": row["launches"],
+               "of_original": original and original["seconds"] / ours["seconds"]}  # fmt: skip
+    cells = {
+        name: "" if value is None else f"{value:.3g}" + (f" / {row['goal'][name]:g}" if name in row["goal"] else "")
+        for name, value in reached.items()
+    }
+    yardstick = f"{ours['gb_per_s'] / ours['of_ceiling']:.0f}"
+    return [*_named(row), f"{ours['seconds'] * 1e6:.4g}", yardstick,
+            *(cells[name] for name in ("of_ceiling", "of_original", "of_plain", "launches"))]  # fmt: skip
+
+
+def _profile(report: Row) -> Iterator[str]:
+    if found := _rows(report, "profile", "us"):
+        yield from ("", "## What ncu counts, L2 cold", "")
+        heads = "row | L, B, D | dtype | case | save_every | pass | us | DRAM, % of peak | DRAM bytes / floor | cycles a step"
+        lines = (
+            [*_named(row), f"{row['us']:.4g}", f"{row['dram_percent']:.1f}", f"{row['dram_bytes'] / row['floor_bytes']:.3f}",
+             f"{row['cycles_a_step']:.1f}", f"{row['instructions']:.4g}", f"{row['registers']:.0f}"]
+            for row in found
+        )  # fmt: skip
+        yield from _table(f"{heads} | instructions of warps | registers", lines)
+    for row in _rows(report, "profile", "tool"):
+        if why := row.get("skipped") or row.get("failed"):
+            yield from ("", f"{row['tool']}: {why}.")
+
+
+def _named(row: Row) -> list[str]:
+    return [row["row"], _shape(row), row["dtype"], row["case"].rsplit("-", 1)[0], str(row["save_every"]), row["pass"]]
 
 
 def _passes(report: Row) -> Iterator[str]:
