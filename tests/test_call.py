@@ -8,6 +8,7 @@ import gc
 import itertools
 import os
 import threading
+import warnings
 import weakref
 from typing import Any
 
@@ -286,11 +287,12 @@ def test_signatures_of_many_threads_at_once() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_what_is_kept_serves_a_forked_child() -> None:
     given = inputs()
     expected = cusru.sru_forward(**given)
-    child = os.fork()
+    with warnings.catch_warnings():  # of Python's, or of JAX's where a test before has loaded it
+        warnings.simplefilter("ignore")
+        child = os.fork()
     if not child:
         fits = False  # whatever goes wrong, the child must not run the other tests
         try:
