@@ -136,7 +136,11 @@ def plan(problem: Problem, device: Limits) -> Plan:
     straight = (
         (not backward or (wanted.keys() >= set(of_a_step) and grad_u_packed == packed))
         and (backward or problem.block is None or problem.block == 1 or problem.block >= kernel.tile)
-        and all(abs(a.strides[0]) * a.itemsize < 1 << 31 for a in (*given.values(), *wanted.values()) if len(a.shape) > 2)
+        and all(
+            abs(a.strides[0]) * a.itemsize < 1 << 31
+            for name, a in {**given, **wanted}.items()
+            if len(a.shape) > 2 or name == "mask_pad"  # those that have time
+        )
     )
     flags = BIDIRECTIONAL * problem.bidirectional + MASK_GATE * (problem.mask_target == "gate") + GRAD_U_PACKED * grad_u_packed
     flags += STRAIGHT * straight

@@ -21,7 +21,7 @@ import cusru
 from benchmarks.cases import Case
 from benchmarks.plan import problem as problem_of
 from cusru import call, plan, raw_kernels
-from cusru.arguments import BACKWARD, FORWARD
+from cusru.arguments import BACKWARD, FORWARD, STRAIGHT
 from cusru.plan import Layout, Problem
 from cusru.specialisation import ACTIVATIONS, CANDIDATES, SKIPS, TYPES, Limits
 
@@ -379,6 +379,22 @@ def test_a_block_has_as_many_warps_as_its_device_leaves_room_for_and_its_time_ha
         assert warps(512, 1, 64, save_every=32) == warps(512, 32, 1024, save_every=32) == 4
         assert warps(64, 4096, 64, save_every=32) == 1
         assert warps(512, 1, 64, save_every=8) == 1
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("far", ["u", "x", "mask_pad", "h", "grad_h"])
+def test_whole_tiles_go_straight_unless_a_step_is_2_GiB(direction: str, far: str) -> None:
+    """For then the offsets within a tile are 32 bits. With padding, too."""
+    problem = described(direction)
+    problem.inputs["mask_pad"] = Layout((64, 8), (8, 1), "bool")
+    assert plan.plan(problem, Limits(132)).frame[-1] & STRAIGHT
+    where = problem.inputs if far in problem.inputs else problem.results
+    if far not in where:
+        pytest.skip(f"{far} is the other pass's")
+    layout = where[far]
+    for step, straight in (((1 << 31) // layout.itemsize, False), ((1 << 30) // layout.itemsize, True)):
+        where[far] = layout._replace(strides=(-step, *layout.strides[1:]))
+        assert bool(plan.plan(problem, Limits(132)).frame[-1] & STRAIGHT) == straight
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
