@@ -386,6 +386,15 @@ def test_a_weight_c_of_zeros_is_no_weight_c(backend, row):
     absent.check(gradients._replace(weight_c=None), absent.expected_backward())
 
 
+@on_the_panel
+def test_a_mask_pad_of_zeros_is_no_mask_pad_bit_for_bit(backend, row):
+    """Though on a GPU they are two kernels."""
+    absent = typical(row, padding="none")
+    zeros = absent.replace(mask_pad=np.zeros(absent.inputs["u"].shape[:2], bool))
+    for got, want in zip(backend.both(zeros), backend.both(absent), strict=True):
+        assert_same(got, want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_with_a_tanh_candidate_and_no_skip_it_is_the_qrnns_fo_pooling(backend, dtype):
     problem = typical((dtype, "none", "identity", "tanh", "none", "scalar", "saved"), bidirectional=False, padding="none",
