@@ -2,8 +2,8 @@
 
 Pure: sizes, options, layouts and the device's limits in, geometry out, no array and no device. A plan has a numeric half
 (which sums are formed, in which order: from shape, dtype and options, so that every memory layout gives the same bits) and
-a memory half (columns per thread, vector accesses: from strides and alignment). docs/performance.md says what each choice
-costs in bytes and registers."""
+a memory half (columns per thread, vector accesses: from strides, alignment, shared memory). docs/performance.md says what
+each choice costs in bytes and registers."""
 
 from __future__ import annotations
 
@@ -157,7 +157,8 @@ def _fits(kernel: Specialisation, warps: int, device: Limits) -> bool:
 
 def _warps(kernel: Specialisation, turns: int, pairs: int, device: Limits) -> int:
     """Of a block: as many as its multiprocessor's share of the columns leaves room for. By registers that is some RESIDENT of
-    them. `pairs`: blocks if each thread walked two columns, whether the layout lets it or not: the turns are the shape's."""
+    them. `pairs`: blocks if each thread walked two columns, whether the layout lets it or not: so that turns are the layout's by
+    the tile's length only."""
     wanted = min(turns, RESIDENT * device.multiprocessors // max(pairs * 2 // columns(kernel.dtype)[0], 1))
     if kernel.recompute:  # each a turn of every saved block, or a block to itself
         return min(turns, kernel.warps) if wanted > 1 else 1

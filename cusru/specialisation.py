@@ -52,8 +52,9 @@ class Specialisation(NamedTuple):
 
     @property
     def tile(self) -> int:
-        """Steps that are unrolled, and a warp's turn, as many as registers hold: no bit depends on it. Eight are what each of
-        the recomputing backward's four warps has of a saved block of 32."""
+        """Steps that are unrolled, and a warp's turn, as many as registers hold. No bit depends on whether it is 4 or 8, but
+        parameter sums are grouped by min(tile, 4) steps, so that a tile of 2 must follow from the options alone. Eight are what
+        each of the recomputing backward's four warps has of a saved block of 32."""
         simple, steps = self.activation == self.candidate == "identity", self.weight.startswith("step")
         if self.direction == "forward":
             return 4 if self.dtype == "float64" else 8
@@ -76,7 +77,7 @@ class Specialisation(NamedTuple):
         if self.direction == "reduce":
             return 0
         sums = 0 if self.direction == "forward" else 4 if self.weight == "column" else 2
-        values = 0  # of each column: the state; or the carry, the sums with what they lost, and those of a group of steps
+        values = 0  # of each column: what each warp is given (carry, sums with what they lost, state), and a group's sum
         if not self.alone:
             values = warps * (1 + 2 * sums + self.recompute) + sums
         slots = UNIT if self.recompute else warps * self.tile
@@ -120,7 +121,7 @@ class Launch(NamedTuple):
 
 
 def columns(dtype: str) -> tuple[int, ...]:
-    """That a thread may walk: two where layout and alignment allow, if registers do."""
+    """That a thread may walk: two where layout, alignment and shared memory allow, if registers do."""
     return (1,) if dtype == "float64" else (2, 1)
 
 

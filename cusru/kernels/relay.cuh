@@ -302,7 +302,8 @@ template <typename V, bool BACKWARD> struct Inputs {
     }
 };
 
-// Which of a tile's steps are padding, a bit each; those beyond the sequence's end count as such.
+// Which of a tile's steps are padding, a bit each; those beyond the `left` that there are count as such. Without a
+// mask_pad a straight tile has neither bits nor a test of them.
 template <int T, typename V, typename Straight>
 __device__ __forceinline__ unsigned padding(const Thread<V>& thread, Straight straight, long long p, int left) {
     unsigned bits = straight || left >= T ? 0 : ~0u << left;

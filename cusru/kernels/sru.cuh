@@ -183,7 +183,8 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     using S = typename V::S;
     static constexpr int N = V::COLUMNS, K = V::K;
     static constexpr int SUMS = V::WEIGHT == WEIGHT_COLUMN ? 4 : 2;  // parameter gradients: bias_f, bias_r, v_f, v_r
-    static constexpr int GROUP = T < 4 ? T : 4;  // steps, by their number, that are added up before their sum is
+    // Steps, from a multiple of it on, that are added up plainly; only their sum is with compensation.
+    static constexpr int GROUP = T < 4 ? T : 4;
     using In = Inputs<V, true>;
     const Args& args;
     const Lane lane;
@@ -605,7 +606,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     __device__ __forceinline__ void leave_sums() {
         if (thread.warp || !lane.active) return;
         S sum[N * SUMS * 2] = {};
-        if (args.length) sums.take(sum);
+        if (args.length) sums.take(sum);  // without waiting: the last tile's heir is its own warp
         int place = 0;
         auto leave = [&](const Array& gradient, int which, int gate, int narrow) {
             S* partial = reinterpret_cast<S*>(args.partials) + (lane.row * args.sums + place++) * args.width + thread.d;
