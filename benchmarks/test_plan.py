@@ -286,6 +286,9 @@ def test_the_table_of_instructions_is_what_ptxas_makes(kernel: Specialisation) -
     )
     assert row["special_functions"] * kernel.columns == pytest.approx(cost.special, rel=0.05)
     assert row["registers"] == pytest.approx(registers, abs=16)
+    counted, known = (resources.blocks_per_sm(90, row["threads"], n, kernel.shared(kernel.warps), 1 if kernel.alone else 16)
+                      for n in (row["registers"], registers))  # fmt: skip
+    assert counted == known, "blocks that fit together"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------------

@@ -114,9 +114,9 @@ def plan(problem: Problem, device: Limits) -> Plan:
             padded="mask_pad" in given,
         )  # fmt: skip
         grid = directions * -(-rows * problem.width // (directions * each * 32))  # a block's columns all run the same way
-        choices.append((kernel, grad_u_packed, grid, _warps(kernel, -(-walked // kernel.tile), pairs, device)))
-    choices += [(kernel, packed, grid, 1) for kernel, packed, grid, _ in choices]
-    kernel, grad_u_packed, grid, warps = next((c for c in choices if _fits(c[0], c[3], device)), choices[-1])
+        choices.append((kernel, _warps(kernel, -(-walked // kernel.tile), pairs, device), grid, grad_u_packed))
+    choices += [(kernel, 1, grid, of_grad) for kernel, _, grid, of_grad in choices]
+    kernel, warps, grid, grad_u_packed = next((c for c in choices if _fits(*c[:2], device)), choices[-1])
     kernel = kernel._replace(alone=warps == 1)
     units = -(-min(problem.block or 1, problem.length) // UNIT)
     checkpoints = max(units - 2, 0) * problem.batch * problem.width * state_bytes if recompute else 0
@@ -156,10 +156,11 @@ def _fits(kernel: Specialisation, warps: int, device: Limits) -> bool:
 
 
 def _warps(kernel: Specialisation, turns: int, pairs: int, device: Limits) -> int:
-    """Of a block: as many as its multiprocessor's share of the columns leaves room for. By registers that is some RESIDENT of
-    them. `pairs`: blocks if each thread walked two columns, whether the layout lets it or not: so that turns are the layout's by
-    the tile's length only."""
-    wanted = min(turns, RESIDENT * device.multiprocessors // max(pairs * 2 // columns(kernel.dtype)[0], 1))
+    """Of a block: as many as leave room for all blocks that its multiprocessor gets. By registers that is some RESIDENT of them.
+    `pairs`: blocks if each thread walked two columns, whether the layout lets it or not: so that turns are the layout's by the
+    tile's length only."""
+    blocks = pairs * 2 // columns(kernel.dtype)[0]
+    wanted = min(turns, RESIDENT // max(-(-blocks // device.multiprocessors), 1)) if device.multiprocessors else 1
     if kernel.recompute:  # each a turn of every saved block, or a block to itself
         return min(turns, kernel.warps) if wanted > 1 else 1
     return max([1, *(warps for warps in range(2, min(wanted, kernel.warps) + 1) if _fits(kernel, warps, device))])

@@ -382,6 +382,18 @@ def test_a_block_has_as_many_warps_as_its_device_leaves_room_for_and_its_time_ha
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_blocks_of_several_warps_have_room_together(direction: str) -> None:
+    """All that a multiprocessor gets, so that one wave is enough, also where blocks and multiprocessors do not divide."""
+    seen = set()
+    for batch in range(1, 80):
+        main, *_ = plan.plan(described(direction, 512, batch, 512), Limits(132)).launches
+        warps, blocks = main.block[0] // 32, -(-main.grid[0] // 132)
+        assert warps == 1 or warps * blocks <= plan.RESIDENT, batch
+        seen.add(warps)
+    assert {1, 2, 4, 7} <= seen
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("far", ["u", "x", "mask_pad", "h", "grad_h"])
 def test_whole_tiles_go_straight_unless_a_step_is_2_GiB(direction: str, far: str) -> None:
     """For then the offsets within a tile are 32 bits. With padding, too."""

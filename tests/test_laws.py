@@ -323,6 +323,31 @@ def test_every_save_every_gives_the_same_gradients_and_consistent_states(backend
     assert_same(backend.forward(problem, save_every=None), every_state._replace(c=None))
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        ("float32", "x", "identity", "identity", "column", "wide_packed", "recompute"),
+        ("float16", "none", "tanh", "identity", "none", "wide_packed", "recompute"),
+        ("float64", "x", "identity", "tanh", "step", "wide_packed", "recompute"),
+    ],
+    ids="-".join,
+)
+def test_whole_tiles_have_the_bits_of_those_that_are_cut(backend, row):
+    """Of 32 threads' columns in each direction: so a GPU's whole tiles go straight, as those of the panel's 16 columns do not.
+    Saved blocks shorter than a tile, those that begin within a group of four steps, and whole ones; one warp a block, several."""
+    if row[0] not in DTYPES:
+        pytest.skip("needs ml_dtypes")
+    problem = typical(row, length=70, width=128, batch=2)
+    every_state = backend.forward(problem, save_every=1)
+    wanted = backend.backward(problem, every_state.c, save_every=1)
+    for multiprocessors in (0, 132):
+        planned = backend.planned_for(multiprocessors)
+        for every in (1, 3, 10, 32, 64):
+            output = planned.forward(problem, save_every=every)
+            assert_same(output._replace(c=None), every_state._replace(c=None), (multiprocessors, every))
+            assert_same(planned.backward(problem, output.c, save_every=every), wanted, (multiprocessors, every))
+
+
 # ---- algebra ----------------------------------------------------------------------------------------------------------
 
 

@@ -197,8 +197,9 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     Relay<S, N, ALONE, 1> carries;
     Relay<S, N * SUMS * 2, ALONE, 1 + WARPS> sums;  // behind the carry: the order is that of one thread
     Relay<S, N, ALONE, 1 + 2 * WARPS> states;
-    // Of the group that is being added up, where a tile may end within one; in shared memory, where warps take turns.
-    S* const begun;
+    // Sums of the group that is being added up, where a tile may end within one; in shared memory, where warps take
+    // turns.
+    S* const begun_shared;
     S begun_alone[ALONE ? N * SUMS : 1];
     char* const records;
     In in;
@@ -222,7 +223,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
           carries(shared, thread.warps),
           sums(shared, thread.warps),
           states(shared, RECOMPUTE ? thread.warps : 0),
-          begun(reinterpret_cast<S*>(shared) + threadIdx.x % 32),
+          begun_shared(reinterpret_cast<S*>(shared) + threadIdx.x % 32),
           records(shared + (ALONE ? 0 : N * SUMS * 32 * sizeof(S))) {}
 
     // ---- places ----
@@ -446,9 +447,8 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
             add_up(Bool<false>(), p, left, first, heir, terms);
     }
 
-    __device__ __forceinline__ S& group(int i) { return ALONE ? begun_alone[ALONE ? i : 0] : begun[32 * i]; }
-    // Each group's sum by itself, then into the running sums, which take turns: of whole groups, or in general step by
-    // step.
+    __device__ __forceinline__ S& begun(int i) { return ALONE ? begun_alone[ALONE ? i : 0] : begun_shared[32 * i]; }
+    // Into the running sums, which take turns: whole groups, added up before the turn comes; in general step by step.
     template <typename Whole>
     __device__ __forceinline__ void add_up(Whole whole, long long p, int left, bool first, int heir,
                                            S (&terms)[T][N * SUMS]) {
@@ -461,7 +461,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
         S sum[N * SUMS * 2];  // total and what it has lost
         if (first) {
 #pragma unroll
-            for (int i = 0; i < N * SUMS; ++i) sum[2 * i] = sum[2 * i + 1] = group(i) = 0;
+            for (int i = 0; i < N * SUMS; ++i) sum[2 * i] = sum[2 * i + 1] = begun(i) = 0;
         } else {
             sums.take(sum);
         }
@@ -471,7 +471,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
                 const bool ends = whole || (p + t) % GROUP == 0;
 #pragma unroll
                 for (int i = 0; i < N * SUMS; ++i) {
-                    S& so_far = group(i);
+                    S& so_far = begun(i);
                     const S value = whole ? terms[t][i] : so_far + terms[t][i];
                     if (!whole) so_far = ends ? S(0) : value;
                     if (!ends) continue;
