@@ -1,6 +1,30 @@
-"""cusru: the Simple Recurrent Unit's recurrence as CUDA kernels, for arrays of any framework."""
+"""cusru: the recurrences of SRU, of the QRNN and of linear RNNs as CUDA kernels, for arrays of any framework."""
 
-from cusru.api import Gradients, Output, sru_backward, sru_forward, workspace_size
+from cusru.api import (
+    Gradients,
+    LinearRecurrenceGradients,
+    Output,
+    QRNNGradients,
+    linear_recurrence_backward,
+    linear_recurrence_forward,
+    qrnn_backward,
+    qrnn_forward,
+    sru_backward,
+    sru_forward,
+    workspace_size,
+)
 
-__all__ = ["Gradients", "Output", "sru_backward", "sru_forward", "workspace_size"]
+__all__ = [
+    "Gradients",
+    "LinearRecurrenceGradients",
+    "Output",
+    "QRNNGradients",
+    "linear_recurrence_backward",
+    "linear_recurrence_forward",
+    "qrnn_backward",
+    "qrnn_forward",
+    "sru_backward",
+    "sru_forward",
+    "workspace_size",
+]
 __version__ = "0.1.0"

@@ -1,5 +1,6 @@
-"""The kernels' arguments, one row for each array. From this table come the struct that a kernel takes, the shapes and dtypes that
-are checked, the results that are allocated, and the schema of torch's operators: `kernels/relay.cuh` says what each is for."""
+"""The operators, and the kernels' arguments, one row for each array. From these tables come the struct that a kernel takes, the
+shapes and dtypes that are checked, the results that are allocated, and the schema of torch's operators: `kernels/relay.cuh` says
+what each is for."""
 
 from __future__ import annotations
 
@@ -19,66 +20,119 @@ ITEMSIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "bool": 1,
 class Argument(NamedTuple):
     dtype: str
     shapes: tuple[str, ...]  #: a letter an axis: L steps, S saved states, B, D, K values of u, R forget and reset row, F = 2*D
+    name: str = ""  #: the caller's, where it is not the slot's
 
 
-_INPUTS = {
-    "u": Argument(OWN, ("LBDK",)),
-    "x": Argument(OWN, ("LBD",)),
-    "bias": Argument(EITHER, ("RD", "F")),
-    "weight_c": Argument(EITHER, ("RD", "F", "LBDR")),
-    "c0": Argument(EITHER, ("BD",)),
-    "mask_c": Argument(EITHER, ("BD",)),
-    "mask_pad": Argument(MASK, ("LB",)),
-    "scale_x": Argument(EITHER, ("",)),
-}
-_GRADIENTS = tuple(f"grad_{name}" for name in ("u", "x", "bias", "weight_c", "c0"))  # the others have none
-
-#: In the order of struct Args
-ARRAYS = {
-    **_INPUTS,
-    "h": Argument(OWN, ("LBD",)),
-    "c": Argument(STATE, ("SBD",)),
-    "c_last": Argument(STATE, ("BD",)),
-    "grad_h": Argument(OWN, ("LBD",)),
-    "grad_c_last": Argument(EITHER, ("BD",)),
-    **{name: _INPUTS[name.removeprefix("grad_")] for name in _GRADIENTS},
-}
-#: What else a caller chooses, and its type in torch's schema
-OPTIONS = {
-    "scale": "float", "activation": "str", "candidate": "str", "mask_target": "str", "bidirectional": "bool", "save_every": "int",
-}  # fmt: skip
+#: The slots of struct Args, in its order. What lies in a slot is the operator's to say: b of the linear recurrence takes the
+#: place of u, its a that of weight_c.
+INPUTS = ("u", "x", "bias", "weight_c", "c0", "mask_c", "mask_pad", "starts", "zoneout", "scale_x")
+GRADIENTS = tuple(f"grad_{name}" for name in INPUTS[:5])  # the others have none
+ARRAYS = (*INPUTS, "h", "c", "c_last", "grad_h", "grad_c_last", *GRADIENTS)
 
 
 class Operator(NamedTuple):
-    """One pass."""
+    """One pass. A slot names an array of it throughout cusru; `public` is what its caller calls it."""
 
+    name: str
+    family: str
     direction: str
-    inputs: tuple[str, ...]  #: in the order in which they are checked
+    arrays: Mapping[str, Argument]  #: by slot
+    inputs: tuple[str, ...]  #: slots, in the order in which they are checked
     required: tuple[str, ...]
     results: tuple[str, ...]
+    choices: tuple[str, ...]  #: options that are names
+    number: str | None  #: the slot of an array that may be a number instead
 
     @property
-    def arrays(self) -> tuple[str, ...]:
-        """In the order of struct Args, up to the last that this pass has."""
-        names = tuple(ARRAYS)
-        return names[: names.index(self.results[-1]) + 1]
+    def slots(self) -> tuple[str, ...]:
+        """Of struct Args, up to the last that this pass has."""
+        return ARRAYS[: max(map(ARRAYS.index, self.results)) + 1]
+
+    def public(self, slot: str) -> str:
+        if slot.startswith("grad_") and slot in self.results:
+            return f"grad_{self.public(slot.removeprefix('grad_'))}"
+        return self.arrays[slot].name or slot
+
+    def axes(self, slot: str, rank: int) -> str:
+        return next((axes for axes in self.arrays[slot].shapes if len(axes) == rank), "")  # scale_x has none, whatever its rank
+
+    def allowed_dtypes(self, slot: str, dtype: str) -> tuple[str, ...]:
+        """Of an array, where u has `dtype`."""
+        state = STATES[dtype]
+        either = (dtype,) if dtype == state else (dtype, state)
+        return {OWN: (dtype,), STATE: (state,), EITHER: either, MASK: ("bool", "uint8")}[self.arrays[slot].dtype]
+
+    def allowed_shapes(self, slot: str, sizes: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
+        """By rank: of a tracer's sizes only those that must be equal are compared."""
+        return {len(axes): tuple([sizes[axis] for axis in axes]) for axes in self.arrays[slot].shapes}
 
 
-FORWARD = Operator("forward", tuple(_INPUTS), ("u",), ("h", "c", "c_last"))
-BACKWARD = Operator("backward", (*tuple(_INPUTS)[:-1], "grad_h", "grad_c_last", "c", "scale_x"), ("u", "grad_h", "c"), _GRADIENTS)
-OPERATORS = {one.direction: one for one in (FORWARD, BACKWARD)}
+def _operators(
+    family: str, inputs: dict[str, Argument], required: tuple[str, ...], gradients: tuple[str, ...], choices: tuple[str, ...],
+    number: str | None = None,
+) -> tuple[Operator, Operator]:  # fmt: skip
+    """Forward and backward. A number is looked at last."""
+    arrays = inputs | {
+        "h": Argument(OWN, ("LBD",)),
+        "c": Argument(STATE, ("SBD",)),
+        "c_last": Argument(STATE, ("BD",)),
+        "grad_h": Argument(OWN, ("LBD",)),
+        "grad_c_last": Argument(EITHER, ("BD",)),
+        **{f"grad_{slot}": inputs[slot] for slot in gradients},
+    }
+    last = (number,) if number else ()
+    others = tuple(slot for slot in inputs if slot != number)
+
+    def one(direction: str, inputs: tuple[str, ...], required: tuple[str, ...], results: tuple[str, ...]) -> Operator:
+        return Operator(f"{family}_{direction}", family, direction, arrays, inputs, required, results, choices, number)
+
+    return (
+        one("forward", others + last, required, ("h", "c", "c_last")),
+        one(
+            "backward", (*others, "grad_h", "grad_c_last", "c", *last), (*required, "grad_h", "c"),
+            tuple(f"grad_{slot}" for slot in gradients),
+        ),
+    )  # fmt: skip
 
 
-def allowed_dtypes(name: str, dtype: str) -> tuple[str, ...]:
-    """Of an array, where u has `dtype`."""
-    state = STATES[dtype]
-    either = (dtype,) if dtype == state else (dtype, state)
-    return {OWN: (dtype,), STATE: (state,), EITHER: either, MASK: ("bool", "uint8")}[ARRAYS[name].dtype]
+_SHARED = {"c0": Argument(EITHER, ("BD",)), "mask_pad": Argument(MASK, ("LB",)), "starts": Argument(MASK, ("LB",))}
 
-
-def allowed_shapes(name: str, sizes: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
-    """By rank: of a tracer's sizes only those that must be equal are compared."""
-    return {len(axes): tuple([sizes[axis] for axis in axes]) for axes in ARRAYS[name].shapes}
+FORWARD, BACKWARD = _operators(
+    "sru",
+    {
+        "u": Argument(OWN, ("LBDK",)),
+        "x": Argument(OWN, ("LBD",)),
+        "bias": Argument(EITHER, ("RD", "F")),
+        "weight_c": Argument(EITHER, ("RD", "F", "LBDR")),
+        "c0": _SHARED["c0"],
+        "mask_c": Argument(EITHER, ("BD",)),
+        "mask_pad": _SHARED["mask_pad"],
+        "starts": _SHARED["starts"],
+        "scale_x": Argument(EITHER, ("",)),
+    },
+    ("u",),
+    ("u", "x", "bias", "weight_c", "c0"),
+    ("activation", "candidate", "mask_target"),
+    number="scale_x",
+)
+QRNN_FORWARD, QRNN_BACKWARD = _operators(
+    "qrnn",
+    {"u": Argument(OWN, ("LBDK",)), **_SHARED, "zoneout": Argument(MASK, ("LBD",))},
+    ("u",),
+    ("u", "c0"),
+    ("pooling", "gate"),
+    number="zoneout",
+)
+LINEAR_FORWARD, LINEAR_BACKWARD = _operators(
+    "linear_recurrence",
+    {"u": Argument(OWN, ("LBD",), "b"), "weight_c": Argument(EITHER, ("LBD", "BD", "D"), "a"), **_SHARED},
+    ("u", "weight_c"),
+    ("weight_c", "u", "c0"),
+    ("form",),
+)
+OPERATORS = {
+    one.name: one for one in (FORWARD, BACKWARD, QRNN_FORWARD, QRNN_BACKWARD, LINEAR_FORWARD, LINEAR_BACKWARD)
+}  # fmt: skip
 
 
 # ---- struct Args -----------------------------------------------------------------------------------------------------
@@ -95,8 +149,10 @@ ARGS = np.dtype(
 _KERNEL_AXES = {"L": 0, "S": 0, "B": 1, "D": 2, "K": 3, "R": 3}  # time, batch, column, row
 
 #: Flags: an array whose dtype may be EITHER is in u's, not in the state's; and what else is uniform over a launch
-NARROW = {n: 1 << i for i, n in enumerate(n for n, a in ARRAYS.items() if a.dtype == EITHER and n not in _GRADIENTS)}
-BIDIRECTIONAL, MASK_GATE, GRAD_U_PACKED, STRAIGHT = (1 << len(NARROW) << i for i in range(4))
+NARROW = {slot: 1 << i for i, slot in enumerate(("bias", "weight_c", "c0", "mask_c", "scale_x", "grad_c_last"))}
+BIDIRECTIONAL, MASK_GATE, GRAD_U_PACKED, STRAIGHT, REVERSE, GATE_UPDATE, SUMS_OF_BATCHES = (
+    1 << len(NARROW) << i for i in range(7)
+)  # fmt: skip
 
 _PACKED = struct.Struct("=" + "Q32s" * len(ARRAYS) + f"QQ{8 * len(_NUMBERS)}sdq")
 _STRUCT = np.dtype((np.void, _PACKED.size))  # CuPy passes an array of one element by value
@@ -105,15 +161,14 @@ _PARTIALS = 2 * len(ARRAYS)
 Frame = tuple[Any, ...]
 
 
-def frame(strides: Mapping[str, tuple[tuple[int, ...], int]], numbers: Mapping[str, int], flags: int) -> Frame:
-    """The struct's parts that do not change from call to call. `strides`: each array's, in elements, and its itemsize; a flat
-    parameter's as those of its two rows."""
+def frame(strides: Mapping[str, tuple[str, tuple[int, ...], int]], numbers: Mapping[str, int], flags: int) -> Frame:
+    """The struct's parts that do not change from call to call. `strides`: each array's axes, its strides in elements, and its
+    itemsize; a flat parameter's as those of its two rows."""
     parts: list[Any] = []
-    for name, argument in ARRAYS.items():
+    for slot in ARRAYS:
         in_bytes = [0, 0, 0, 0]
-        if name in strides:
-            own, itemsize = strides[name]
-            axes = next((axes for axes in argument.shapes if len(axes) == len(own)), "")  # scale_x has none, whatever its rank
+        if slot in strides:
+            axes, own, itemsize = strides[slot]
             for axis, stride in zip(axes, own, strict=False):
                 in_bytes[_KERNEL_AXES[axis]] = stride * itemsize
         parts += 0, struct.pack("=4q", *in_bytes)
@@ -122,7 +177,7 @@ def frame(strides: Mapping[str, tuple[tuple[int, ...], int]], numbers: Mapping[s
 
 
 def fill(parts: Frame, addresses: Sequence[int], partials: int, checkpoints: int, scale: float) -> np.ndarray:
-    """The struct of one call, its own copy; `addresses` in the table's order, 0 where there is no array."""
+    """The struct of one call, its own copy; `addresses` in the order of ARRAYS, 0 where there is no array."""
     values = list(parts)
     values[: 2 * len(addresses) : 2] = addresses
     values[_PARTIALS], values[_PARTIALS + 1], values[_PARTIALS + 3] = partials, checkpoints, scale

@@ -24,9 +24,9 @@ from cusru.specialisation import Limits
 
 KEPT = 512  # signatures, of some 3 KB each
 
-_NAMES = tuple(ARRAYS)
-_SLOTS = {name: slot for slot, name in enumerate(_NAMES)}
-_SCALE = _SLOTS["scale_x"]
+_SLOTS = {name: slot for slot, name in enumerate(ARRAYS)}
+_RESULTS = {name: tuple([_SLOTS[slot] for slot in one.results]) for name, one in OPERATORS.items()}
+_COUNTS = {name: len(one.slots) for name, one in OPERATORS.items()}
 
 
 class Ready(NamedTuple):
@@ -42,7 +42,7 @@ class Ready(NamedTuple):
     views: tuple[dlpack.View, ...]  # how NumPy would see a CPU's memory, parameters in two rows
     flat: tuple[int, ...]  # slots of parameters that are given as (2*D,)
     bits: bool  # whether there is bfloat16 among them, which NumPy knows by its bits alone
-    options: dict[str, Any]  # of the reference
+    options: dict[str, Any]  # of the reference, the arrays' names of which are the callers'
 
 
 class Call(NamedTuple):
@@ -51,7 +51,7 @@ class Call(NamedTuple):
     ready: Ready
     objects: list[Any]
     addresses: list[int]
-    scale: float
+    number: float
     stream: int | None  # None: CuPy's current one
     written: tuple[Any, ...]  # by the caller's leave
 
@@ -77,24 +77,31 @@ def look(
 
     `like_inputs`: h lies in memory as u does, and a gradient as its input; else results are in C order, but for the gradient of u
     on a device. `unwanted`: results that are left out."""
-    activation, candidate, mask_target, bidirectional, save_every = options
-    scale = inputs[_SCALE]
-    by_value = type(scale) is float or type(scale) is int
-    if scale is None or not (
-        type(activation) is type(candidate) is type(mask_target) is str  # a subclass may be equal to anything; True is no 1
-        and type(bidirectional) is bool
-        and (save_every is None or type(save_every) is int)
-    ):
+    choices, bidirectional, save_every, reverse = options
+    for name in choices:
+        if type(name) is not str:  # a subclass may be equal to anything
+            return None
+    if not (type(bidirectional) is type(reverse) is bool and (save_every is None or type(save_every) is int)):  # True is no 1
         return None
-    objects = list(inputs)
-    if by_value:
-        objects[_SCALE] = None
-    if out is None:
-        objects += (None,) * len(operator.results)
-    elif isinstance(out, tuple | list) and len(members := tuple(out)) == len(out) == len(operator.results):
-        objects += members
-    else:
-        return None
+    objects, number = list(inputs), 1.0
+    if operator.number is not None:
+        slot, is_scale = _SLOTS[operator.number], operator.number == "scale_x"
+        given = objects[slot]
+        if type(given) is float or type(given) is int:
+            objects[slot] = None
+            if not is_scale and not 0 <= given <= 1:
+                return None
+            number = given
+        elif not is_scale:
+            number = 0.0
+        elif given is None:
+            return None
+    objects += (None,) * (_COUNTS[operator.name] - len(objects))
+    if out is not None:
+        if not (isinstance(out, tuple | list) and len(members := tuple(out)) == len(out) == len(operator.results)):
+            return None
+        for slot, member in zip(_RESULTS[operator.name], members, strict=True):
+            objects[slot] = member
     writes = out is not None or workspace is not None
     objects.append(workspace)
     try:
@@ -107,8 +114,8 @@ def look(
             limits = raw_kernels.limits(device)
             if not writes and framework == "numpy":  # whose addresses nobody had asked for
                 _, _, _, addresses, layouts = dlpack.read_plain(objects, True, stream) or read
-        ready = prepare(operator.direction, framework, device, limits, options, layouts, like_inputs, unwanted)
-        scale = float(scale) if by_value else 1.0
+        ready = prepare(operator.name, framework, device, limits, options, layouts, like_inputs, unwanted)
+        number = float(number)
     except Exception:  # the careful way says what it is
         return None
     written = tuple([a for a in objects[len(inputs) :] if a is not None]) if writes else ()
@@ -116,7 +123,7 @@ def look(
         return None
     if written and framework != "cupy" and not all(map(dlpack.may_be_written, written)):
         return None
-    return Call(ready, objects, addresses, scale, handle, written)
+    return Call(ready, objects, addresses, number, handle, written)
 
 
 def _apart(addresses: Sequence[int], spans: Sequence[tuple[int, int, int]]) -> bool:
@@ -131,18 +138,18 @@ def _apart(addresses: Sequence[int], spans: Sequence[tuple[int, int, int]]) -> b
 
 @functools.lru_cache(KEPT)
 def prepare(
-    direction: str, framework: str, device: tuple[str, int], limits: Limits | None, options: Options,
+    operator_name: str, framework: str, device: tuple[str, int], limits: Limits | None, options: Options,
     layouts: tuple[Any, ...], like_inputs: bool, unwanted: tuple[str, ...],
 ) -> Ready:  # fmt: skip
     """What is known of a call by this signature, a pure function of it. Raises where anything is wrong, but not in the order in
     which `check` would. limits: None stands for NumPy."""
-    operator, names = OPERATORS[direction], (*_NAMES[: len(layouts) - 1], "workspace")
+    operator, names = OPERATORS[operator_name], (*ARRAYS[: len(layouts) - 1], "workspace")
     given = {n: dlpack.describe(n, framework, key, device) for n, key in zip(names, layouts, strict=True) if key is not None}
     workspace = given.pop("workspace", None)
     inputs: dict[str, Any] = {name: given.get(name) for name in operator.inputs}
-    if inputs["scale_x"] is None:
+    if operator.number == "scale_x" and inputs["scale_x"] is None:
         inputs["scale_x"] = 1.0
-    checked = check(direction, inputs, options, 0)
+    checked = check(operator, inputs, options, 0)
     problem, fresh = checked.problem, []
     for name, wanted in wanted_results(checked).items():
         if name in given:
@@ -154,7 +161,7 @@ def prepare(
             given[name] = Array(name, 0, made.shape, made.strides, made.dtype, device, False, framework, None, None)
         else:
             continue
-        problem.results[name] = layout(given[name])
+        problem.results[name] = layout(given[name], operator.axes(name, len(given[name].shape)))
     chosen = plan(problem, limits or Limits(0))
     if workspace is not None:
         dlpack.borrow(workspace, "workspace", allowed=WORKSPACE)
@@ -173,11 +180,10 @@ def prepare(
     return Ready(
         operator, device, framework, chosen if limits else None, tuple(fresh),
         dlpack.blank((chosen.workspace,), "uint8") if chosen.workspace else None, tuple(spans), tuple(views),
-        tuple([slot for slot, a in held.items() if len(a.shape) == 1 and slot != _SCALE and slot < len(layouts) - 1]),
+        tuple([_SLOTS[name] for name, a in given.items() if operator.axes(name, len(a.shape)) == "F"]),
         any(a.dtype == "bfloat16" for a in held.values()),
         dict(
-            activation=problem.activation, candidate=problem.candidate, mask_target=problem.mask_target,
-            bidirectional=problem.bidirectional, save_every=problem.block,
+            **problem.choices, bidirectional=problem.bidirectional, reverse=problem.reverse, save_every=problem.block,
         ),
     )  # fmt: skip
 
@@ -200,7 +206,7 @@ def _memory_order(name: str, given: dict[str, Array], like_inputs: bool) -> tupl
 
 def start(call: Call) -> list[Any] | None:
     """Run it; the results. None, and nothing done, where fresh memory does not lie as a plan takes for granted."""
-    ready, objects, addresses, scale, stream, written = call
+    ready, objects, addresses, number, stream, written = call
     framework, device, chosen = ready.framework, ready.device, ready.plan
     with raw_kernels.current(device, stream):
         for slot, blank in ready.fresh:
@@ -211,37 +217,47 @@ def start(call: Call) -> list[Any] | None:
             for a in written:
                 dlpack.mark_written(a)
         if chosen is not None:
-            _launch(ready, chosen, addresses, scale, framework)
+            _launch(ready, chosen, addresses, number, framework)
         elif framework == "numpy":
-            _run_numpy(ready, objects[:-1], scale)
+            _run_numpy(ready, objects[:-1], number)
         else:
-            _run_numpy(ready, dlpack.see(addresses, ready.views)[:-1], scale)
-    return objects[-1 - len(ready.operator.results) : -1]
+            _run_numpy(ready, dlpack.see(addresses, ready.views)[:-1], number)
+    return [objects[slot] for slot in _RESULTS[ready.operator.name]]
 
 
-def _launch(ready: Ready, chosen: Plan, addresses: list[int], scale: float, allocator: str) -> None:
+def _launch(ready: Ready, chosen: Plan, addresses: list[int], number: float, allocator: str) -> None:
     """The last address is the workspace's, 0 where there is none yet: then it comes from the allocator that knows the stream, for
     it is free again before the kernels have run. That is torch's only where the stream is torch's current one, else CuPy's."""
     base = addresses[-1]
     if ready.scratch and not base:
         _kept, base = dlpack.new(allocator, ready.scratch, ready.device)
-    args = fill(chosen.frame, addresses[:-1], *chosen.rooms(base), scale)
+    args = fill(chosen.frame, addresses[:-1], *chosen.rooms(base), number)
     raw_kernels.run(chosen.launches, args, ready.device)
 
 
-def _run_numpy(ready: Ready, arrays: list[Any], scale: float) -> None:
-    """Each array by its slot; bfloat16 and flat parameters as they were given, or as `reference` takes them."""
+def _run_numpy(ready: Ready, arrays: list[Any], number: float) -> None:
+    """Each array by its slot; bfloat16 and flat parameters as they were given, or as the reference takes them."""
     from cusru import reference
 
+    operator = ready.operator
     if ready.bits:
         arrays = [a if a is None or a.dtype.name != "bfloat16" else a.view(np.uint16) for a in arrays]
     for slot in ready.flat:
         arrays[slot] = arrays[slot].reshape(2, -1) if arrays[slot].size else arrays[slot].reshape(2, 0)
-    if arrays[_SCALE] is not None:
-        scale = reference.widen(arrays[_SCALE], np.float32).item() if ready.bits else arrays[_SCALE].item()
-    named = {name: arrays[_SLOTS[name]] for name in (*ready.operator.inputs, *ready.operator.results)}
-    named["scale_x"] = scale
-    getattr(reference, ready.operator.direction)(**named, **ready.options)
+    if operator.number is not None:
+        slot = _SLOTS[operator.number]
+        if operator.number == "scale_x" and arrays[slot] is not None:
+            number = reference.widen(arrays[slot], np.float32).item() if ready.bits else arrays[slot].item()
+        if operator.number == "scale_x" or (arrays[slot] is None and number):
+            arrays[slot] = number
+    named = {operator.public(name): arrays[_SLOTS[name]] for name in (*operator.inputs, *operator.results)}
+    if operator.family == "sru":
+        run = getattr(reference, operator.direction)
+    else:
+        from cusru import reference_affine
+
+        run = getattr(reference_affine, operator.name)
+    run(**named, **ready.options)
 
 
 # ---- the careful way -------------------------------------------------------------------------------------------------
@@ -250,26 +266,25 @@ def _run_numpy(ready: Ready, arrays: list[Any], scale: float) -> None:
 def _run_carefully(
     operator: Operator, inputs: Sequence[Any], options: Options, out: Any, workspace: Any, stream: Any
 ) -> list[Any]:  # fmt: skip
-    named = dict(zip(_NAMES, inputs, strict=False))
-    checked = check(operator.direction, {name: named[name] for name in operator.inputs}, options, stream)
+    named = dict(zip(ARRAYS, inputs, strict=False))
+    checked = check(operator, {name: named[name] for name in operator.inputs}, options, stream)
     problem, device, handle = checked.problem, checked.device, checked.stream
-    u = checked.arrays["u"]
+    u, first = checked.arrays["u"], operator.public("u")
     results = wanted_results(checked)
-    fields = [name.removeprefix("grad_") for name in results]
+    fields = [operator.public(name).removeprefix("grad_") for name in results]
     objects = dict(zip(results, _members(out, fields), strict=True))
     arrays: dict[str, Array] = {}
-    for name, wanted in results.items():
+    for (name, wanted), label in zip(results.items(), [f"out.{field}" for field in fields], strict=True):
         if objects[name] is not None:
-            label = f"out.{name.removeprefix('grad_')}"
             if wanted is None:
                 raise ValueError(f"{label} must be None: this call has no such result")
-            check_device(label, dlpack.device_of(objects[name], label), device)
+            check_device(label, dlpack.device_of(objects[name], label), device, first)
             array = dlpack.borrow(objects[name], label, handle, device, (wanted.dtype,))
             check_result(array, wanted)
             arrays[name] = array
     scratch = None
     if workspace is not None:
-        check_device("workspace", dlpack.device_of(workspace, "workspace"), device)
+        check_device("workspace", dlpack.device_of(workspace, "workspace"), device, first)
         scratch = dlpack.borrow(workspace, "workspace", handle, device, WORKSPACE)
         check_workspace(scratch, workspace_size(checked))
     written = [*arrays.values(), *([] if scratch is None else [scratch])]
@@ -279,25 +294,25 @@ def _run_carefully(
         dlpack.refuse_tracers()  # else asked already
     on_numpy = device == dlpack.CPU and not raw_kernels.simulated()
 
-    layouts = [None if (a := checked.arrays.get(n) or arrays.get(n)) is None else dlpack.key_of(a) for n in operator.arrays]
+    layouts = [None if (a := checked.arrays.get(n) or arrays.get(n)) is None else dlpack.key_of(a) for n in operator.slots]
     with raw_kernels.current(device, handle):
         ready = prepare(
-            operator.direction, u.framework, device, None if on_numpy else raw_kernels.limits(device),
-            Options(problem.activation, problem.candidate, problem.mask_target, problem.bidirectional, problem.save_every),
+            operator.name, u.framework, device, None if on_numpy else raw_kernels.limits(device),
+            Options(tuple(problem.choices.values()), problem.bidirectional, problem.save_every, problem.reverse),
             (*layouts, None), False, (),
         )  # fmt: skip
         for slot, blank in ready.fresh:
-            arrays[_NAMES[slot]] = dlpack.empty(_NAMES[slot], blank.shape, blank.dtype, device, u.framework, blank.order)
+            arrays[ARRAYS[slot]] = dlpack.empty(ARRAYS[slot], blank.shape, blank.dtype, device, u.framework, blank.order)
         for array in written:
             dlpack.mark_written(array.source)
         held = {**checked.arrays, **arrays}
-        found = [held.get(name) for name in operator.arrays]
+        found = [held.get(name) for name in operator.slots]
         if ready.plan is None:
-            _run_numpy(ready, [None if a is None else a.numpy() for a in found], checked.scale)
+            _run_numpy(ready, [None if a is None else a.numpy() for a in found], checked.number)
         else:
             addresses = [0 if a is None else a.pointer for a in found]
             addresses.append(0 if scratch is None else scratch.pointer)
-            _launch(ready, ready.plan, addresses, checked.scale, "numpy")
+            _launch(ready, ready.plan, addresses, checked.number, "numpy")
         return [
             objects[name] if objects[name] is not None else dlpack.give(arrays[name], u) if name in arrays else None
             for name in results
@@ -321,8 +336,7 @@ def workspace_size(checked: Checked) -> int:
     problem = replace(checked.problem, results={})
     for name, wanted in wanted_results(checked).items():
         if wanted is not None:
-            made = dlpack.blank(wanted.shape, wanted.dtype)
-            problem.results[name] = layout(
-                Array(name, 0, made.shape, made.strides, made.dtype, checked.device, False, "other", None, None)
-            )
+            made, axes = dlpack.blank(wanted.shape, wanted.dtype), problem.operator.axes(name, len(wanted.shape))
+            array = Array(name, 0, made.shape, made.strides, made.dtype, checked.device, False, "other", None, None)
+            problem.results[name] = layout(array, axes)
     return plan(problem, Limits(1)).workspace

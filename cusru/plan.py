@@ -10,7 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cusru.arguments import BIDIRECTIONAL, GRAD_U_PACKED, ITEMSIZES, MASK_GATE, NARROW, STRAIGHT, Frame, frame
+from cusru.arguments import (
+    BIDIRECTIONAL,
+    GATE_UPDATE,
+    GRAD_U_PACKED,
+    ITEMSIZES,
+    MASK_GATE,
+    NARROW,
+    REVERSE,
+    STRAIGHT,
+    SUMS_OF_BATCHES,
+    Frame,
+    Operator,
+    frame,
+)  # fmt: skip
 from cusru.specialisation import REDUCE_COLUMNS, REDUCE_THREADS, UNIT, Launch, Limits, Specialisation, columns
 
 ALIGNMENT = 16  # bytes: the widest access
@@ -34,20 +47,23 @@ class Layout(NamedTuple):
 class Problem:
     """One checked call without its memory: sizes, options, and the layouts of its arrays by name (absent ones are not there)."""
 
-    direction: str
+    operator: Operator
     length: int
     batch: int
     width: int
-    k: int
+    k: int  #: values of u for each column and step
     dtype: str
     state: str
-    activation: str
-    candidate: str
-    mask_target: str
+    choices: dict[str, str]  #: the operator's options that are names
     bidirectional: bool
     save_every: int | None
-    inputs: dict[str, Layout] = field(default_factory=dict)  # flat parameters as their two rows
+    reverse: bool = False
+    inputs: dict[str, Layout] = field(default_factory=dict)  # by slot; flat parameters as their two rows
     results: dict[str, Layout] = field(default_factory=dict)  # those that are wanted, likewise
+
+    @property
+    def direction(self) -> str:
+        return self.operator.direction
 
     @property
     def blocks(self) -> int:
@@ -59,9 +75,29 @@ class Problem:
         tracer must not be compared.)"""
         return self.save_every and min(self.save_every, max(self.length, 1))
 
+    def axes(self, slot: str) -> str:
+        one = self.inputs.get(slot) or self.results[slot]
+        return self.operator.axes(slot, len(one.shape))
+
     @property
     def step_weight(self) -> bool:
-        return "weight_c" in self.inputs and len(self.inputs["weight_c"].shape) == 4
+        return "weight_c" in self.inputs and self.axes("weight_c")[0] == "L"
+
+    @property
+    def cell(self) -> dict[str, str | bool]:
+        """What of a `Specialisation` the operator and its options decide."""
+        given, choices = self.inputs, self.choices
+        marks = "starts" if "starts" in given else "padding" if "mask_pad" in given else "none"
+        if self.operator.family == "qrnn":
+            return dict(cell=choices["pooling"], zoneout="zoneout" in given, marks=marks)
+        weight = "none" if "weight_c" not in given else "column"
+        if self.step_weight:
+            weight = "step" if given["weight_c"].dtype == self.dtype else "step_state"
+        if self.operator.family == "linear_recurrence":
+            return dict(cell=choices["form"], weight=weight, marks=marks)
+        skip = "projected" if self.k == 4 else "x" if "x" in given else "none"
+        activation, candidate = choices["activation"], choices["candidate"]
+        return dict(skip=skip, activation=activation, candidate=candidate, weight=weight, marks=marks)
 
 
 class Plan(NamedTuple):
@@ -87,36 +123,38 @@ def plan(problem: Problem, device: Limits) -> Plan:
     given, wanted = problem.inputs, problem.results
     backward = problem.direction == "backward"
     recompute = backward and problem.block != 1
-    if "weight_c" not in given:
-        weight = "none"
-    elif not problem.step_weight:
-        weight = "column"
-    else:
-        weight = "step" if given["weight_c"].dtype == problem.dtype else "step_state"
-
     # Partial sums take rows * sums states for L * B * 10 values of traffic; 32 steps or more a thread keep them under 5%.
-    group = max(1, min(-(-32 // max(problem.length, 1)), problem.batch)) if backward else 1
+    of_batches = "grad_weight_c" in wanted and problem.axes("grad_weight_c") == "BD"  # each has sums of its own
+    group = max(1, min(-(-32 // max(problem.length, 1)), problem.batch)) if backward and not of_batches else 1
     rows = -(-problem.batch // group)
-    sums = 2 * ("grad_bias" in wanted) + 2 * ("grad_weight_c" in wanted and weight == "column")
+    added = [
+        slot
+        for slot in ("grad_bias", "grad_weight_c")
+        if slot in wanted and not (slot == "grad_weight_c" and problem.step_weight)
+    ]
+    sums = sum(2 if "R" in problem.axes(slot) else 1 for slot in added)
     state_bytes = ITEMSIZES[problem.state]
 
-    skip = "projected" if problem.k == 4 else "x" if "x" in given else "none"
     directions = 2 if problem.bidirectional else 1
     pairs = directions * -(-rows * problem.width // (directions * 64))
     walked = min(problem.block or UNIT, UNIT) if recompute else problem.length  # together
-    choices = []  # two columns a thread or one; if neither has room, a warp by itself
+    layouts = []  # two columns a thread or one; if neither has room, a warp by itself
     for each in columns(problem.dtype):
         if (layout := _memory_half(problem, each)) is None:
             continue
         packed, grad_u_packed = layout
         kernel = Specialisation(
-            problem.direction, problem.dtype, skip, problem.activation, problem.candidate, weight, each, packed, recompute,
-            padded="mask_pad" in given,
-        )  # fmt: skip
+            problem.direction,
+            problem.dtype,
+            columns=each,
+            packed=packed,
+            recompute=recompute,
+            **problem.cell,  # type: ignore[arg-type]
+        )
         grid = directions * -(-rows * problem.width // (directions * each * 32))  # a block's columns all run the same way
-        choices.append((kernel, _warps(kernel, -(-walked // kernel.tile), pairs, device), grid, grad_u_packed))
-    choices += [(kernel, 1, grid, of_grad) for kernel, _, grid, of_grad in choices]
-    kernel, warps, grid, grad_u_packed = next((c for c in choices if _fits(*c[:2], device)), choices[-1])
+        layouts.append((kernel, _warps(kernel, -(-walked // kernel.tile), pairs, device), grid, grad_u_packed))
+    layouts += [(kernel, 1, grid, of_grad) for kernel, _, grid, of_grad in layouts]
+    kernel, warps, grid, grad_u_packed = next((c for c in layouts if _fits(*c[:2], device)), layouts[-1])
     kernel = kernel._replace(alone=warps == 1)
     units = -(-min(problem.block or 1, problem.length) // UNIT)
     checkpoints = max(units - 2, 0) * problem.batch * problem.width * state_bytes if recompute else 0
@@ -124,28 +162,31 @@ def plan(problem: Problem, device: Limits) -> Plan:
     launches = []
     if grid:
         launches.append(Launch(kernel, (grid,), (32 * warps,), kernel.shared(warps)))
-    if sums and problem.width and rows != 1:  # a single row's sums are the gradients; of no rows the sums are 0
+    reduced = rows != 1 and not of_batches
+    if sums and problem.width and reduced:  # a single row's sums are the gradients; of no rows the sums are 0
         reduce = Specialisation("reduce", problem.dtype)
         launches.append(Launch(reduce, (-(-sums * problem.width // REDUCE_COLUMNS),), (REDUCE_THREADS,), 0))
-    partials = rows * sums * problem.width * state_bytes if rows > 1 else 0
+    partials = rows * sums * problem.width * state_bytes if reduced else 0
     numbers = dict(
         length=problem.length, batch=problem.batch, width=problem.width, save_every=problem.block or 1, group=group, rows=rows,
         sums=sums,
     )  # fmt: skip
-    of_a_step = ["grad_u"] + ["grad_x"] * (skip == "x") + ["grad_weight_c"] * problem.step_weight
+    of_a_step = ["grad_u"] + ["grad_x"] * ("x" in given) + ["grad_weight_c"] * problem.step_weight
     straight = (
         (not backward or (wanted.keys() >= set(of_a_step) and grad_u_packed == packed))
         and (backward or problem.block is None or problem.block == 1 or problem.block >= kernel.tile)
         and all(
             abs(a.strides[0]) * a.itemsize < 1 << 31
             for name, a in {**given, **wanted}.items()
-            if len(a.shape) > 2 or name == "mask_pad"  # those that have time
+            if problem.axes(name)[:1] in ("L", "S")  # those that have time
         )
     )
-    flags = BIDIRECTIONAL * problem.bidirectional + MASK_GATE * (problem.mask_target == "gate") + GRAD_U_PACKED * grad_u_packed
-    flags += STRAIGHT * straight
+    choices = problem.choices
+    flags = BIDIRECTIONAL * problem.bidirectional + MASK_GATE * (choices.get("mask_target") == "gate")
+    flags += GRAD_U_PACKED * grad_u_packed + STRAIGHT * straight + REVERSE * problem.reverse
+    flags += GATE_UPDATE * (choices.get("gate") == "update") + SUMS_OF_BATCHES * of_batches
     flags += sum(f for n, f in NARROW.items() if n in given and given[n].dtype == problem.dtype != problem.state)
-    parts = frame({n: (a.strides, a.itemsize) for n, a in {**given, **wanted}.items()}, numbers, flags)
+    parts = frame({n: (problem.axes(n), a.strides, a.itemsize) for n, a in {**given, **wanted}.items()}, numbers, flags)
     room = aligned(partials) + checkpoints
     workspace = room + ALIGNMENT - 1 if room else 0
     return Plan(kernel, group, rows, sums, grad_u_packed, partials, checkpoints, tuple(launches), parts, workspace)
@@ -172,9 +213,9 @@ def _memory_half(problem: Problem, n: int) -> tuple[bool, bool] | None:
     directions = 2 if problem.bidirectional else 1
     u, grad_u = arrays["u"], arrays.get("grad_u")
     streams = [a for a in arrays.values() if len(a.shape) == 3]  # (L or blocks, B, D): x, h, c, grad_h, ...
-    weights = [arrays[name] for name in ("weight_c", "grad_weight_c") if problem.step_weight and name in arrays]
-    packed = _vectors(u, n, problem.k)
-    grad_u_packed = grad_u is not None and _vectors(grad_u, n, problem.k)
+    weights = [a for name, a in arrays.items() if name in ("weight_c", "grad_weight_c") and len(a.shape) == 4]
+    packed = problem.k > 1 and _vectors(u, n, problem.k)
+    grad_u_packed = grad_u is not None and problem.k > 1 and _vectors(grad_u, n, problem.k)
     possible = n == 1 or (
         problem.width % (n * directions) == 0
         and all(_vectors(a, n, 1) for a in streams)

@@ -10,30 +10,31 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cusru import dlpack
-from cusru.arguments import OPERATORS, STATES, allowed_dtypes, allowed_shapes
+from cusru.arguments import STATES, Operator
 from cusru.dlpack import Array
 from cusru.plan import ALIGNMENT, Layout, Problem
-from cusru.specialisation import ACTIVATIONS as _ACTIVATIONS
-from cusru.specialisation import CANDIDATES as _CANDIDATES
+from cusru.specialisation import ACTIVATIONS, CANDIDATES, FORMS, POOLINGS
 
-ACTIVATIONS, CANDIDATES = tuple(_ACTIVATIONS), tuple(_CANDIDATES)
-MASK_TARGETS = ("state", "gate")
+#: Options that are names, and what they may be
+CHOICES = {
+    "activation": tuple(ACTIVATIONS), "candidate": tuple(CANDIDATES), "mask_target": ("state", "gate"),
+    "pooling": POOLINGS, "gate": ("forget", "update"), "form": FORMS,
+}  # fmt: skip
 DTYPES = tuple(STATES)
 WORKSPACE = ("uint8", "int8")  # its dtypes
 
 
 class Options(NamedTuple):
-    activation: Any
-    candidate: Any
-    mask_target: Any
+    choices: tuple[Any, ...]  # in the order of Operator.choices
     bidirectional: Any
     save_every: Any
+    reverse: Any = False
 
 
 class Checked(NamedTuple):
     problem: Problem  # without results yet
     arrays: dict[str, Array]  # as they were given
-    scale: float
+    number: float  # scale_x or zoneout, where it is one
     device: tuple[str, int]
     stream: int | None
 
@@ -48,12 +49,8 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def check_options(activation: Any, candidate: Any, mask_target: Any) -> tuple[str, str, str]:
-    return (
-        one_of("activation", activation, ACTIVATIONS),
-        one_of("candidate", candidate, CANDIDATES),
-        one_of("mask_target", mask_target, MASK_TARGETS),
-    )
+def check_choices(operator: Operator, values: tuple[Any, ...]) -> dict[str, str]:
+    return {name: one_of(name, value, CHOICES[name]) for name, value in zip(operator.choices, values, strict=True)}
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -74,6 +71,13 @@ def is_number(name: str, value: Any) -> bool:
     except OverflowError as error:
         raise ValueError(f"{name} is {type(value).__name__} too large for a float64") from error
     return True
+
+
+def check_probability(name: str, value: Any) -> float:
+    """0 for what is no number."""
+    if isinstance(value, bool | np.bool_) or (is_number(name, value) and not 0 <= float(value) <= 1):
+        raise ValueError(f"{name} must be a number from 0 to 1, or an array of bool or uint8; got {value!r}")
+    return float(value) if is_number(name, value) else 0.0
 
 
 def check_save_every(save_every: Any, direction: str = "forward") -> int | None:
@@ -98,70 +102,92 @@ def check_save_every(save_every: Any, direction: str = "forward") -> int | None:
 # ---- arrays ----------------------------------------------------------------------------------------------------------
 
 
-def check(direction: str, inputs: Mapping[str, Any], options: Options, stream: Any) -> Checked:
-    """All that can be said before any memory is read. `inputs`: the arguments by their names, looked at in this order, scale_x
-    last; a dlpack.Array stands for itself."""
-    activation, candidate, mask_target, bidirectional, save_every = options
-    activation, candidate, mask_target = check_options(activation, candidate, mask_target)
-    bidirectional = check_flag("bidirectional", bidirectional)
-    save_every = check_save_every(save_every, direction)
+def check(operator: Operator, inputs: Mapping[str, Any], options: Options, stream: Any) -> Checked:
+    """All that can be said before any memory is read. `inputs`: the arguments by their slots, looked at in this order, one that
+    may be a number last; a dlpack.Array stands for itself."""
+    choices = check_choices(operator, options.choices)
+    bidirectional, reverse = check_flag("bidirectional", options.bidirectional), check_flag("reverse", options.reverse)
+    save_every = check_save_every(options.save_every, operator.direction)
 
     objects = dict(inputs)
-    scale = 1.0
-    if is_number("scale_x", objects["scale_x"]):
-        scale = float(objects.pop("scale_x"))
-    required = {*OPERATORS[direction].required, "scale_x"}
+    number = 1.0
+    if operator.number == "scale_x":
+        if is_number("scale_x", objects["scale_x"]):
+            number = float(objects.pop("scale_x"))
+    elif operator.number == "zoneout":
+        number = check_probability("zoneout", objects["zoneout"])
+        if is_number("zoneout", objects["zoneout"]):
+            del objects["zoneout"]
+    required = {*operator.required, "scale_x"}
     if "c" in objects and objects["c"] is None:
         raise ValueError("c is None: the backward needs the states that the forward saved (save_every=1, or S)")
-    objects = {name: value for name, value in objects.items() if value is not None or name in required}
+    objects = {slot: value for slot, value in objects.items() if value is not None or slot in required}
 
+    first = operator.public("u")
     u = objects["u"]
-    device = dlpack.device_of(u, "u")
-    for name, value in objects.items():
-        check_device(name, dlpack.device_of(value, name), device)
+    device = dlpack.device_of(u, first)
+    for slot, value in objects.items():
+        check_device(operator.public(slot), dlpack.device_of(value, operator.public(slot)), device, first)
     handle = dlpack.stream_handle(stream, u, device) if device[0] == "cuda" else None
-    a = objects["u"] = dlpack.borrow(u, "u", handle, device, DTYPES)
-    given = {n: dlpack.borrow(o, n, handle, device, allowed_dtypes(n, a.dtype)) for n, o in objects.items()}
+    a = objects["u"] = dlpack.borrow(u, first, handle, device, DTYPES)
+    given = {
+        slot: dlpack.borrow(value, operator.public(slot), handle, device, operator.allowed_dtypes(slot, a.dtype))
+        for slot, value in objects.items()
+    }
     frameworks = {a.framework for a in given.values() if a.owner is not None}  # None: the description of a tracer's tensor
     if "torch" in frameworks:
         dlpack.refuse_tracers()
     if not frameworks <= {"numpy", "torch"} and device == dlpack.CPU:
         dlpack.one_cpu(given.values())
-    if len(a.shape) != 4 or a.shape[3] not in (3, 4):
-        raise ValueError(f"u has shape {a.shape}; expected (L, B, D, 3) or (L, B, D, 4)")
-    length, batch, width, k = a.shape
+    length, batch, width, k = _sizes(operator, a.shape, choices)
     if k == 4 and "x" in given:
         raise ValueError("x goes with k = 3: u has k = 4 and brings its own skip, so x must be None (or u have k = 3)")
     if bidirectional and width % 2:
-        raise ValueError(f"bidirectional needs an even D, half of it for each direction; u has shape {a.shape}, D = {width}")
+        raise ValueError(
+            f"bidirectional needs an even D, half of it for each direction; {first} has shape {a.shape}, D = {width}"
+        )
 
-    problem = Problem(
-        direction, length, batch, width, k, a.dtype, STATES[a.dtype],
-        activation, candidate, mask_target, bidirectional, save_every,
-    )  # fmt: skip
+    problem = Problem(operator, length, batch, width, k, a.dtype, STATES[a.dtype], choices, bidirectional, save_every, reverse)
     sizes = {"L": length, "S": problem.blocks, "B": batch, "D": width, "K": k, "R": 2, "F": 2 * width}
-    for name, array in given.items():
-        if name == "scale_x":
+    for slot, array in given.items():
+        if slot == "scale_x":
             if np.prod(array.shape, dtype=object) != 1:
                 raise ValueError(f"scale_x has shape {array.shape}; expected a number or an array of one element")
-        elif array.shape != (allowed := allowed_shapes(name, sizes)).get(len(array.shape)):
+        elif array.shape != (allowed := operator.allowed_shapes(slot, sizes)).get(len(array.shape)):
             why = f": ceil(L / save_every) = {problem.blocks} saved states, L = {length}, save_every = {save_every}"
             expected = " or ".join(map(str, allowed.values()))
-            raise ValueError(f"{name} has shape {array.shape}; expected {expected}{why if name == 'c' else ''}")
-        problem.inputs[name] = layout(array)
-    return Checked(problem, given, scale, device, handle)
+            what = f"{operator.public(slot)} has shape {array.shape}"
+            raise ValueError(f"{what}; expected {expected}{why if slot == 'c' else ''}")
+        problem.inputs[slot] = layout(array, operator.axes(slot, len(array.shape)))
+    return Checked(problem, given, number, device, handle)
 
 
-def check_device(name: str, device: tuple[str, int], of_u: tuple[str, int]) -> None:
-    if device != of_u:
-        where, its = dlpack.device_name(device), dlpack.device_name(of_u)
-        raise ValueError(f"{name} is on {where} and u on {its}; all arrays must share one device")
+def _sizes(operator: Operator, shape: tuple[int, ...], choices: Mapping[str, str]) -> tuple[int, int, int, int]:
+    """L, B, D and k, from the shape of u."""
+    if operator.family == "linear_recurrence":
+        if len(shape) != 3:
+            raise ValueError(f"{operator.public('u')} has shape {shape}; expected (L, B, D)")
+        return (*shape, 1)  # type: ignore[return-value]
+    allowed: tuple[int, ...] = (3, 4)
+    if operator.family == "qrnn":
+        allowed = ({"f": 2, "fo": 3, "ifo": 4}[choices["pooling"]],)
+    if len(shape) != 4 or shape[3] not in allowed:
+        expected = " or ".join(f"(L, B, D, {k})" for k in allowed)
+        why = f" for pooling={choices['pooling']!r}" if "pooling" in choices else ""
+        raise ValueError(f"u has shape {shape}; expected {expected}{why}")
+    return shape  # type: ignore[return-value]
 
 
-def layout(array: Array) -> Layout:
+def check_device(name: str, device: tuple[str, int], of_first: tuple[str, int], first: str = "u") -> None:
+    if device != of_first:
+        where, its = dlpack.device_name(device), dlpack.device_name(of_first)
+        raise ValueError(f"{name} is on {where} and {first} on {its}; all arrays must share one device")
+
+
+def layout(array: Array, axes: str) -> Layout:
     """What a plan looks at; a flat (2*D,) parameter as the (2, D) that it is."""
     shape, strides = array.shape, array.strides
-    if len(shape) == 1 and array.name.rpartition(".")[2] != "scale_x":
+    if axes == "F":
         shape, strides = (2, shape[0] // 2), (shape[0] // 2 * strides[0], strides[0])
     return Layout(shape, strides, array.dtype, array.pointer % ALIGNMENT)
 
@@ -174,19 +200,20 @@ class Wanted(NamedTuple):
 
 
 def wanted_results(checked: Checked) -> dict[str, Wanted | None]:
-    """Of each of the operator's results, None where the call has none. A gradient is as its input was given."""
+    """Of each of the operator's results, by slot, None where the call has none. A gradient is as its input was given."""
     problem, arrays = checked.problem, checked.arrays
+    operator = problem.operator
     sizes = {"L": problem.length, "S": problem.blocks, "B": problem.batch, "D": problem.width}
     wanted: dict[str, Wanted | None] = {}
-    for name in OPERATORS[problem.direction].results:
-        if name.startswith("grad_"):
-            given = arrays.get(name.removeprefix("grad_"))
-            wanted[name] = None if given is None else Wanted(given.shape, given.dtype)
-        elif name == "c" and problem.save_every is None:
-            wanted[name] = None
+    for slot in operator.results:
+        if slot.startswith("grad_"):
+            given = arrays.get(slot.removeprefix("grad_"))
+            wanted[slot] = None if given is None else Wanted(given.shape, given.dtype)
+        elif slot == "c" and problem.save_every is None:
+            wanted[slot] = None
         else:
-            (shape,), (dtype,) = allowed_shapes(name, sizes).values(), allowed_dtypes(name, problem.dtype)
-            wanted[name] = Wanted(shape, dtype)
+            (shape,), (dtype,) = operator.allowed_shapes(slot, sizes).values(), operator.allowed_dtypes(slot, problem.dtype)
+            wanted[slot] = Wanted(shape, dtype)
     return wanted
 
 

@@ -14,6 +14,17 @@ SKIPS = {"none": 0, "x": 1, "projected": 2}
 ACTIVATIONS = {"identity": 0, "tanh": 1, "relu": 2, "selu": 3}
 CANDIDATES = {"identity": 0, "tanh": 1}
 WEIGHTS = {"none": 0, "column": 1, "step": 2, "step_state": 3}
+CELLS = {
+    "sru": 0,
+    "f": 1,
+    "fo": 2,
+    "ifo": 3,
+    "affine": 4,
+    "complement": 5,
+    "blend": 6,
+}  # the QRNN's by pooling, the linear by form
+POOLINGS, FORMS = ("f", "fo", "ifo"), ("affine", "complement", "blend")
+MARKS = {"none": 0, "padding": 1, "starts": 2}  # with starts there may be padding too
 PASSES = {"forward": 0, "backward": 1, "reduce": 2}
 
 WARPS = 7  # of a block at most: they take turns
@@ -34,7 +45,29 @@ class Specialisation(NamedTuple):
     packed: bool = False  #: the k values of `columns` columns lie side by side
     recompute: bool = False  #: backward from states saved every S > 1 steps
     alone: bool = False  #: a block is one warp, and there are no turns to take
-    padded: bool = False  #: there is a mask_pad
+    marks: str = "none"  #: whether there is a mask_pad or starts
+    cell: str = "sru"
+    zoneout: bool = False  #: of the QRNN: an array of them
+
+    @property
+    def k(self) -> int:
+        """Values of u for each column and step."""
+        return {"f": 2, "fo": 3, "ifo": 4, "sru": 4 if self.skip == "projected" else 3}.get(self.cell, 1)
+
+    @property
+    def gates(self) -> int:
+        """That weight_c, or a in its place, has a value for."""
+        return 2 if self.cell == "sru" else 1
+
+    @property
+    def sums(self) -> int:
+        """Parameter gradients of a column, at most."""
+        return self.gates * ((self.cell == "sru") + (self.weight == "column")) if self.cell not in POOLINGS else 0
+
+    @property
+    def reads_u(self) -> bool:
+        """The gradients of these forms do not depend on b."""
+        return not (self.direction == "backward" and not self.recompute and self.cell in ("affine", "complement"))
 
     @property
     def entry(self) -> str:
@@ -60,7 +93,7 @@ class Specialisation(NamedTuple):
             return 4 if self.dtype == "float64" else 8
         if steps and not simple:
             return 2
-        eight = self.recompute and not (self.alone or self.padded) and self.packed and simple and not steps
+        eight = self.recompute and not self.alone and self.marks == "none" and self.packed and simple and not steps
         return 8 if eight and self.dtype != "float64" and (self.weight, self.skip) != ("column", "projected") else 4
 
     @property
@@ -68,15 +101,16 @@ class Specialisation(NamedTuple):
         """Of shared memory, for a step's inputs."""
         item, state = ITEMSIZES[self.dtype], ITEMSIZES[STATES[self.dtype]]
         backward = self.direction == "backward"
-        of_step = (4 if self.skip != "none" else 3) + backward + 2 * (self.weight == "step")  # k of u, x, grad_h, weights
-        of_state = 2 * (self.weight == "step_state") + backward  # weights, c
-        return 32 * self.columns * (of_step * item + of_state * state)
+        of_step = self.k * self.reads_u + (self.skip == "x") + backward  # u, x, grad_h
+        of_step += self.gates * (self.weight == "step")
+        of_state = self.gates * (self.weight == "step_state") + backward  # weights, c
+        return 32 * self.columns * (of_step * item + of_state * state + self.zoneout)
 
     def shared(self, warps: int) -> int:
         """Bytes of a block of so many warps: their inputs, and what they hand to one another."""
         if self.direction == "reduce":
             return 0
-        sums = 0 if self.direction == "forward" else 4 if self.weight == "column" else 2
+        sums = 0 if self.direction == "forward" else self.sums
         values = 0  # of each column: what each warp is given (carry, sums with what they lost, state), and a group's sum
         if not self.alone:
             values = warps * (1 + 2 * sums + self.recompute) + sums
@@ -96,7 +130,9 @@ class Specialisation(NamedTuple):
                 "WEIGHT": WEIGHTS[self.weight],
                 "COLUMNS": self.columns,
                 "PACKED": str(self.packed).lower(),
-                "PADDED": str(self.padded).lower(),
+                "MARKS": MARKS[self.marks],
+                "CELL": CELLS[self.cell],
+                "ZONEOUT": str(self.zoneout).lower(),
                 "TILE": self.tile,
                 "UNIT": UNIT,
                 "STEP_BYTES": self.step_bytes,
@@ -127,15 +163,24 @@ def columns(dtype: str) -> tuple[int, ...]:
 
 def specialisations() -> Iterator[Specialisation]:
     """Every kernel that a call can ask for."""
+    both = (False, True)
     for dtype in TYPES:
         yield Specialisation("reduce", dtype)
         weights = [w for w in WEIGHTS if w != "step_state" or dtype in ("float16", "bfloat16")]
+        cells = [
+            dict(skip=s, activation=a, candidate=c, weight=w)
+            for s in SKIPS
+            for a in ACTIVATIONS
+            for c in CANDIDATES
+            for w in weights
+        ]
+        cells += [dict(cell=pooling, zoneout=zoneout) for pooling in POOLINGS for zoneout in both]
+        cells += [dict(cell=form, weight=w) for form in FORMS for w in weights if w != "none"]
         passes = (("forward", False), ("backward", False), ("backward", True))
-        for (direction, recompute), skip, activation, candidate, weight in itertools.product(
-            passes, SKIPS, ACTIVATIONS, CANDIDATES, weights
+        for (direction, recompute), cell, each, packed, alone, marks in itertools.product(
+            passes, cells, columns(dtype), both, both, MARKS
         ):
-            both = (False, True)
-            for each, packed, alone, padded in itertools.product(columns(dtype), both, both, both):
+            if not (packed and cell.get("cell") in FORMS):  # whose u has one value
                 yield Specialisation(
-                    direction, dtype, skip, activation, candidate, weight, each, packed, recompute, alone, padded
+                    direction, dtype, columns=each, packed=packed, recompute=recompute, alone=alone, marks=marks, **cell
                 )

@@ -18,17 +18,22 @@ enum Flag {  // uniform over the launch
     MASK_GATE = 128,
     GRAD_U_PACKED = 256,
     STRAIGHT = 512,  // whole tiles need no question: no gradient unwanted, ... (plan.py)
+    REVERSE = 1024,
+    GATE_UPDATE = 2048,
+    SUMS_OF_BATCHES = 4096,  // each batch has parameter gradients of its own: a row is one
 };
 
-struct Args {  // arguments.ARRAYS has a row for each array; an absent one has data == nullptr
-    Array u, x, bias, weight_c, c0, mask_c, mask_pad, scale_x;
+// arguments.ARRAYS has them in this order; an absent one has data == nullptr. Of the linear recurrence u is b, weight_c
+// is a.
+struct Args {
+    Array u, x, bias, weight_c, c0, mask_c, mask_pad, starts, zoneout, scale_x;
     Array h, c, c_last;
     Array grad_h, grad_c_last, grad_u, grad_x, grad_bias, grad_weight_c, grad_c0;
     char* partials;     // [rows][sums][D] in the state's type: parameter gradients summed over time and `group` batches
     char* checkpoints;  // [unit][B][D] in the state's type: states inside a saved block longer than two units
     long long length, batch, width, save_every;
     long long group, rows, sums;  // batches a block walks, blocks along the batch, parameter gradients per column
-    double scale;
+    double scale;                 // scale_x or zoneout, where it is a number
     long long flags;
 };
 
@@ -43,9 +48,9 @@ template <bool B> struct Bool {
     __device__ __forceinline__ constexpr operator bool() const { return B; }
 };
 
-// Which columns a thread has: those of `rows` rows, COLUMNS of them at a time, first those that run forward. A block's
-// all run the same way, for its warps stay together. Where it has too many threads they walk the last columns once
-// more, and store nothing.
+// Which columns a thread has: those of `rows` rows, COLUMNS of them at a time, first the first half of a bidirectional
+// call. A block's all run the same way, for its warps stay together. Where it has too many threads they walk the last
+// columns once more, and store nothing.
 struct Lane {
     bool reversed, active, all_active;
     long long row, column;
@@ -55,14 +60,15 @@ struct Lane {
         const bool two = args.flags & BIDIRECTIONAL;
         const long long width = (two ? args.width / 2 : args.width) / columns, count = rows * width;
         const unsigned blocks = two ? gridDim.x / 2 : gridDim.x;
-        reversed = blockIdx.x >= blocks;
-        const long long first = static_cast<long long>(blockIdx.x - (reversed ? blocks : 0)) * 32;
+        const bool second = blockIdx.x >= blocks;
+        reversed = second != ((args.flags & REVERSE) != 0);
+        const long long first = static_cast<long long>(blockIdx.x - (second ? blocks : 0)) * 32;
         all_active = first + 32 <= count;
         active = first + lane < count;
         const long long index = active ? first + lane : count - 1;
         row = index / width;
         first_row = first / width, last_row = (first + 32 <= count ? first + 31 : count - 1) / width;
-        column = (index % width + (reversed ? width : 0)) * columns;
+        column = (index % width + (second ? width : 0)) * columns;
     }
 };
 
@@ -145,16 +151,23 @@ template <typename Stored, int OFFSET> struct Field {
     }
 };
 
+// Of a mask, each column's.
+template <int N> struct alignas(N) Bytes {
+    unsigned char value[N];
+    __device__ __forceinline__ void load(const char* global) { global_load<N>(value, global); }
+};
+
 // Gradients of a step's weights: forget and reset side by side, column after column.
 template <typename V> struct StepWeight {
     static constexpr int N = V::COLUMNS;
-    Values<WeightType<V>, N == 1 ? 1 : 2 * N> part[N == 1 ? 2 : 1];
+    static constexpr int GATES = V::GATES, PARTS = N == 1 ? GATES : 1;
+    Values<WeightType<V>, N == 1 ? 1 : GATES * N> part[PARTS];
     __device__ __forceinline__ void set(int gate, int i, typename V::S v) {
-        N == 1 ? part[N == 1 ? gate : 0].set(0, v) : part[0].set(2 * i + gate, v);
+        N == 1 ? part[N == 1 ? gate : 0].set(0, v) : part[0].set(GATES * i + gate, v);
     }
     __device__ __forceinline__ void store(char* global, long long row) const {
 #pragma unroll
-        for (int k = 0; k < (N == 1 ? 2 : 1); ++k) part[k].store(global + k * row);
+        for (int k = 0; k < PARTS; ++k) part[k].store(global + k * row);
     }
 };
 
@@ -173,14 +186,16 @@ template <typename V> struct Thread {  // which columns a thread walks, and what
         S* const slots = reinterpret_cast<S*>(room) + threadIdx.x % 32;
         if (warp == 0) {
             S scale = S(args.scale);
-            if (args.scale_x.data) scale = one(args.scale_x, 0, 0, 0, NARROW_SCALE);
+            if (V::CELL == SRU && args.scale_x.data) scale = one(args.scale_x, 0, 0, 0, NARROW_SCALE);
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 Column<S>& k = column[i];
-                k.bias_f = args.bias.data ? one(args.bias, 0, d + i, 0, NARROW_BIAS) : S(0);
-                k.bias_r = args.bias.data ? one(args.bias, 0, d + i, 1, NARROW_BIAS) : S(0);
-                k.v_f = V::WEIGHT == WEIGHT_COLUMN ? one(args.weight_c, 0, d + i, 0, NARROW_WEIGHT) : S(0);
-                k.v_r = V::WEIGHT == WEIGHT_COLUMN ? one(args.weight_c, 0, d + i, 1, NARROW_WEIGHT) : S(0);
+                const bool biased = V::CELL == SRU && args.bias.data;
+                k.bias_f = biased ? one(args.bias, 0, d + i, 0, NARROW_BIAS) : S(0);
+                k.bias_r = biased ? one(args.bias, 0, d + i, 1, NARROW_BIAS) : S(0);
+                k.v_f = V::WEIGHT == WEIGHT_COLUMN ? one(args.weight_c, b, d + i, 0, NARROW_WEIGHT) : S(0);
+                k.v_r =
+                    V::WEIGHT == WEIGHT_COLUMN && V::GATES == 2 ? one(args.weight_c, b, d + i, 1, NARROW_WEIGHT) : S(0);
                 k.scale = scale;
             }
             to_batch(b);
@@ -207,8 +222,9 @@ template <typename V> struct Thread {  // which columns a thread walks, and what
         b = batch;
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            column[i].m = args.mask_c.data ? one(args.mask_c, b, d + i, 0, NARROW_MASK) : S(1);
+            column[i].m = V::CELL == SRU && args.mask_c.data ? one(args.mask_c, b, d + i, 0, NARROW_MASK) : S(1);
             column[i].n = (args.flags & MASK_GATE) ? column[i].m : S(1);
+            if (V::QRNN) column[i].n = (args.flags & GATE_UPDATE) ? S(-1) : S(1);
         }
     }
     __device__ __forceinline__ S one(const Array& a, long long batch, long long column_, long long row,
@@ -228,35 +244,41 @@ template <typename V> struct Thread {  // which columns a thread walks, and what
 };
 
 // The inputs of a pass. What a variant or a pass does not use is never loaded, and takes no room.
-template <typename V, bool BACKWARD> struct Inputs {
+template <typename V, bool BACKWARD, bool RECOMPUTE = false> struct Inputs {
     using S = typename V::S;
-    static constexpr int N = V::COLUMNS, K = V::K, PARTS = V::PACKED ? 1 : K;
-    static constexpr int WEIGHT_PARTS = V::STEP_WEIGHT ? (N == 1 ? 2 : 1) : 0;
+    static constexpr int N = V::COLUMNS, K = V::K, GATES = V::GATES;
+    // The gradients of two forms of the linear recurrence do not depend on b.
+    static constexpr bool OF_U = !BACKWARD || RECOMPUTE || !(V::CELL == AFFINE || V::CELL == COMPLEMENT);
+    static constexpr int PARTS = V::PACKED ? 1 : K;
+    static constexpr int WEIGHT_PARTS = V::STEP_WEIGHT ? (N == 1 ? GATES : 1) : 0;
     using Row = Values<typename V::T, N>;
     using State = Values<S, N>;
     using Projection = Values<typename V::T, V::PACKED ? K * N : N>;
-    using Weights = Values<WeightType<V>, N == 1 ? 1 : 2 * N>;  // forget and reset side by side, column after column
+    using Weights = Values<WeightType<V>, N == 1 ? 1 : GATES * N>;  // the gates' side by side, column after column
     template <int PART> using U = Field<Projection, PART * sizeof(Projection) * 32>;
-    static constexpr int AFTER_U = U<PARTS - 1>::END;
+    static constexpr int AFTER_U = OF_U ? U<PARTS - 1>::END : 0;
     template <int PART> using W = Field<Weights, AFTER_U + PART * sizeof(Weights) * 32>;
     static constexpr int AFTER_W = AFTER_U + WEIGHT_PARTS * sizeof(Weights) * 32;
     using X = Field<Row, AFTER_W>;
-    using H = Field<Row, V::SKIP == SKIP_X ? X::END : AFTER_W>;  // the gradient of h
-    using C = Field<State, H::END>;                              // the state before the step
-    static constexpr int BYTES = BACKWARD ? C::END : V::SKIP == SKIP_X ? X::END : AFTER_W;
+    using H = Field<Row, V::SKIP == SKIP_X ? X::END : AFTER_W>;                           // the gradient of h
+    using C = Field<State, H::END>;                                                       // the state before the step
+    using Z = Field<Bytes<N>, BACKWARD ? C::END : V::SKIP == SKIP_X ? X::END : AFTER_W>;  // zoneout
+    static constexpr int BYTES = Z::END - (V::ZONEOUT ? 0 : N * 32);
 
-    Cursor u, weight, x, gh, c;
+    Cursor u, weight, x, zoneout, gh, c;
     long long place;  // step at which the cursors are
     __device__ __forceinline__ void point(const Thread<V>& thread, long long p, long long b) {
         const Args& args = thread.args;
         place = p;
         u = thread.cursor(args.u, p, b), weight = thread.cursor(args.weight_c, p, b), x = thread.cursor(args.x, p, b);
+        if constexpr (V::ZONEOUT) zoneout = thread.cursor(args.zoneout, p, b);
         if constexpr (BACKWARD) gh = thread.cursor(args.grad_h, p, b), c = thread.cursor(args.c, p, b);
     }
     template <typename Straight> __device__ __forceinline__ void move(Straight straight, long long p) {
         const long long steps = p - place;
         place = p;
         u.move(straight, steps), weight.move(straight, steps), x.move(straight, steps);
+        if constexpr (V::ZONEOUT) zoneout.move(straight, steps);
         if constexpr (BACKWARD) gh.move(straight, steps), c.move(straight, steps);
     }
     // The step t after where the cursors are.
@@ -264,62 +286,89 @@ template <typename V, bool BACKWARD> struct Inputs {
     __device__ __forceinline__ void load(const Thread<V>& thread, Straight straight, char* record, int t) const {
         const Args& args = thread.args;
         const char *values = u(straight, t), *weights = weight(straight, t);
-        U<0>::load(record, values);
-        if constexpr (PARTS > 1) {
-            U<1>::load(record, values + args.u.row);
-            U<2>::load(record, values + 2 * args.u.row);
-            if constexpr (PARTS > 3) U<3>::load(record, values + 3 * args.u.row);
-        }
+        if constexpr (OF_U) U<0>::load(record, values);
+        if constexpr (OF_U && PARTS > 1) U<1>::load(record, values + args.u.row);
+        if constexpr (OF_U && PARTS > 2) U<2>::load(record, values + 2 * args.u.row);
+        if constexpr (OF_U && PARTS > 3) U<3>::load(record, values + 3 * args.u.row);
         if constexpr (WEIGHT_PARTS > 0) W<0>::load(record, weights);
         if constexpr (WEIGHT_PARTS > 1) W<1>::load(record, weights + args.weight_c.row);
         if constexpr (V::SKIP == SKIP_X) X::load(record, x(straight, t));
         if constexpr (BACKWARD) H::load(record, gh(straight, t));
     }
+    // Single bytes wait in registers, those of a tile's steps together, and reach their records by zone().
+    template <int T, typename Straight>
+    __device__ __forceinline__ void load_zone(Straight straight, int left, Bytes<N> (&bytes)[T]) const {
+#pragma unroll
+        for (int t = 0; t < T; ++t)
+            if (straight || t < left) bytes[t].load(zoneout(straight, t));
+    }
     // Of all columns of the thread.
     static __device__ __forceinline__ void get(const Column<S> (&column)[N], char* record, Step<S> (&step)[N]) {
         Projection values[PARTS];
-        values[0] = U<0>::get(record);
-        if constexpr (PARTS > 1) {
-            values[1] = U<1>::get(record), values[2] = U<2>::get(record);
-            if constexpr (PARTS > 3) values[3] = U<3>::get(record);
-        }
-        auto one = [&](int k, int i) { return values[V::PACKED ? 0 : k].get(V::PACKED ? i * K + k : i); };
+        if constexpr (OF_U) values[0] = U<0>::get(record);
+        if constexpr (OF_U && PARTS > 1) values[1] = U<1>::get(record);
+        if constexpr (OF_U && PARTS > 2) values[2] = U<2>::get(record);
+        if constexpr (OF_U && PARTS > 3) values[3] = U<3>::get(record);
+        auto one = [&](int k, int i) {
+            return OF_U && k < K ? values[V::PACKED ? 0 : k].get(V::PACKED ? i * K + k : i) : S(0);
+        };
         Weights weights[WEIGHT_PARTS ? WEIGHT_PARTS : 1];
         if constexpr (WEIGHT_PARTS > 0) weights[0] = W<0>::get(record);
         if constexpr (WEIGHT_PARTS > 1) weights[1] = W<1>::get(record);
         Row skip;
         if constexpr (V::SKIP == SKIP_X) skip = X::get(record);
+        Bytes<N> zones;
+        if constexpr (V::ZONEOUT) zones = Z::get(record);
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            step[i] = {one(0, i), one(1, i), one(2, i), S(0), column[i].v_f, column[i].v_r};
+            step[i] = {one(0, i), one(1, i), one(2, i), S(0), column[i].v_f, column[i].v_r, false};
             if constexpr (V::SKIP == SKIP_X) step[i].s = column[i].scale * skip.get(i);
-            if constexpr (V::SKIP == SKIP_PROJECTED) step[i].s = one(K - 1, i);
-            if constexpr (V::STEP_WEIGHT) {
-                step[i].v_f = weights[0].get(N == 1 ? 0 : 2 * i);
+            if constexpr (K == 4) step[i].s = one(3, i);
+            if constexpr (V::STEP_WEIGHT) step[i].v_f = weights[0].get(N == 1 ? 0 : GATES * i);
+            if constexpr (V::STEP_WEIGHT && GATES == 2)
                 step[i].v_r = N == 1 ? weights[WEIGHT_PARTS - 1].get(0) : weights[0].get(2 * i + 1);
-            }
+            if constexpr (V::ZONEOUT) step[i].zoned = zones.value[i] != 0;
         }
     }
 };
 
-// Which of a tile's steps are padding, a bit each; those beyond the `left` that there are count as such. Without a
-// mask_pad a straight tile has neither bits nor a test of them.
+// Which of a tile's steps are padding, a bit each; those beyond the `left` that there are count as such. And where a
+// column begins anew: of a reversed one at the step after which, in time, the next sequence starts. Without marks a
+// straight tile has neither bits nor a test of them.
+struct Bits {
+    unsigned pads, starts;
+};
 template <int T, typename V, typename Straight>
-__device__ __forceinline__ unsigned padding(const Thread<V>& thread, Straight straight, long long p, int left) {
-    unsigned bits = straight || left >= T ? 0 : ~0u << left;
-    if constexpr (V::PADDED) {
-        Cursor at = thread.cursor(thread.args.mask_pad, p);
-        unsigned char pad[T];
+__device__ __forceinline__ unsigned marked(const Thread<V>& thread, const Array& mask, Straight straight, long long p,
+                                           int left, int later) {
+    const Cursor at = thread.cursor(mask, p);
+    unsigned bits = 0;
+    unsigned char mark[T];
 #pragma unroll
-        for (int i = 0; i < T; ++i)
-            if (straight || i < left) global_load<1>(&pad[i], at(straight, i));
-#pragma unroll
-        for (int i = 0; i < T; ++i)
-            if ((straight || i < left) && pad[i]) bits |= 1u << i;
+    for (int i = 0; i < T; ++i) {
+        mark[i] = 0;
+        if ((straight || i < left) && !(later && i == 0 && p == 0))
+            global_load<1>(&mark[i], at(straight, i) + later * mask.time);
     }
+#pragma unroll
+    for (int i = 0; i < T; ++i)
+        if (mark[i]) bits |= 1u << i;
+    return bits;
+}
+template <int T, typename V, typename Straight>
+__device__ __forceinline__ Bits marks(const Thread<V>& thread, Straight straight, long long p, int left) {
+    Bits bits = {straight || left >= T ? 0 : ~0u << left, 0};
+    if constexpr (V::MARKED)
+        if (!V::STARTING || thread.args.mask_pad.data)
+            bits.pads |= marked<T>(thread, thread.args.mask_pad, straight, p, left, 0);
+    if constexpr (V::STARTING) bits.starts = marked<T>(thread, thread.args.starts, straight, p, left, thread.reversed);
     return bits;
 }
 template <typename V, typename Straight>
-__device__ __forceinline__ bool skips(Straight straight, unsigned pads, int t) {
-    return (V::PADDED || !straight) && pads >> t & 1;
+__device__ __forceinline__ bool skips(Straight straight, const Bits& bits, int t) {
+    return (V::MARKED || !straight) && bits.pads >> t & 1;
+}
+// What comes from the step before, or is handed to it.
+template <typename V, typename S> __device__ __forceinline__ S across(const Bits& bits, int t, S value) {
+    return V::STARTING && bits.starts >> t & 1 ? S(0) : value;
 }

@@ -7,8 +7,8 @@ extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, 1) cusru_reduce(cons
 }
 CUSRU_SIMULATED_KERNEL(cusru_reduce, Args, CUSRU_TYPE)
 #else
-using Chosen = Variant<CUSRU_TYPE, CUSRU_SKIP, CUSRU_ACTIVATION, CUSRU_CANDIDATE, CUSRU_WEIGHT, CUSRU_COLUMNS,
-                       CUSRU_PACKED, CUSRU_PADDED>;
+using Chosen = Variant<CUSRU_TYPE, CUSRU_CELL, CUSRU_SKIP, CUSRU_ACTIVATION, CUSRU_CANDIDATE, CUSRU_WEIGHT,
+                       CUSRU_ZONEOUT, CUSRU_COLUMNS, CUSRU_PACKED, CUSRU_MARKS>;
 #if CUSRU_PASS == 0
 extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, CUSRU_RESIDENT) cusru_forward(const Args args) {
     CUSRU_DYNAMIC_SHARED(shared);
@@ -19,7 +19,7 @@ CUSRU_SIMULATED_KERNEL(cusru_forward, Args, CUSRU_TYPE)
 #else
 extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, CUSRU_RESIDENT) cusru_backward(const Args args) {
     CUSRU_DYNAMIC_SHARED(shared);
-    static_assert(Inputs<Chosen, true>::BYTES == CUSRU_STEP_BYTES, "see specialisation.py");
+    static_assert(Inputs<Chosen, true, CUSRU_RECOMPUTE>::BYTES == CUSRU_STEP_BYTES, "see specialisation.py");
     Backward<Chosen, CUSRU_TILE, CUSRU_UNIT, CUSRU_THREADS / 32, CUSRU_RECOMPUTE, CUSRU_THREADS == 32> backward(args,
                                                                                                                 shared);
     backward.run();

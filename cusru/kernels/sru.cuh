@@ -83,9 +83,15 @@ template <typename V, int T, bool ALONE> struct Forward {
 
     template <typename Straight> __device__ __forceinline__ void load_tile(Straight straight, long long left) {
         tile_boundary();
+        Bytes<N> zones[T];
+        if constexpr (V::ZONEOUT) in.load_zone(straight, left < T ? static_cast<int>(left) : T, zones);
 #pragma unroll
         for (int t = 0; t < T; ++t)
             if (straight || t < left) in.load(thread, straight, record(t), t);
+        if constexpr (V::ZONEOUT)
+#pragma unroll
+            for (int t = 0; t < T; ++t)
+                if (straight || t < left) Inputs<V, false>::Z::set(record(t), zones[t]);
     }
     __device__ __forceinline__ void load(long long left) {
         if (plain && left >= T)
@@ -104,7 +110,7 @@ template <typename V, int T, bool ALONE> struct Forward {
     template <typename Straight> __device__ __forceinline__ void tile(Straight straight) {
         const long long rest = args.length - first;
         const int left = straight || rest > T ? T : static_cast<int>(rest);
-        const unsigned pads = padding<T>(thread, straight, first, left);
+        const Bits bits = marks<T>(thread, straight, first, left);
         Prepared<V, S> prepared[T][N];
         async_wait();
 #pragma unroll
@@ -126,8 +132,9 @@ template <typename V, int T, bool ALONE> struct Forward {
         for (int t = 0; t < T; ++t)
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-                state[t + 1][i] = advance<V>(prepared[t][i], state[t][i]);
-                if (skips<V>(straight, pads, t)) state[t + 1][i] = state[t][i];
+                const S before = across<V>(bits, t, state[t][i]);
+                state[t + 1][i] = advance<V>(prepared[t][i], before);
+                if (skips<V>(straight, bits, t)) state[t + 1][i] = before;
             }
         if (rest > T)
             relay.give(thread.warp + 1 < thread.warps ? thread.warp + 1 : 0, state[T]);
@@ -139,8 +146,9 @@ template <typename V, int T, bool ALONE> struct Forward {
             Values<typename V::T, N> out;
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-                S value = output<V>(thread.column[i], prepared[t][i], state[t][i], state[t + 1][i]);
-                out.set(i, skips<V>(straight, pads, t) ? S(0) : value);
+                const S before = across<V>(bits, t, state[t][i]);
+                S value = output<V>(thread.column[i], prepared[t][i], before, state[t + 1][i]);
+                out.set(i, skips<V>(straight, bits, t) ? S(0) : value);
             }
             if (straight || (t < left && lane.active)) out.store(h(straight, t));
         }
@@ -182,10 +190,11 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     using Type = typename V::T;
     using S = typename V::S;
     static constexpr int N = V::COLUMNS, K = V::K;
-    static constexpr int SUMS = V::WEIGHT == WEIGHT_COLUMN ? 4 : 2;  // parameter gradients: bias_f, bias_r, v_f, v_r
+    static constexpr int SUMS = V::SUMS;  // parameter gradients: bias_f, bias_r, v_f, v_r, or a
+    static constexpr int TERMS = SUMS ? N * SUMS : 1;
     // Steps, from a multiple of it on, that are added up plainly; only their sum is with compensation.
     static constexpr int GROUP = T < 4 ? T : 4;
-    using In = Inputs<V, true>;
+    using In = Inputs<V, true, RECOMPUTE>;
     const Args& args;
     const Lane lane;
     const long long first_batch;  // of the row
@@ -195,12 +204,12 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     const int stride;  // from a warp's tile to its next
     const long long every, blocks;
     Relay<S, N, ALONE, 1> carries;
-    Relay<S, N * SUMS * 2, ALONE, 1 + WARPS> sums;  // behind the carry: the order is that of one thread
+    Relay<S, TERMS * 2, ALONE || !SUMS, 1 + WARPS> sums;  // behind the carry: the order is that of one thread
     Relay<S, N, ALONE, 1 + 2 * WARPS> states;
     // Sums of the group that is being added up, where a tile may end within one; in shared memory, where warps take
     // turns.
     S* const begun_shared;
-    S begun_alone[ALONE ? N * SUMS : 1];
+    S begun_alone[ALONE ? TERMS : 1];
     char* const records;
     In in;
     Cursor grad_u, grad_x, grad_weight;
@@ -284,6 +293,8 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     template <typename Straight>
     __device__ __forceinline__ void load(Straight straight, const Place& place, int row, int left) {
         tile_boundary();
+        Bytes<N> zones[T];
+        if constexpr (V::ZONEOUT) in.load_zone(straight, left, zones);
 #pragma unroll
         for (int t = 0; t < T; ++t)
             if (straight || t < left) {
@@ -292,6 +303,10 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
                 if constexpr (!RECOMPUTE)
                     In::C::load(record(row + t), t || in.place ? in.c(straight, t) - in.c.step : in.c.at);
             }
+        if constexpr (V::ZONEOUT)
+#pragma unroll
+            for (int t = 0; t < T; ++t)
+                if (straight || t < left) In::Z::set(record(row + t), zones[t]);
         if (RECOMPUTE && row == 0 && place.unit == 0 && place.block) {  // before the block
             const long long time = thread.reversed ? blocks - place.block : place.block - 1;
             In::C::load(record(0), args.c.at(time, batch(place.b), thread.d, 0));
@@ -321,7 +336,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
 
     // A tile's, from `state` on: the state before each step goes into its record.
     template <typename Straight>
-    __device__ __forceinline__ void recompute(Straight straight, char* at, unsigned pads, S (&state)[N]) {
+    __device__ __forceinline__ void recompute(Straight straight, char* at, const Bits& bits, S (&state)[N]) {
 #pragma unroll
         for (int t = 0; t < T; ++t) {
             Step<S> step[N];
@@ -329,9 +344,10 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
             Values<S, N> before;
 #pragma unroll
             for (int i = 0; i < N; ++i) {
+                state[i] = across<V>(bits, t, state[i]);
                 before.set(i, state[i]);
                 S next = advance<V>(prepare<V>(thread.column[i], step[i]), state[i]);
-                state[i] = skips<V>(straight, pads, t) ? state[i] : next;
+                state[i] = skips<V>(straight, bits, t) ? state[i] : next;
             }
             In::C::set(at + t * In::BYTES, before);
         }
@@ -363,9 +379,9 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
             const int left = place.steps - row;
             const long long p = place.first + row;
             if (plain && left >= T)
-                recompute(Bool<true>(), record(row), padding<T>(thread, Bool<true>(), p, T), state);
+                recompute(Bool<true>(), record(row), marks<T>(thread, Bool<true>(), p, T), state);
             else if (GENERAL)
-                recompute(Bool<false>(), record(row), padding<T>(thread, Bool<false>(), p, left < T ? left : T), state);
+                recompute(Bool<false>(), record(row), marks<T>(thread, Bool<false>(), p, left < T ? left : T), state);
             if (left > T || followed) states.give(left > T ? owner(row + T) : 0, state);
         }
     }
@@ -387,7 +403,7 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
         char* const at = record(row);
         const long long p = here.first + row;
         const int rest = here.steps - row, left = straight || rest > T ? T : rest;
-        const unsigned pads = straight || active ? padding<T>(thread, straight, p, left) : ~0u;
+        const Bits bits = straight || active ? marks<T>(thread, straight, p, left) : Bits{~0u, 0};
         out_to(straight, here, p);
 
         Linear<S> linear[T][N];
@@ -401,13 +417,15 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
 #pragma unroll
             for (int i = 0; i < N; ++i) state[i] = before.get(i);
             if (!RECOMPUTE && t == 0 && p == 0) thread.initial(state);
+#pragma unroll
+            for (int i = 0; i < N; ++i) state[i] = across<V>(bits, t, state[i]);
             Values<Type, N> out;
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 const Column<S>& k = thread.column[i];
                 linear[t][i] = linearise<V>(k, step[i], of_h.get(i), state[i]);
                 if constexpr (V::SKIP == SKIP_X)
-                    out.set(i, skips<V>(straight, pads, t) ? S(0) : linear[t][i].skip * k.scale);
+                    out.set(i, skips<V>(straight, bits, t) ? S(0) : linear[t][i].skip * k.scale);
             }
             if constexpr (V::SKIP == SKIP_X)
                 if (straight || (t < left && grad_x.at && active)) out.store(grad_x(straight, t));
@@ -434,12 +452,13 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 S before = retreat<V>(linear[t][i], carry[i], gc[t][i]);
-                carry[i] = skips<V>(straight, pads, t) ? carry[i] : before;
+                carry[i] = across<V>(bits, t, skips<V>(straight, bits, t) ? carry[i] : before);
             }
         if (p == 0) end(carry);
         carries.give(heir, carry);
-        S terms[T][N * SUMS];
-        store_gradients(straight, left, pads, linear, gc, terms);
+        S terms[T][TERMS];
+        store_gradients(straight, left, bits, linear, gc, terms);
+        if constexpr (SUMS == 0) return;
         const bool first = begins && here.b == 0;
         if (straight && (!RECOMPUTE || p % GROUP == 0))  // else a group may be cut by the saved block's end
             add_up(Bool<true>(), p, left, first, heir, terms);
@@ -451,14 +470,14 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     // Into the running sums, which take turns: whole groups, added up before the turn comes; in general step by step.
     template <typename Whole>
     __device__ __forceinline__ void add_up(Whole whole, long long p, int left, bool first, int heir,
-                                           S (&terms)[T][N * SUMS]) {
+                                           S (&terms)[T][TERMS]) {
         if (whole)
 #pragma unroll
             for (int t = T - 2; t >= 0; --t)
 #pragma unroll
                 for (int i = 0; i < N * SUMS; ++i)
                     if ((t + 1) % GROUP) terms[t][i] = terms[t + 1][i] + terms[t][i];
-        S sum[N * SUMS * 2];  // total and what it has lost
+        S sum[TERMS * 2];  // total and what it has lost
         if (first) {
 #pragma unroll
             for (int i = 0; i < N * SUMS; ++i) sum[2 * i] = sum[2 * i + 1] = begun(i) = 0;
@@ -484,9 +503,9 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     }
 
     template <typename Straight>
-    __device__ __forceinline__ void store_gradients(Straight straight, int left, unsigned pads,
+    __device__ __forceinline__ void store_gradients(Straight straight, int left, const Bits& bits,
                                                     const Linear<S> (&linear)[T][N], const S (&gc)[T][N],
-                                                    S (&terms)[T][N * SUMS]) {
+                                                    S (&terms)[T][TERMS]) {
 #pragma unroll
         for (int t = 0; t < T; ++t) {
             Values<Type, K * N> packed;
@@ -494,13 +513,14 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 const Linear<S>& l = linear[t][i];
-                const S values[4] = {gc[t][i] * (l.g * l.slope_z), gc[t][i] * l.forget, l.u2, l.skip};
+                S values[4];
+                gradients<V>(l, gc[t][i], values);
 #pragma unroll
                 for (int k = 0; k < K; ++k) {
-                    S value = skips<V>(straight, pads, t) ? S(0) : values[k];
+                    S value = skips<V>(straight, bits, t) ? S(0) : values[k];
                     packed.set(i * K + k, value);
                     rows[k].set(i, value);
-                    if (k == 1 || k == 2) terms[t][i * SUMS + k - 1] = value;
+                    if (V::CELL == SRU && (k == 1 || k == 2)) terms[t][i * SUMS + k - 1] = value;
                 }
             }
             if (straight || (t < left && grad_u.at && active)) {
@@ -519,13 +539,18 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
                 StepWeight<V> weights;
 #pragma unroll
                 for (int i = 0; i < N; ++i) {
-                    const bool pad = skips<V>(straight, pads, t);
-                    const S w_f = pad ? S(0) : terms[t][i * SUMS] * linear[t][i].c_prev;
-                    const S w_r = pad ? S(0) : terms[t][i * SUMS + 1] * linear[t][i].c_prev;
-                    if constexpr (V::STEP_WEIGHT)
-                        weights.set(0, i, w_f), weights.set(1, i, w_r);
-                    else
-                        terms[t][i * SUMS + 2] = w_f, terms[t][i * SUMS + 3] = w_r;
+                    const Linear<S>& l = linear[t][i];
+                    S values[4];
+                    gradients<V>(l, gc[t][i], values);
+#pragma unroll
+                    for (int gate = 0; gate < V::GATES; ++gate) {
+                        S value = V::LINEAR ? values[1] : values[1 + gate] * l.c_prev;
+                        if (skips<V>(straight, bits, t)) value = S(0);
+                        if constexpr (V::STEP_WEIGHT)
+                            weights.set(gate, i, value);
+                        else
+                            terms[t][i * SUMS + SUMS - V::GATES + gate] = value;
+                    }
                 }
                 if constexpr (V::STEP_WEIGHT)
                     if (straight || (t < left && grad_weight.at && active))
@@ -604,8 +629,8 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
     // The parameters' sums, which the first warp was given at the end. Those of several rows wait for reduce(), a
     // single row's are the gradients.
     __device__ __forceinline__ void leave_sums() {
-        if (thread.warp || !lane.active) return;
-        S sum[N * SUMS * 2] = {};
+        if (SUMS == 0 || thread.warp || !lane.active) return;
+        S sum[TERMS * 2] = {};
         if (args.length) sums.take(sum);  // without waiting: the last tile's heir is its own warp
         int place = 0;
         auto leave = [&](const Array& gradient, int which, int gate, int narrow) {
@@ -613,21 +638,22 @@ template <typename V, int T, int UNIT, int WARPS, bool RECOMPUTE, bool ALONE> st
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 const S total = sum[2 * (i * SUMS + which)];
-                if (args.rows > 1)
+                if (args.rows > 1 && !(args.flags & SUMS_OF_BATCHES))
                     workspace_store<sizeof(S)>(partial + i, &total);
                 else  // 0 +: as reduce() begins, which takes the sign from a -0
-                    store_one<Type>(gradient.at(0, 0, thread.d + i, gate), S(0) + total, (args.flags & narrow) != 0);
+                    store_one<Type>(gradient.at(0, lane.row, thread.d + i, gate), S(0) + total,
+                                    (args.flags & narrow) != 0);
             }
         };
-        if (args.grad_bias.data) {
-            leave(args.grad_bias, 0, 0, NARROW_BIAS);
-            leave(args.grad_bias, 1, 1, NARROW_BIAS);
-        }
-        if constexpr (V::WEIGHT == WEIGHT_COLUMN)
-            if (args.grad_weight_c.data) {
-                leave(args.grad_weight_c, 2, 0, NARROW_WEIGHT);
-                leave(args.grad_weight_c, 3, 1, NARROW_WEIGHT);
+        if constexpr (V::CELL == SRU)
+            if (args.grad_bias.data) {
+                leave(args.grad_bias, 0, 0, NARROW_BIAS);
+                leave(args.grad_bias, 1, 1, NARROW_BIAS);
             }
+        if constexpr (V::WEIGHT == WEIGHT_COLUMN)
+            if (args.grad_weight_c.data)
+                for (int gate = 0; gate < V::GATES; ++gate)
+                    leave(args.grad_weight_c, SUMS - V::GATES + gate, gate, NARROW_WEIGHT);
     }
 };
 

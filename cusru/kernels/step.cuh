@@ -1,4 +1,6 @@
-// The SRU recurrence at one step of one column (b, d), in the form that the kernels compute.
+// The recurrences at one step of one column (b, d), in the form that the kernels compute.
+//
+// SRU
 // Lei et al., "Simple Recurrent Units for Highly Parallelizable Recurrence", EMNLP 2018, equations 3 to 6;
 // with candidate = tanh and no skip it is fo-pooling of Bradbury et al., "Quasi-Recurrent Neural Networks", ICLR 2017.
 //
@@ -14,6 +16,30 @@
 //     carry = gc + (A v_f - g) gc + gu2 v_r                      = f gc + ..., again without the rounding of f
 // Where f is small the plain forms are used, since there the others lose f: in both, each term keeps its own last bits.
 //
+// The QRNN's pooling, Bradbury et al., equations 3 to 5, with u = (u0, u1[, u2[, u3]]); p: zoneout, and P = 1 - p, by
+// number or, from an array, P = 0 where it is set
+//     f = sigmoid(y u1)             y = 1 (gate "forget") or -1 ("update")        z = tanh(u0)
+//     G = P (1 - f)                 e = 1 - G = p + P f
+//     c = e c' + i z                i = G ("f", "fo") or P sigmoid(u3) ("ifo")
+//     h = o c                       o = 1 ("f") or sigmoid(u2)
+// Backward: gc = gh o + carry       gu0 = gc i (1 - z z)      gu1 = gc (c' - z | c') y P f (1 - f)      gu2 = gh c o (1
+// - o)
+//           carry = gc e            gu3 = gc z i (1 - sigmoid(u3))
+//
+// The linear recurrence, Martin and Cundy, "Parallelizing Linear Recurrent Neural Nets over Sequence Length", ICLR
+// 2018:
+//     c = a c' + b  |  (c' - a c') + b  |  (c' - a c') + a b       "affine" | "complement" | "blend";     h = c
+// Backward: gc = gh + carry         ga = gc c' | -gc c' | gc (b - c')      gb = gc | gc | gc a
+//           carry = gc a | gc - a gc
+//
+// Affine in c, c = factor c' + summand, is every pass but the forward of SRU with weight_c; time can be split where one
+// is:
+//     forward     SRU: f, g z          QRNN: e, i z          linear: a | 1 - a, b | b | a b
+//     backward (in the carry, towards earlier steps, with gc = gh-side + carry)
+//                 SRU: f + A v_f, gh m r a' (f + A v_f) + gu2 v_r        QRNN: e, gh o e        linear: a | 1 - a, gh
+//                 times that
+// Where a sequence starts the factor is 0 by choice, not by multiplication: neither NaN nor infinity comes across.
+//
 // Each pass is cut in three, for only the middle waits for the step before: what is known without the state (forward)
 // or the carry (backward), the chain from step to step, and what follows from it.
 #pragma once
@@ -27,18 +53,29 @@ enum Weight {
     WEIGHT_STEP_STATE = 3
 };  // STEP_STATE: in the state's type
 
+enum Cell { SRU = 0, POOLING_F = 1, POOLING_FO = 2, POOLING_IFO = 3, AFFINE = 4, COMPLEMENT = 5, BLEND = 6 };
+enum Marks { NO_MARKS = 0, PADDING = 1, STARTS = 2 };  // STARTS: and perhaps padding
+
 // What is fixed when the kernel is compiled.
-template <typename T_, int SKIP_, int ACTIVATION_, int CANDIDATE_, int WEIGHT_, int COLUMNS_, bool PACKED_,
-          bool PADDED_>
+template <typename T_, int CELL_, int SKIP_, int ACTIVATION_, int CANDIDATE_, int WEIGHT_, bool ZONEOUT_, int COLUMNS_,
+          bool PACKED_, int MARKS_>
 struct Variant {
     using T = T_;
     using S = typename StateOf<T>::type;
-    static constexpr int SKIP = SKIP_, ACTIVATION = ACTIVATION_, CANDIDATE = CANDIDATE_, WEIGHT = WEIGHT_;
-    static constexpr int COLUMNS = COLUMNS_;  // neighbouring columns that one thread walks
-    static constexpr bool PACKED = PACKED_;   // u's k values of a column lie side by side, and so do the columns
-    static constexpr bool PADDED = PADDED_;   // there is a mask_pad
-    static constexpr int K = SKIP == SKIP_PROJECTED ? 4 : 3;
+    static constexpr int CELL = CELL_;
+    static constexpr bool QRNN = CELL >= POOLING_F && CELL <= POOLING_IFO, LINEAR = CELL >= AFFINE;
+    static constexpr int SKIP = SKIP_, ACTIVATION = ACTIVATION_, CANDIDATE = CANDIDATE_;
+    static constexpr int WEIGHT = WEIGHT_;      // weight_c, or a in its place
+    static constexpr bool ZONEOUT = ZONEOUT_;   // an array of it
+    static constexpr int COLUMNS = COLUMNS_;    // neighbouring columns that one thread walks
+    static constexpr bool PACKED = PACKED_;     // u's k values of a column lie side by side, and so do the columns
+    static constexpr bool MARKED = MARKS_ > 0;  // there is a mask_pad or starts
+    static constexpr bool STARTING = MARKS_ == STARTS;
+    static constexpr int K = LINEAR ? 1 : QRNN ? CELL + 1 : SKIP == SKIP_PROJECTED ? 4 : 3;
+    static constexpr int GATES = CELL == SRU ? 2 : 1;  // for which weight_c has a value
+    static constexpr int SUMS = QRNN ? 0 : (CELL == SRU ? 2 : 0) + (WEIGHT == WEIGHT_COLUMN ? GATES : 0);  // gradients
     static constexpr bool STEP_WEIGHT = WEIGHT >= WEIGHT_STEP;
+    static constexpr bool AFFINE_FORWARD = CELL != SRU;
 };
 
 template <bool STATE, typename S, typename T> struct Choose {
@@ -48,14 +85,15 @@ template <typename S, typename T> struct Choose<true, S, T> {
     using type = S;
 };
 
-// What a column keeps over all its steps.
+// What a column keeps over all its steps. Of the linear recurrence v_f is a; of the QRNN n is y and scale p.
 template <typename S> struct Column {
     S bias_f, bias_r, v_f, v_r, m, n, scale;
 };
 
 // One step as it was read, widened.
 template <typename S> struct Step {
-    S u0, u1, u2, s, v_f, v_r;
+    S u0, u1, u2, s, v_f, v_r;  // s: the skip, or u3
+    bool zoned;
 };
 
 template <typename S> struct Gate {
@@ -66,15 +104,58 @@ template <typename S> __device__ __forceinline__ Gate<S> gate(S x) {
     return {e, complement(e)};
 }
 
+// What a value is multiplied by from step to step, as keep or as 1 + keep: the one that keeps its digits.
+template <typename S> struct Factor {
+    S keep;
+    bool whole;
+    __device__ __forceinline__ S times(S x) const { return fma(keep, x, whole ? S(0) : x); }
+};
+template <typename V, typename S> __device__ __forceinline__ Factor<S> factor_of_a(S a) {
+    return V::CELL == AFFINE ? Factor<S>{a, true} : Factor<S>{-a, false};
+}
+
+// The QRNN's gates.
+template <typename V, typename S> struct Pooled {
+    S z, slope_z, i, o, q_o, moved, slope_f, slope_i;  // q_o: 1 - o; moved: 1 - e; slopes: de/du1 but for y, di/du3
+    Factor<S> factor;
+};
+template <typename V, typename S> __device__ __forceinline__ Pooled<V, S> pool(const Column<S>& k, const Step<S>& in) {
+    Pooled<V, S> p;
+    tanh_and_slope(in.u0, p.z, p.slope_z);
+    Gate<S> forget = gate(k.n * in.u1);
+    const S f = sigmoid(forget.e, forget.g);
+    const S taken = V::ZONEOUT ? S(1) : S(1) - k.scale;
+    const bool zoned = V::ZONEOUT && in.zoned;
+    p.moved = zoned ? S(0) : taken * forget.g;
+    p.slope_f = zoned ? S(0) : taken * (f * forget.g);
+    // Where 1 - moved would keep too few of e's bits.
+    p.factor.whole = p.moved > S(0.75);
+    p.factor.keep = p.factor.whole ? (V::ZONEOUT ? f : fma(taken, f, k.scale)) : -p.moved;
+    p.i = p.moved, p.slope_i = S(0);
+    if constexpr (V::CELL == POOLING_IFO) {
+        Gate<S> input = gate(in.s);
+        p.i = zoned ? S(0) : taken * sigmoid(input.e, input.g);
+        p.slope_i = p.i * input.g;
+    }
+    p.o = S(1), p.q_o = S(0);
+    if constexpr (V::CELL >= POOLING_FO) {
+        Gate<S> output = gate(in.u2);
+        p.q_o = output.g, p.o = sigmoid(output.e, output.g);
+    }
+    return p;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
 
 // What is known of a step without its state.
 template <typename V, typename S> struct Prepared {
     S z, s, v_f, v_r;
-    S x_f, x_r;       // with weight_c: the gates' arguments but for it
-    Gate<S> forget;   // without: the gates,
-    S reset, weight;  // r m and w s
+    S x_f, x_r;        // with weight_c: the gates' arguments but for it
+    Gate<S> forget;    // without: the gates,
+    S reset, weight;   // r m and w s
+    Factor<S> factor;  // QRNN and linear recurrence: of c', and what is added
+    S summand;
 };
 
 template <typename V, typename S> __device__ __forceinline__ void reset(const Column<S>& k, S x, S& r, S& q, S& w) {
@@ -87,6 +168,16 @@ template <typename V, typename S> __device__ __forceinline__ void reset(const Co
 template <typename V, typename S>
 __device__ __forceinline__ Prepared<V, S> prepare(const Column<S>& k, const Step<S>& in) {
     Prepared<V, S> p;
+    if constexpr (V::LINEAR) {
+        p.factor = factor_of_a<V>(in.v_f);
+        p.summand = V::CELL == BLEND ? in.v_f * in.u0 : in.u0;
+        return p;
+    }
+    if constexpr (V::QRNN) {
+        Pooled<V, S> pooled = pool<V>(k, in);
+        p.factor = pooled.factor, p.summand = pooled.i * pooled.z, p.reset = pooled.o;
+        return p;
+    }
     S slope;
     activate<V::CANDIDATE>(in.u0, p.z, slope);
     p.x_f = in.u1 + k.bias_f;
@@ -108,12 +199,15 @@ template <typename S> __device__ __forceinline__ S advance(const Gate<S>& forget
     return fma(forget.g, fma(small ? forget.e : S(-1), c, z), small ? S(0) : c);
 }
 template <typename V, typename S> __device__ __forceinline__ S advance(const Prepared<V, S>& p, S c) {
+    if constexpr (V::CELL != SRU) return p.factor.times(c) + p.summand;
     if constexpr (V::WEIGHT == NO_WEIGHT) return advance(p.forget, p.z, c);
     return advance(gate(fma(p.v_f, c, p.x_f)), p.z, c);
 }
 
 template <typename V, typename S>
 __device__ __forceinline__ S output(const Column<S>& k, const Prepared<V, S>& p, S c_prev, S c) {
+    if constexpr (V::LINEAR || V::CELL == POOLING_F) return c;
+    if constexpr (V::QRNN) return p.reset * c;
     S a, slope, rm = p.reset, ws = p.weight;
     activate<V::ACTIVATION>(c, a, slope);
     if constexpr (V::WEIGHT != NO_WEIGHT) {
@@ -130,16 +224,33 @@ __device__ __forceinline__ S output(const Column<S>& k, const Prepared<V, S>& p,
 // What is known of a step without its carry.
 template <typename S> struct Linear {
     S inflow, slope;  // gc = inflow slope + carry
-    S keep, v_r;      // carry = keep gc [+ gc] + gu2 v_r
-    S g, slope_z, forget, c_prev;
-    S u2, skip;  // gradients that need no carry
-    // Whether f is so small that gc - g gc would keep too few of f gc 's bits.
-    __device__ __forceinline__ bool forgets() const { return g > S(0.75); }
+    Factor<S> keep;   // carry = keep gc + gu2 v_r
+    S v_r;
+    S g, slope_z, forget, c_prev;  // gu0 = gc g slope_z, gu1 or ga = gc forget
+    S u2, skip;                    // gradients that need no carry; of pooling "ifo" gu3 = gc skip
 };
 
 template <typename V, typename S>
 __device__ __forceinline__ Linear<S> linearise(const Column<S>& k, const Step<S>& in, S gh, S c_prev) {
     Linear<S> l;
+    l.c_prev = c_prev, l.v_r = in.v_r;
+    if constexpr (V::LINEAR) {
+        l.inflow = gh, l.slope = l.slope_z = S(1);
+        l.keep = factor_of_a<V>(in.v_f);
+        l.g = V::CELL == BLEND ? in.v_f : S(1);
+        l.forget = V::CELL == AFFINE ? c_prev : V::CELL == COMPLEMENT ? -c_prev : in.u0 - c_prev;
+        return l;
+    }
+    if constexpr (V::QRNN) {
+        Pooled<V, S> p = pool<V>(k, in);
+        l.inflow = gh, l.slope = p.o;
+        l.keep = p.factor;
+        l.g = p.i, l.slope_z = p.slope_z;
+        l.forget = k.n * ((V::CELL == POOLING_IFO ? c_prev : c_prev - p.z) * p.slope_f);
+        l.u2 = gh * (p.o * p.q_o) * (p.factor.times(c_prev) + p.i * p.z);
+        l.skip = p.z * p.slope_i;
+        return l;
+    }
     S z, a, r, q, w;
     S x_f = in.u1 + k.bias_f, x_r = in.u2 + k.bias_r;
     if constexpr (V::WEIGHT != NO_WEIGHT) x_f = fma(in.v_f, c_prev, x_f), x_r = fma(in.v_r, c_prev, x_r);
@@ -153,15 +264,24 @@ __device__ __forceinline__ Linear<S> linearise(const Column<S>& k, const Step<S>
     l.skip = gh * w;
     l.u2 = gh * (r * q) * difference;  // a saturated gate's 0 first: gh * difference may overflow
     l.forget = (c_prev - z) * (f * g);
-    l.g = g, l.c_prev = c_prev, l.v_r = in.v_r;
-    l.keep = l.forgets() ? f : -g;
-    if constexpr (V::WEIGHT != NO_WEIGHT) l.keep = fma(l.forget, in.v_f, l.keep);
+    l.g = g;
+    l.keep.whole = g > S(0.75);  // else gc - g gc keeps enough of f gc 's bits
+    l.keep.keep = l.keep.whole ? f : -g;
+    if constexpr (V::WEIGHT != NO_WEIGHT) l.keep.keep = fma(l.forget, in.v_f, l.keep.keep);
     return l;
 }
 
 // The carry one step back; gc is the gradient of this step's c.
 template <typename V, typename S> __device__ __forceinline__ S retreat(const Linear<S>& l, S carry, S& gc) {
     gc = fma(l.inflow, l.slope, carry);
-    carry = fma(l.keep, gc, l.forgets() ? S(0) : gc);
-    return V::WEIGHT == NO_WEIGHT ? carry : fma(l.u2, l.v_r, carry);
+    carry = l.keep.times(gc);
+    return V::CELL != SRU || V::WEIGHT == NO_WEIGHT ? carry : fma(l.u2, l.v_r, carry);
+}
+
+// Of u, by its last axis; terms: what parameter gradients are sums of, but for the weights' factor c_prev.
+template <typename V, typename S> __device__ __forceinline__ void gradients(const Linear<S>& l, S gc, S (&of_u)[4]) {
+    of_u[0] = gc * (l.g * l.slope_z);
+    of_u[1] = gc * l.forget;
+    of_u[2] = l.u2;
+    of_u[3] = V::CELL == POOLING_IFO ? gc * l.skip : l.skip;
 }
