@@ -14,7 +14,7 @@ from benchmarks import model, resources
 from benchmarks.cases import DTYPES, Case
 from benchmarks.workload import PASSES
 from cusru import dlpack, measuring
-from cusru.arguments import OPERATORS, STATES, STRAIGHT, allowed_shapes
+from cusru.arguments import BACKWARD, FORWARD, STATES, STRAIGHT
 from cusru.measuring import Floor
 from cusru.plan import RESIDENT, Plan, Problem
 from cusru.plan import plan as make_plan
@@ -24,10 +24,11 @@ from cusru.specialisation import UNIT, Limits
 
 def problem(case: Case, direction: str, dtype: str) -> Problem:
     """What a call with this case's arrays asks for, without their memory."""
-    given = dict.fromkeys(OPERATORS[direction].inputs, STATES[dtype])  # parameters have the state's
+    operator = FORWARD if direction == "forward" else BACKWARD
+    given = dict.fromkeys(operator.inputs, STATES[dtype])  # parameters have the state's
     given |= {"u": dtype, "x": dtype, "grad_h": dtype, "mask_pad": "bool"}
     absent = {"x": case.skip != "x", "bias": case.bias is None, "weight_c": case.weight_c == "none", "c0": not case.c0}
-    absent |= {"mask_c": case.mask_c is None, "mask_pad": case.padding == "none"}
+    absent |= {"mask_c": case.mask_c is None, "mask_pad": case.padding == "none", "starts": True}
     blocks = -(-case.L // case.save_every) if case.save_every else 0
     sizes = {"L": case.L, "S": blocks, "B": case.B, "D": case.D, "K": case.k, "R": 2, "F": 2 * case.D}
     of_u = (0, 1, 3, 2) if case.layout == "d_inner" else None
@@ -37,16 +38,18 @@ def problem(case: Case, direction: str, dtype: str) -> Problem:
         return dlpack.Array(name, 0, shape, strides, dtype, dlpack.CPU, False, "other", None, None)
 
     inputs: dict[str, Any] = {"scale_x": case.scale_x}
-    for name in OPERATORS[direction].inputs[:-1]:
-        shapes = allowed_shapes(name, sizes)
+    for name in operator.inputs[:-1]:
+        shapes = operator.allowed_shapes(name, sizes)
         rank = 4 if name == "weight_c" and case.weight_c == "step" else min(rank for rank in shapes if rank > 1)
         inputs[name] = None if absent.get(name) else array(name, shapes[rank], given[name])
-    inputs = {name: inputs[name] for name in OPERATORS[direction].inputs}
-    options = Options(case.activation, case.candidate, case.mask_target, case.bidirectional, case.save_every)
-    checked = check(direction, inputs, options, 0)
+    inputs = {name: inputs[name] for name in operator.inputs}
+    options = Options((case.activation, case.candidate, case.mask_target), case.bidirectional, case.save_every)
+    checked = check(operator, inputs, options, 0)
     for name, wanted in wanted_results(checked).items():
         if wanted is not None:
-            checked.problem.results[name] = layout(array(name, wanted.shape, wanted.dtype))
+            checked.problem.results[name] = layout(
+                array(name, wanted.shape, wanted.dtype), operator.axes(name, len(wanted.shape))
+            )
     return checked.problem
 
 

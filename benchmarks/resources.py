@@ -2,7 +2,7 @@
 
 With --json one object a line, for each specialisation and architecture:
 
-    direction, dtype, skip, activation, candidate, weight, columns, packed, recompute, alone, padded      the specialisation
+    direction, dtype, skip, activation, candidate, weight, columns, packed, recompute, alone, marks, cell, zoneout   the specialisation
     architecture              90 for sm_90
     threads, ahead            of a block; steps whose loads are in flight
     registers, spill_bytes, stack_bytes, shared_bytes      of a thread, of a thread, of a thread, of a block
@@ -212,8 +212,8 @@ def row(kernel: Specialisation, architecture: int, sass: bool = False) -> dict[s
 
 def plain(kernels: Iterable[Specialisation]) -> list[Specialisation]:
     """SRU with skip input and identity, as the tables of docs/performance.md have it."""
-    usual = dict(skip="x", activation="identity", candidate="identity")
-    return [k for k in kernels if usual.items() <= k._asdict().items() and k.weight in ("none", "column") and not k.padded]
+    usual = dict(skip="x", activation="identity", candidate="identity", marks="none")
+    return [k for k in kernels if usual.items() <= k._asdict().items() and k.weight in ("none", "column")]
 
 
 def covering(kernels: Iterable[Specialisation]) -> list[Specialisation]:
@@ -222,7 +222,7 @@ def covering(kernels: Iterable[Specialisation]) -> list[Specialisation]:
 
     def pairs(kernel: Specialisation) -> set[tuple[object, ...]]:
         shape = (kernel.direction, kernel.recompute, kernel.columns, kernel.packed, kernel.alone)
-        options = (kernel.skip, kernel.activation, kernel.candidate, kernel.weight, kernel.padded)
+        options = (kernel.skip, kernel.activation, kernel.candidate, kernel.weight, kernel.marks, kernel.cell, kernel.zoneout)
         registers = (kernel.dtype, *shape[:3], kernel.alone, kernel.weight)
         return {(kernel.dtype, shape), registers} | {(kernel.dtype, i, option) for i, option in enumerate(options)}
 
@@ -252,7 +252,7 @@ def rows(kernels: Iterable[Specialisation], architectures: Iterable[int], sass: 
 
 COLUMNS = (
     ("direction", 10), ("dtype", 9), ("skip", 10), ("activation", 11), ("candidate", 10), ("weight", 11), ("columns", 8),
-    ("packed", 7), ("recompute", 10), ("alone", 6), ("padded", 7),
+    ("packed", 7), ("recompute", 10), ("alone", 6), ("marks", 8), ("cell", 11), ("zoneout", 8),
     ("architecture", 13), ("threads", 8), ("ahead", 6), ("registers", 10), ("spill_bytes", 12),
     ("shared_bytes", 13), ("blocks_per_sm", 14), ("bytes_in_flight_per_sm", 23),
 )  # fmt: skip

@@ -309,8 +309,9 @@ def test_what_is_kept_serves_a_forked_child() -> None:
 def described(
     direction: str, length: int = 64, batch: int = 8, width: int = 256, offset: int = 0, pitch: int = 0, save_every: int = 1
 ) -> Problem:
-    shared = ("float32", "float32", "identity", "identity", "state", False)
-    problem = Problem(direction, length, batch, width, 3, *shared, save_every)
+    choices = {"activation": "identity", "candidate": "identity", "mask_target": "state"}
+    operator = FORWARD if direction == "forward" else BACKWARD
+    problem = Problem(operator, length, batch, width, 3, "float32", "float32", choices, False, save_every)
 
     def rows(*shape: int) -> Layout:
         strides, step = [], 1

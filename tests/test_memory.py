@@ -212,6 +212,9 @@ def test_more_than_two_to_the_31_elements(dtype: str) -> None:
     same(cusru.sru_backward(h, None, got.c, u, x, out=(gu, None, None, None, None)), expected)
 
 
+FLAGS = ("BIDIRECTIONAL", "MASK_GATE", "GRAD_U_PACKED", "STRAIGHT", "REVERSE", "GATE_UPDATE", "SUMS_OF_BATCHES")
+
+
 def test_the_struct_of_arguments_is_the_kernels_own() -> None:
     """The same fields in the same order, all of 8 bytes, and the same numbers for the flags and options."""
 
@@ -229,7 +232,7 @@ def test_the_struct_of_arguments_is_the_kernels_own() -> None:
     assert all(arguments.ARRAY[name].itemsize == 8 for name in arguments.ARRAY.names)
     assert arguments.ARGS.itemsize <= 4096, "more than a kernel may take by value"
 
-    names, strides = list(arguments.ARRAYS), {"u": ((1, 2, 3, 4), 2), "c0": ((5, 6), 4)}
+    names, strides = list(arguments.ARRAYS), {"u": ("LBDK", (1, 2, 3, 4), 2), "c0": ("BD", (5, 6), 4)}
     numbers = {n: 50 + i for i, n in enumerate(arguments.ARGS.names[len(names) + 2 : -2])}
     frame = arguments.frame(strides, numbers, 99)
     (filled,) = arguments.fill(frame, range(1000, 1000 + len(names)), 7, 8, 0.5).view(arguments.ARGS)
@@ -242,12 +245,15 @@ def test_the_struct_of_arguments_is_the_kernels_own() -> None:
         return {key: int(value) for key, value in re.findall(r"(\w+) = (\d+)", braces(f"enum {name}"))}
 
     flags = {f"NARROW_{n.removesuffix('_c').removesuffix('_x').upper()}": f for n, f in arguments.NARROW.items()}
-    flags |= {n: getattr(arguments, n) for n in ("BIDIRECTIONAL", "MASK_GATE", "GRAD_U_PACKED", "STRAIGHT")}
+    flags |= {n: getattr(arguments, n) for n in FLAGS}
     assert enum("Flag") == flags
     assert list(enum("Activation").values()) == list(specialisation.ACTIVATIONS.values())
     assert [n.lower() for n in enum("Activation")] == list(specialisation.ACTIVATIONS)
     assert list(enum("Skip").values()) == list(specialisation.SKIPS.values())
     assert list(enum("Weight").values()) == list(specialisation.WEIGHTS.values())
+    assert list(enum("Cell").values()) == list(specialisation.CELLS.values())
+    assert [n.lower().removeprefix("pooling_") for n in enum("Cell")] == list(specialisation.CELLS)
+    assert list(enum("Marks").values()) == list(specialisation.MARKS.values())
 
 
 COLD = """
@@ -447,9 +453,9 @@ def gradients_of(
 ) -> cusru.Gradients:
     """sru_backward with these gradients alone, None in place of the others."""
     inputs = [given.get(n) for n in ("u", "x", "bias", "weight_c", "c0", "mask_c", "mask_pad")]
-    inputs += [given.get("scale_x", 1.0), None, o.c, None, o.h, o.c_last]
+    inputs += [None, None, given.get("scale_x", 1.0), None, o.c, None, o.h, o.c_last]
     unwanted = tuple(name for name in arguments.BACKWARD.results if name.removeprefix("grad_") not in wanted)
-    options = Options("identity", "identity", "state", False, save_every)
+    options = Options(("identity", "identity", "state"), False, save_every)
     found = call.look(arguments.BACKWARD, inputs, options, out, unwanted=unwanted)
     assert found is not None
     return cusru.Gradients(*call.start(found))

@@ -31,7 +31,7 @@ SAMPLE = resources.covering(ALL)
 
 
 def test_the_covering_sample_holds_every_value_of_every_option_with_every_dtype() -> None:
-    for field in ("direction", "skip", "activation", "candidate", "weight", "columns", "packed", "recompute", "alone", "padded"):
+    for field in Specialisation._fields:
         every = {(kernel.dtype, getattr(kernel, field)) for kernel in ALL}
         assert every == {(kernel.dtype, getattr(kernel, field)) for kernel in SAMPLE}, field
 
