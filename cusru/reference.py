@@ -16,7 +16,8 @@ and its derivative, the steps in reverse, the carry starting as grad_c_last:
     gu1 = gc * A, A = (c_prev - z) * f * (1 - f)                            gu0 = gc * (1 - f) * candidate'(u0)
     carry = gc * (f + A * v_f) + gu2 * v_r
 
-At a padded step the state and the carry pass unchanged, h and all gradients are 0, and the data there is never used.
+At a padded step the state and the carry pass unchanged, h and all gradients are 0, and the data there is never used. Where a
+column begins anew the state before the step is 0, for all that looks at it, and so is the carry behind it.
 
 Long memory (f near 1) is lost if f is rounded before it multiplies: the error does not average out, it compounds. So with
 g = 1 - f, computed by itself, c = c - (c - z)*g and carry = gc + gc*(A*v_f - g); only where f is small, f*c and gc*f are
@@ -149,7 +150,7 @@ def slope(name: str, c: Array) -> MaybeArray:
     return None
 
 
-def run_states(states: Array, z: Array, e: Array, below: Array, move: Array, v: MaybeArray, pad: Pad | None) -> None:
+def run_states(states: Array, z: Array, e: Array, below: Array, move: Array, v: MaybeArray, marks: Marks | None) -> None:
     """states[0] is known; fills the others. e and below are the exponential of the forget gate's argument and 1 + e, where v is
     None; else e comes as the argument less v * c and becomes the exponential, and below is room. move: becomes
     (c_prev - z) * (1 - f), or is room if it has one row."""
@@ -157,21 +158,21 @@ def run_states(states: Array, z: Array, e: Array, below: Array, move: Array, v: 
     if v is None:
         small = small_gates(e)
         if length >= SHORT and (count := slices(e, lambda some: divide(e[some], below[some]))):
-            t = run_states_in_slices(_Slices(count, length), states, z, e, below, small, pad)
+            t = run_states_in_slices(_Slices(count, length), states, z, e, below, small, marks)
             if len(move) > 1:
-                divide(subtract(states[:t], z[:t], move[:t]), below[:t], move[:t])
+                divide(subtract(before(states, marks)[:t], z[:t], move[:t]), below[:t], move[:t])
                 move = move[t:]
             if t == length:
                 return
             states, z, e, below, small = states[t:], z[t:], e[t:], below[t:], small if small is None else small[t:]
-            pad = pad and Pad(pad.columns[t:], pad.steps[t:])
-        steps = _steps(states, z, few_gates(small, e), below, move, None, None, pad)
+            marks = marks and marks.since(t)
+        steps = _steps(states, z, few_gates(small, e), below, move, None, None, marks)
     else:
         room, below = below, below[:1]
         if length >= 8 * size and z[0].size <= RARELY_SMALL:
             # A look for small gates takes a seventh of a step's time: so steps are run without, ever more at once, until one
             # turns out to have had some; from there on they are run again, with a look at each.
-            steps = _steps(states, z, e, below, move, v, None, pad)
+            steps = _steps(states, z, e, below, move, v, None, marks)
             while size < length - t:
                 part, kept = e[t : t + size], room[1 : size + 1]
                 kept[...] = part
@@ -184,17 +185,25 @@ def run_states(states: Array, z: Array, e: Array, below: Array, move: Array, v: 
                 t, size = t + size, min(2 * size, 16)
             states, z, e = states[t:], z[t:], e[t:]
             move, v = (a[t:] if len(a) > 1 else a for a in (move, v))
-            pad = pad and Pad(pad.columns[t:], pad.steps[t:])
-        steps = _steps(states, z, e, below, move, v, np.empty((1, *z.shape[1:]), bool), pad)
+            marks = marks and marks.since(t)
+        steps = _steps(states, z, e, below, move, v, np.empty((1, *z.shape[1:]), bool), marks)
     run_steps(states[0], steps)
 
 
 def _steps(
-    states: Array, z: Array, e: Iterable[Any], below: Array, move: Array, v: MaybeArray, small: MaybeArray, pad: Pad | None
+    states: Array, z: Array, e: Iterable[Any], below: Array, move: Array, v: MaybeArray, small: MaybeArray, marks: Marks | None
 ) -> Any:
     """For run_steps; of an array that has one row, it is for all."""
     rows = [repeat(None) if a is None else a if len(a) > 1 else repeat(a[0]) for a in (below, move, v, small)]
-    return zip(states[1:], z, e, *rows, repeat(None) if pad is None else pad.steps, strict=False)
+    return zip(states[1:], z, e, *rows, repeat(None) if marks is None else marks.rows, strict=False)
+
+
+def before(states: Array, marks: Marks | None) -> Array:
+    """The states that steps look at, of those before the first and after each: where a column begins anew it is 0."""
+    c_prev = states[:-1]
+    if marks is not None and marks.starts is not None:
+        c_prev = np.where(marks.starts, ZERO[states.dtype], c_prev)
+    return c_prev
 
 
 def slices(a: Array, factors: Callable[[Any], Array]) -> int:
@@ -254,13 +263,12 @@ class _Slices:
 
 
 def run_states_in_slices(
-    cuts: _Slices, states: Array, z: Array, e: Array, below: Array, small: MaybeArray, pad: Pad | None
+    cuts: _Slices, states: Array, z: Array, e: Array, below: Array, small: MaybeArray, marks: Marks | None
 ) -> int:
     """run_states without v of the first steps; returns of how many."""
     new = np.empty((cuts.length + 1, cuts.count * z.shape[1], z.shape[2]), z.dtype)
     few = repeat(None) if small is None else few_gates(cuts.cut(small), cuts.cut(e))
-    stops = pad and Pad(pad.columns, with_any(cuts.cut(pad.columns)))
-    steps = list(_steps(new, cuts.cut(z), few, cuts.cut(below), np.empty_like(new[:1]), None, None, stops))
+    steps = list(_steps(new, cuts.cut(z), few, cuts.cut(below), np.empty_like(new[:1]), None, None, marks and marks.cut(cuts)))
     cuts.run(states[0], lambda c, some: run_steps(c, steps[some]))
     cuts.join(new[1:], states[1 : cuts.whole + 1])
     return cuts.whole
@@ -296,7 +304,12 @@ def run_steps(c: Array, steps: Iterable[Any]) -> Array:
     """c = c - (c - z) / (1 + e), or (e*c + z) / (1 + e) where f = e / (1 + e) is small. With v, et is the argument less v*c and
     becomes e; without, it is what few_gates gives."""
     one, bound = ONE[c.dtype], SMALL_E[c.dtype]
-    for new, zt, et, bt, mt, vt, st, stop in steps:
+    for new, zt, et, bt, mt, vt, st, mark in steps:
+        stop = None
+        if mark is not None:
+            stop, start = mark
+            if start is not None:
+                c = np.where(start, ZERO[c.dtype], c)
         few = et
         if vt is not None:
             multiply(vt, c, mt)
@@ -322,7 +335,9 @@ def run_steps(c: Array, steps: Iterable[Any]) -> Array:
     return c
 
 
-def run_carry(carry: Array, gc: Array, f: Array, g: Array, p: Array, q: MaybeArray, small: MaybeArray, pad: Pad | None) -> Array:
+def run_carry(
+    carry: Array, gc: Array, f: Array, g: Array, p: Array, q: MaybeArray, small: MaybeArray, marks: Marks | None
+) -> Array:
     """From the last step to the first: gc comes as gh * r*m * activation'(c), and the carry is added to it; then
     carry = gc - g*gc or, where f is small, f*gc, and g becomes g*gc. With q, carry = gc + (p*gc + q), p = A*v_f - g, or
     (A*v_f + f)*gc + q where f is small; p is lost. Returns the carry."""
@@ -332,8 +347,8 @@ def run_carry(carry: Array, gc: Array, f: Array, g: Array, p: Array, q: MaybeArr
         rows, parts = np.empty((2, cuts.length, count * gc.shape[1], gc.shape[2]), gc.dtype)
         qs = repeat(None) if q is None else cuts.cut(q)
         few = repeat(None) if small is None else few_gates(cuts.cut(small), cuts.cut(f))
-        stops = repeat(None) if pad is None else with_any(cuts.cut(pad.columns))
-        steps = list(zip(cuts.cut(gc), rows, cuts.cut(factor), parts, qs, few, stops, strict=False))
+        of_steps = repeat(None) if marks is None else marks.cut(cuts).rows
+        steps = list(zip(cuts.cut(gc), rows, cuts.cut(factor), parts, qs, few, of_steps, strict=False))
         carry = cuts.run(carry, lambda c, some: carry_steps(c, steps[some]))
         total -= cuts.whole
         cuts.join(rows, gc[total:])
@@ -341,16 +356,16 @@ def run_carry(carry: Array, gc: Array, f: Array, g: Array, p: Array, q: MaybeArr
     rest = slice(total - 1, None, -1) if total else slice(0)
     qs = repeat(None) if q is None else q[rest]
     few = repeat(None) if small is None else few_gates(small[rest], f[rest])
-    stops = repeat(None) if pad is None else pad.steps[rest]
-    return carry_steps(carry, zip(repeat(None), gc[rest], factor[rest], repeat(None), qs, few, stops, strict=False))
+    of_steps = repeat(None) if marks is None else marks.rows[rest]
+    return carry_steps(carry, zip(repeat(None), gc[rest], factor[rest], repeat(None), qs, few, of_steps, strict=False))
 
 
 def carry_steps(c: Array, steps: Iterable[Any]) -> Array:
     """Of run_carry: with None for gh and for part, what is computed of them replaces row and factor."""
     room = np.empty_like(c)
-    for gh, row, factor, part, q, few, stop in steps:
+    for gh, row, factor, part, q, few, mark in steps:
         gh, part = (row, factor) if gh is None else (gh, part)
-        new = room if stop is None else np.empty_like(c)
+        new = room if mark is None else np.empty_like(c)
         add(gh, c, row)
         multiply(factor, row, part)
         if q is None:
@@ -361,8 +376,12 @@ def carry_steps(c: Array, steps: Iterable[Any]) -> Array:
         if few is not None:
             small, f = few
             np.copyto(new, f * row if q is None else part, where=small)
-        if stop is not None:
-            np.copyto(new, c, where=stop)
+        if mark is not None:
+            stop, start = mark
+            if stop is not None:
+                np.copyto(new, c, where=stop)
+            if start is not None:
+                np.copyto(new, 0, where=start)
         c = new
     return c
 
@@ -376,7 +395,7 @@ def skip_factor(r: Array, q: Array, m: MaybeArray, gate_mask: bool, out: Array) 
 
 
 def write_h(
-    r: Array, q: Array, a: Array, s: MaybeArray, m: MaybeArray, gate_mask: bool, spare: Array, h: Array, pad: Pad | None
+    r: Array, q: Array, a: Array, s: MaybeArray, m: MaybeArray, gate_mask: bool, spare: Array, h: Array, marks: Marks | None
 ) -> None:
     """h = r*m * a + w * s, of r and q = 1 - r, which are lost."""
     if s is not None:
@@ -385,9 +404,9 @@ def write_h(
         multiply(r, m, r)
     multiply(r, a, r)
     if s is None:
-        store(r, h, pad)
+        store(r, h, marks)
     else:
-        put(add, r, q, h, pad)
+        put(add, r, q, h, marks)
 
 
 def reset_difference(a: Array, s: MaybeArray, m: MaybeArray, gate_mask: bool, out: Array) -> Array:
@@ -412,6 +431,7 @@ def forward(
     c0: MaybeArray,
     mask_c: MaybeArray,
     mask_pad: MaybeArray,
+    starts: MaybeArray = None,
     *,
     activation: str,
     candidate: str,
@@ -419,24 +439,28 @@ def forward(
     mask_target: str,
     bidirectional: bool,
     save_every: int | None,
+    reverse: bool = False,
     h: MaybeArray,
     c: MaybeArray,
     c_last: MaybeArray,
 ) -> None:
     """Writes h, c and c_last in place; operands may have any strides. All checks are the caller's."""
     scratch = _Scratch()
-    before = ERRSTATE.set(QUIET)
+    errstate = ERRSTATE.set(QUIET)
     try:
-        if len(u) == 1 and mask_pad is None and h is not None and not bidirectional and 0 < u.nbytes <= 3 * SMALL_BYTES:
+        plain = mask_pad is None and starts is None and not (bidirectional or reverse)
+        if len(u) == 1 and plain and h is not None and 0 < u.nbytes <= 3 * SMALL_BYTES:
             one_step(u, x, bias, weight_c, c0, mask_c, activation, candidate, scale_x, mask_target == "gate", h, c, c_last)
             return
-        operands = (u, x, h, c), (c0, mask_c, c_last), (bias, weight_c), mask_pad
-        for (reverse, _), (u, x, h, c), (c0, mask_c, c_last), (bias, weight_c), mask_pad in _tiles(bidirectional, *operands):
-            tile = _Tile(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target)
+        operands = (u, x, h, c), (c0, mask_c, c_last), (bias, weight_c), (mask_pad, starts)
+        for (backward, _), (u, x, h, c), (c0, mask_c, c_last), (bias, weight_c), masks in tiles(
+            (bidirectional, reverse), *operands
+        ):
+            tile = _Tile(u, x, bias, weight_c, c0, mask_c, masks, candidate, scale_x, mask_target)
             length, block, shape = tile.length, tile.block, tile.shape
             states, move, room = scratch.arrays(tile, (block + 1, *shape), (1, *shape), (5, block, *shape))
             all_saved = c is not None and len(c) == length
-            saved = () if c is None or all_saved or save_every is None else saved_after(length, save_every, reverse)
+            saved = () if c is None or all_saved or save_every is None else saved_after(length, save_every, backward)
             now = states[:1]
             load(tile.c0, now)
             for t0 in range(0, length, block):
@@ -447,21 +471,23 @@ def forward(
                 now, rows = states[: steps + 1], room[:, :steps]
                 e, below = rows[1:3], rows[3:]
                 u0, f, r, g, q = rows[0], rows[1], rows[2], rows[3], rows[4]  # faster than to unpack it
-                pad, v = tile.pad(t0, t1), tile.weights(t0, t1)
+                marks, v = tile.marks(t0, t1), tile.weights(t0, t1)
                 load(tile.planes[:3, t0:t1], rows[:3])
                 if tile.bias is not None:
                     add(e, tile.bias, e)
+                if marks is not None and marks.starts is not None:  # nobody else looks at the state before the block
+                    np.copyto(now[0], 0, where=marks.starts[0])
                 late = None if steps == 1 else v  # where the states that the gates look at are not all known
                 if late is None:
                     exponentials(e, v, now[:1], below)
                 new = now[1:]
-                run_states(now, activate(candidate, u0), f, g, move, None if late is None else late[0], pad)
+                run_states(now, activate(candidate, u0), f, g, move, None if late is None else late[0], marks)
                 if h is not None:
                     if late is not None:
-                        exponentials(e[1:], late[1:], now[:-1], below[1:])
+                        exponentials(e[1:], late[1:], before(now, marks), below[1:])
                     gates(r, q)
                     s = tile.skip(t0, t1, out=g)
-                    write_h(r, q, activate(activation, new), s, tile.mask, tile.gate_mask, f, h[t0:t1], pad)
+                    write_h(r, q, activate(activation, new), s, tile.mask, tile.gate_mask, f, h[t0:t1], marks)
                 if all_saved:
                     c[t0:t1] = new
                 for i in range(bisect_right(saved, t0), bisect_right(saved, t1)) if saved else ():
@@ -469,7 +495,7 @@ def forward(
             if c_last is not None:
                 narrow(now[-1], c_last)
     finally:
-        ERRSTATE.reset(before)
+        ERRSTATE.reset(errstate)
         scratch.leave()
 
 
@@ -521,6 +547,7 @@ def backward(
     c0: MaybeArray,
     mask_c: MaybeArray,
     mask_pad: MaybeArray,
+    starts: MaybeArray = None,
     *,
     activation: str,
     candidate: str,
@@ -528,6 +555,7 @@ def backward(
     mask_target: str,
     bidirectional: bool,
     save_every: int,
+    reverse: bool = False,
     grad_u: MaybeArray,
     grad_x: MaybeArray,
     grad_bias: MaybeArray,
@@ -548,17 +576,17 @@ def backward(
         (u, x, grad_h, c, grad_u, grad_x),
         (c0, mask_c, grad_c_last, grad_c0),
         (bias, weight_c, grad_bias, grad_weight_c),
-        mask_pad,
+        (mask_pad, starts),
     )
-    before = ERRSTATE.set(QUIET)
+    errstate = ERRSTATE.set(QUIET)
     try:
-        for (reverse, first), of_steps, of_states, of_columns, mask_pad in _tiles(bidirectional, *operands):
+        for (backward, first), of_steps, of_states, of_columns, masks in tiles((bidirectional, reverse), *operands):
             u, x, grad_h, c, grad_u, grad_x = of_steps
             c0, mask_c, grad_c_last, grad_c0 = of_states
             bias, weight_c, grad_bias, grad_weight_c = of_columns
-            tile = _Tile(u, x, bias, weight_c, c0, mask_c, mask_pad, candidate, scale_x, mask_target)
+            tile = _Tile(u, x, bias, weight_c, c0, mask_c, masks, candidate, scale_x, mask_target)
             length, block, shape = tile.length, tile.block, tile.shape
-            history = _History(tile, c, save_every, reverse)
+            history = _History(tile, c, save_every, backward)
             span = history.span
             carry, room, *history.spans = scratch.arrays(
                 tile, shape, (7, block, *shape), (span + 1, *shape), (3, span, *shape), (span, *shape)
@@ -574,8 +602,8 @@ def backward(
                 total = None
             for t0 in reversed(range(0, length, block)):
                 t1 = min(t0 + block, length)
-                steps, pad, v = t1 - t0, tile.pad(t0, t1), tile.weights(t0, t1)
-                c_prev, c_next, planes, adjoint = history.read(t0, t1)
+                steps, marks, v = t1 - t0, tile.marks(t0, t1), tile.weights(t0, t1)
+                c_prev, c_next, planes, adjoint = history.read(t0, t1, marks)
                 rows = room[:, :steps]
                 u0, f, terms = planes[0], planes[1], rows[2:6]
                 gu1, gu2, p, carried, spare = rows[2], rows[3], rows[4], rows[5], rows[6]
@@ -603,7 +631,7 @@ def backward(
                 gh, s = widened(grad_h[t0:t1], tile.dtype), tile.skip(t0, t1, out=gu1)
                 if grad_x is not None:
                     w = skip_factor(r, q, tile.mask, tile.gate_mask, out=spare)
-                    put(multiply, gh, w if tile.scale is None else multiply(w, tile.scale, spare), grad_x[t0:t1], pad)
+                    put(multiply, gh, w if tile.scale is None else multiply(w, tile.scale, spare), grad_x[t0:t1], marks)
                 if not through_state:
                     continue
                 difference = reset_difference(activate(activation, c_next), s, tile.mask, tile.gate_mask, out=p)
@@ -624,7 +652,7 @@ def backward(
                         places = small.ravel().nonzero()[0]
                         kept = p.take(places) + f.take(places)
                         subtract(p, g, p).put(places, kept)
-                carry = run_carry(carry, gc, f, g, p, None if v is None else multiply(gu2, v[1], carried), small, pad)
+                carry = run_carry(carry, gc, f, g, p, None if v is None else multiply(gu2, v[1], carried), small, marks)
                 # What does: gradients of the block.
                 if not of_gates:
                     continue
@@ -632,14 +660,14 @@ def backward(
                 if grad_weight_c is not None:
                     multiply(gu1, c_prev, p)
                     multiply(gu2, c_prev, carried)
-                if pad:
-                    np.copyto(terms, 0, where=pad.columns)
+                if marks is not None and marks.pads is not None:
+                    np.copyto(terms, 0, where=marks.pads)
                 if gu is not None:
                     if v is not None:
                         multiply(gc, g, g)
                     if (du0 := None if candidate == "identity" else slope(candidate, u0)) is not None:
                         multiply(g, du0, g)
-                    store(g, gu[0, t0:t1], pad)
+                    store(g, gu[0, t0:t1], marks)
                     narrow(gu1, gu[1, t0:t1])
                     narrow(gu2, gu[2, t0:t1])
                 if per_step and grad_weight_c is not None:
@@ -658,16 +686,33 @@ def backward(
                 if summed.stop == 4:
                     narrow(sums[-2:], grad_weight_c)
     finally:
-        ERRSTATE.reset(before)
+        ERRSTATE.reset(errstate)
         scratch.leave()
 
 
 # ------------------------------------------------------------------------------------------- tiles, blocks, saved states
 
 
-class Pad(NamedTuple):
-    columns: Array  # (steps, b, 1), where there is padding
-    steps: list[MaybeArray]  # its rows, None for those without any
+class Marks(NamedTuple):
+    """Of some steps: where there is padding and where columns begin anew, (steps, b, 1) each, None where that is nowhere."""
+
+    pads: MaybeArray
+    starts: MaybeArray
+    rows: list[tuple[MaybeArray, MaybeArray] | None]  # of each step, None for those without any
+
+    def since(self, t: int) -> Marks:
+        return Marks(*[a if a is None else a[t:] for a in (self.pads, self.starts)], self.rows[t:])
+
+    def cut(self, cuts: _Slices) -> Marks:
+        return marked(*[a if a is None else cuts.cut(a) for a in (self.pads, self.starts)])
+
+
+def marked(pads: MaybeArray, starts: MaybeArray) -> Marks:
+    if starts is None:
+        return Marks(pads, starts, [row if row is None else (row, None) for row in with_any(pads)] if pads is not None else [])
+    of_pads = with_any(pads) if pads is not None else repeat(None)
+    pairs = zip(of_pads, with_any(starts), strict=False)
+    return Marks(pads, starts, [None if pad is start is None else (pad, start) for pad, start in pairs])
 
 
 class _Tile:
@@ -675,7 +720,7 @@ class _Tile:
 
     def __init__(
         self, u: Array, x: MaybeArray, bias: MaybeArray, weight_c: MaybeArray, c0: MaybeArray, mask_c: MaybeArray,
-        mask_pad: MaybeArray, candidate: str, scale_x: float, mask_target: str,
+        masks: tuple[MaybeArray, MaybeArray], candidate: str, scale_x: float, mask_target: str,
     ) -> None:  # fmt: skip
         self.length, batch, dim, k = u.shape
         self.shape = batch, dim
@@ -691,7 +736,7 @@ class _Tile:
         self.v = None if weight_c is None else weight_c.transpose(3, 0, 1, 2) if self.per_step else self.rows(weight_c)
         self.mask = None if mask_c is None else widen(mask_c, dtype)
         self.c0 = ZERO[dtype] if c0 is None else c0
-        self.mask_pad, self.candidate, self.gate_mask = mask_pad, candidate, mask_target == "gate"
+        self.masks, self.candidate, self.gate_mask = masks, candidate, mask_target == "gate"
 
     def rows(self, a: Array) -> Array:
         """(2, D) as (2, 1, b, D)."""
@@ -712,47 +757,60 @@ class _Tile:
         s = widened(self.s[t0:t1], self.dtype)
         return s if self.scale is None else multiply(s, self.scale, out)
 
-    def pad(self, t0: int, t1: int) -> Pad | None:
-        if self.mask_pad is None:
-            return None
-        columns = self.mask_pad[t0:t1, :, None] != 0
-        if not columns.any():
-            return None
-        return Pad(columns, with_any(columns))
+    def marks(self, t0: int, t1: int) -> Marks | None:
+        return marks_of(self.masks, t0, t1)
+
+
+def marks_of(masks: tuple[MaybeArray, MaybeArray], t0: int, t1: int) -> Marks | None:
+    """Of mask_pad and starts, (L, b)."""
+    if masks[0] is masks[1] is None:
+        return None
+    of_steps = [a if a is None else a[t0:t1, :, None] != 0 for a in masks]
+    pads, starts = [a if a is not None and a.any() else None for a in of_steps]
+    return None if pads is starts is None else marked(pads, starts)
 
 
 Operands = tuple[Any, ...]  # arrays or None
 
 
-def _tiles(
-    bidirectional: bool, steps: Operands, states: Operands, rows: Operands, mask_pad: MaybeArray
-) -> Iterable[tuple[tuple[bool, bool], Operands, Operands, Operands, MaybeArray]]:
+def tiles(
+    directions: tuple[bool, bool], steps: Operands, states: Operands, rows: Operands, masks: Operands
+) -> Iterable[tuple[tuple[bool, bool], Operands, Operands, Operands, Any]]:
     """Of each tile whether its time runs backward, whether it is the first of its columns, and its share of the operands:
-    (L, B, D, ...), of which u is the first, (B, D), (2, D) or per step, (L, B)."""
+    (L, B, D, ...), of which u is the first, (B, D), (2, D) or per step, and mask_pad and starts, (L, B), the latter as where the
+    columns begin anew. directions: bidirectional, reverse."""
     batch, dim = steps[0].shape[1:3]
-    if not bidirectional and 0 < batch * dim <= TILE_COLUMNS:
-        return [((False, True), steps, states, rows, mask_pad)]
-    return _cut(bidirectional, steps, states, rows, mask_pad)
+    if not (directions[0] or directions[1]) and 0 < batch * dim <= TILE_COLUMNS:
+        return [((False, True), steps, states, rows, masks)]
+    return _cut(directions, steps, states, rows, masks)
 
 
 def _cut(
-    bidirectional: bool, steps: Operands, states: Operands, rows: Operands, mask_pad: MaybeArray
-) -> Iterable[tuple[tuple[bool, bool], Operands, Operands, Operands, MaybeArray]]:
+    directions: tuple[bool, bool], steps: Operands, states: Operands, rows: Operands, masks: Operands
+) -> Iterable[tuple[tuple[bool, bool], Operands, Operands, Operands, Any]]:
+    bidirectional, reverse = directions
     batch, dim = steps[0].shape[1:3]
     width = dim // 2 if bidirectional else dim
     for start in range(0, dim, width or 1):
-        time = slice(None, None, -1 if start else 1)
+        backward = (start > 0) != reverse
+        time = slice(None, None, -1 if backward else 1)
+        mask_pad, starts = masks
+        if backward and starts is not None:  # where, in time, the next sequence starts
+            ends, starts = starts[::-1], np.zeros(starts.shape, bool)
+            starts[1:] = ends[:-1]
+        elif starts is not None:
+            starts = starts[time]
         for d0 in range(start, start + width, TILE_COLUMNS):
             d = slice(d0, min(d0 + TILE_COLUMNS, start + width))
             count = max(1, TILE_COLUMNS // (d.stop - d.start))
             for b0 in range(0, batch, count):
                 b = slice(b0, b0 + count)
                 yield (
-                    (start > 0, b0 == 0),
+                    (backward, b0 == 0),
                     tuple([a if a is None else a[time, b, d] for a in steps]),
                     tuple([a if a is None else a[b, d] for a in states]),
                     tuple([a if a is None else a[:, d] if a.ndim == 2 else a[time, b, d] for a in rows]),
-                    mask_pad if mask_pad is None else mask_pad[time, b],
+                    (mask_pad if mask_pad is None else mask_pad[time, b], starts if starts is None else starts[:, b]),
                 )
 
 
@@ -816,7 +874,7 @@ class _History:
         self.span = min(length, tile.block if self.complete else tile.block + every)
         self.saved = () if self.complete else saved_after(length, every, reverse)
 
-    def read(self, t0: int, t1: int) -> tuple[Array, Array, Array, Array]:
+    def read(self, t0: int, t1: int, marks: Marks | None) -> tuple[Array, Array, Array, Array]:
         """For the steps [t0, t1), each of which comes first: the states before and after, and room for the planes of u and for
         (c_prev - z) * (1 - f). Where steps are run again, these hold u0, e of the forget gate, without weight_c 1 + e, and that
         product. All but the states is the caller's to change. Blocks are read from the last to the first."""
@@ -825,7 +883,7 @@ class _History:
             if t0 < self.low:
                 self._run_again(t0, t1)
             now, after = slice(t0 - self.low, t1 - self.low), slice(t0 - self.low + 1, t1 - self.low + 1)
-            return states[now], states[after], planes[:, now], move[now]
+            return before(states[t0 - self.low : t1 - self.low + 1], marks), states[after], planes[:, now], move[now]
         steps = t1 - t0
         if t0 > 0:
             c_prev = self.c[t0 - 1 : t1 - 1]
@@ -834,6 +892,8 @@ class _History:
             load(self.tile.c0, c_prev[:1])
             if steps > 1:
                 c_prev[1:] = self.c[: steps - 1]
+        if marks is not None and marks.starts is not None:
+            c_prev = np.where(marks.starts, ZERO[c_prev.dtype], c_prev)
         return c_prev, self.c[t0:t1], planes[:, :steps], move[:steps]
 
     def _run_again(self, t0: int, t1: int) -> None:
@@ -859,7 +919,7 @@ class _History:
             if v is None:
                 exponentials(planes[1:2, now], None, new, planes[2:, now])
             z = activate(tile.candidate, planes[0, now])
-            run_states(new, z, planes[1, now], planes[2, now], move[now], None if v is None else v[0], tile.pad(t, end))
+            run_states(new, z, planes[1, now], planes[2, now], move[now], None if v is None else v[0], tile.marks(t, end))
 
 
 Total = tuple[Array, MaybeArray]  # of some blocks' terms, and what rounding took from it
@@ -933,15 +993,15 @@ def narrow(a: Array, out: Array) -> None:
     np.copyto(out, rounded, casting="unsafe")
 
 
-def store(a: Array, out: Array, pad: Pad | None) -> None:
-    if pad is not None:
-        np.copyto(a, 0, where=pad.columns)
+def store(a: Array, out: Array, marks: Marks | None) -> None:
+    if marks is not None and marks.pads is not None:
+        np.copyto(a, 0, where=marks.pads)
     narrow(a, out)
 
 
-def put(ufunc: np.ufunc, a: Array, b: Array, out: Array, pad: Pad | None) -> None:
+def put(ufunc: np.ufunc, a: Array, b: Array, out: Array, marks: Marks | None) -> None:
     """Stores ufunc(a, b), without a pass of its own where NumPy itself can write it."""
-    if pad is None and out.dtype != BFLOAT16:
+    if (marks is None or marks.pads is None) and out.dtype != BFLOAT16:
         ufunc(a, b, out)
     else:
-        store(ufunc(a, b), out, pad)
+        store(ufunc(a, b), out, marks)

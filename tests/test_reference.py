@@ -576,7 +576,7 @@ def bits(results):
 
 def with_cuts(monkeypatch):
     """As if the problem were one of several tiles, in borrowed memory; the cuts are the same."""
-    monkeypatch.setattr(reference, "_tiles", reference._cut)
+    monkeypatch.setattr(reference, "tiles", reference._cut)
     monkeypatch.setattr(reference, "SMALL_BYTES", -1)
 
 
