@@ -2,7 +2,8 @@
 
 With --json one object a line, for each specialisation and architecture:
 
-    direction, dtype, skip, activation, candidate, weight, columns, packed, recompute, alone, marks, cell, zoneout   the specialisation
+    direction, dtype, skip, activation, candidate, weight, columns, packed, recompute, alone, marks, cell, zoneout
+                              the specialisation
     architecture              90 for sm_90
     threads, ahead            of a block; steps whose loads are in flight
     registers, spill_bytes, stack_bytes, shared_bytes      of a thread, of a thread, of a thread, of a block

@@ -382,4 +382,5 @@ _BY_DIRECTION = {name.removeprefix("sru_"): one for name, one in OPERATORS.items
 
 @functools.cache
 def _signature(family: str) -> inspect.Signature:
-    return inspect.signature({"sru": sru_forward, "qrnn": qrnn_forward, "linear_recurrence": linear_recurrence_forward}[family])
+    forwards: dict[str, Any] = {"sru": sru_forward, "qrnn": qrnn_forward, "linear_recurrence": linear_recurrence_forward}
+    return inspect.signature(forwards[family])

@@ -167,7 +167,7 @@ def _sizes(operator: Operator, shape: tuple[int, ...], choices: Mapping[str, str
     if operator.family == "linear_recurrence":
         if len(shape) != 3:
             raise ValueError(f"{operator.public('u')} has shape {shape}; expected (L, B, D)")
-        return (*shape, 1)  # type: ignore[return-value]
+        return (*shape, 1)
     allowed: tuple[int, ...] = (3, 4)
     if operator.family == "qrnn":
         allowed = ({"f": 2, "fo": 3, "ifo": 4}[choices["pooling"]],)
@@ -175,7 +175,7 @@ def _sizes(operator: Operator, shape: tuple[int, ...], choices: Mapping[str, str
         expected = " or ".join(f"(L, B, D, {k})" for k in allowed)
         why = f" for pooling={choices['pooling']!r}" if "pooling" in choices else ""
         raise ValueError(f"u has shape {shape}; expected {expected}{why}")
-    return shape  # type: ignore[return-value]
+    return shape
 
 
 def check_device(name: str, device: tuple[str, int], of_first: tuple[str, int], first: str = "u") -> None:

@@ -158,7 +158,7 @@ def run_states(states: Array, z: Array, e: Array, below: Array, move: Array, v: 
     if v is None:
         small = small_gates(e)
         if length >= SHORT and (count := slices(e, lambda some: divide(e[some], below[some]))):
-            t = run_states_in_slices(_Slices(count, length), states, z, e, below, small, marks)
+            t = run_states_in_slices(Slices(count, length), states, z, e, below, small, marks)
             if len(move) > 1:
                 divide(subtract(before(states, marks)[:t], z[:t], move[:t]), below[:t], move[:t])
                 move = move[t:]
@@ -221,7 +221,7 @@ def slices(a: Array, factors: Callable[[Any], Array]) -> int:
     return length // steps if (steps + apart) * (CALL + size / steps) + 2 * size < 0.9 * (CALL * length + size) else 0
 
 
-class _Slices:
+class Slices:
     """Slices of time, of all steps but a rest, which run at once: of few columns a ufunc's call costs more than its work.
 
     Where a slice begins is known when the one before it ends. So each begins at 0, and then again where the one before it has
@@ -263,7 +263,7 @@ class _Slices:
 
 
 def run_states_in_slices(
-    cuts: _Slices, states: Array, z: Array, e: Array, below: Array, small: MaybeArray, marks: Marks | None
+    cuts: Slices, states: Array, z: Array, e: Array, below: Array, small: MaybeArray, marks: Marks | None
 ) -> int:
     """run_states without v of the first steps; returns of how many."""
     new = np.empty((cuts.length + 1, cuts.count * z.shape[1], z.shape[2]), z.dtype)
@@ -343,7 +343,7 @@ def run_carry(
     (A*v_f + f)*gc + q where f is small; p is lost. Returns the carry."""
     factor, total = g if q is None else p, len(gc)
     if total >= SHORT and (count := slices(gc, lambda some: f[some] if q is None else 1 + p[some])):
-        cuts = _Slices(count, total, reverse=True)
+        cuts = Slices(count, total, reverse=True)
         rows, parts = np.empty((2, cuts.length, count * gc.shape[1], gc.shape[2]), gc.dtype)
         qs = repeat(None) if q is None else cuts.cut(q)
         few = repeat(None) if small is None else few_gates(cuts.cut(small), cuts.cut(f))
@@ -678,9 +678,7 @@ def backward(
             if grad_c0 is not None:
                 narrow(carry, grad_c0)
             if total is not None:  # once more after each tile of the same columns
-                sums, errors = total
-                if errors is not None:
-                    sums = np.where(np.isfinite(sums), sums + errors, sums)
+                sums = sum_of(total)
                 if grad_bias is not None:
                     narrow(sums[:2], grad_bias)
                 if summed.stop == 4:
@@ -701,9 +699,10 @@ class Marks(NamedTuple):
     rows: list[tuple[MaybeArray, MaybeArray] | None]  # of each step, None for those without any
 
     def since(self, t: int) -> Marks:
-        return Marks(*[a if a is None else a[t:] for a in (self.pads, self.starts)], self.rows[t:])
+        pads, starts = [a if a is None else a[t:] for a in (self.pads, self.starts)]
+        return Marks(pads, starts, self.rows[t:])
 
-    def cut(self, cuts: _Slices) -> Marks:
+    def cut(self, cuts: Slices) -> Marks:
         return marked(*[a if a is None else cuts.cut(a) for a in (self.pads, self.starts)])
 
 
@@ -943,6 +942,11 @@ def with_block(total: Total | None, terms: Array) -> Total:
     shadow = new - old
     error = (old - (new - shadow)) + (term - shadow)
     return new, error if errors is None else errors + error
+
+
+def sum_of(total: Total) -> Array:
+    sums, errors = total
+    return sums if errors is None else np.where(np.isfinite(sums), sums + errors, sums)
 
 
 # ---------------------------------------------------------------------------------------------------------------- dtypes

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cusru.arguments import ITEMSIZES, STATES
 
@@ -93,7 +93,9 @@ class Specialisation(NamedTuple):
             return 4 if self.dtype == "float64" else 8
         if steps and not simple:
             return 2
-        eight = self.recompute and not self.alone and self.marks == "none" and self.packed and simple and not steps
+        packed = self.packed or self.cell in FORMS
+        eight = self.recompute and not self.alone and self.marks == "none" and packed and simple
+        eight = eight and not (steps and self.cell == "sru")
         return 8 if eight and self.dtype != "float64" and (self.weight, self.skip) != ("column", "projected") else 4
 
     @property
@@ -167,7 +169,7 @@ def specialisations() -> Iterator[Specialisation]:
     for dtype in TYPES:
         yield Specialisation("reduce", dtype)
         weights = [w for w in WEIGHTS if w != "step_state" or dtype in ("float16", "bfloat16")]
-        cells = [
+        cells: list[dict[str, Any]] = [
             dict(skip=s, activation=a, candidate=c, weight=w)
             for s in SKIPS
             for a in ACTIVATIONS

@@ -8,11 +8,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from cusru.torch.functions import linear_recurrence, qrnn, sru
 from cusru.torch.legacy import PAGE
 from cusru.torch.modules import SRU, SRUCell
-from cusru.torch.operator import sru
 
-__all__ = ["SRU", "SRUCell", "install_as_sru", "sru"]
+__all__ = ["SRU", "SRUCell", "install_as_sru", "linear_recurrence", "qrnn", "sru"]
 
 _SRU_VERSION = "2.6.0"  # the one whose interface these are
 

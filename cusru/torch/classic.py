@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from cusru.problem import check_flag
 from cusru.torch import checks
+from cusru.torch.functions import sru
 from cusru.torch.legacy import refuse
 from cusru.torch.modules import to_parameter
-from cusru.torch.operator import SAVE_EVERY, sru
+from cusru.torch.operator import SAVE_EVERY
 
 __all__ = ["SRU", "SRUCell"]
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from cusru.torch import checks
+from cusru.torch.functions import sru
 from cusru.torch.legacy import adopt_transform_module, rename_weights, takes_old_arguments, warn_of_load
-from cusru.torch.operator import SAVE_EVERY, sizes_of, sru
+from cusru.torch.operator import SAVE_EVERY, sizes_of
 
 
 class SRUCell(nn.Module):

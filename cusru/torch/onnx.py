@@ -1,4 +1,4 @@
-"""The recurrence as `torch.onnx.export` can write it: cusru.torch.operator imports this in an export to ONNX, and only then.
+"""The recurrences as `torch.onnx.export` can write them: cusru.torch.operator imports this in an export to ONNX, and only then.
 
 All but the walk over time are plain operations of torch, on all of time at once. The walk is ONNX's Scan: the exporter on
 torch.export makes it of torch's own scan, and the one on TorchScript is told how to write it. Neither gives the model an operator
@@ -21,7 +21,7 @@ from cusru.torch.operator import sizes_of
 def sru_forward(
     u: Tensor, x: Tensor | None, bias: Tensor | None, weight_c: Tensor | None, c0: Tensor | None, mask_c: Tensor | None,
     mask_pad: Tensor | None, scale_x: Tensor | None, scale: float, activation: str, candidate: str, mask_target: str,
-    bidirectional: bool, save_every: int,
+    bidirectional: bool, save_every: int, starts: Tensor | None = None, reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`torch.ops.cusru.sru_forward`, its arguments and results, but for c, which is empty: as a decomposition of that operator it
     makes a program of torch.export one that torch.onnx.export takes. The arguments have been checked.
@@ -35,19 +35,16 @@ def sru_forward(
     forget = u1 if b_f is None else u1 + b_f
     reset = u2 if b_r is None else u2 + b_r
     c = u0.new_zeros(u0.shape[1:]) if c0 is None else _to(c0, state)
-    pad = None if mask_pad is None else _to(mask_pad, torch.bool).unsqueeze(-1)
+    pad = _pad(mask_pad)
     if pad is not None:  # a forget gate of exactly 1, and finite data whatever lies there: the state passes
         forget, z = forget.masked_fill(pad, torch.inf), z.masked_fill(pad, 0)
         if v_f is not None and per_step:
             v_f = v_f.masked_fill(pad, 0)
 
-    turn = _reverse_second_half if bidirectional else _leave  # in the order of the steps, and back
-    run = _ScriptedScan.apply if torch.jit.is_tracing() else _scan
-    c_last, before, after = run(c, turn(forget), turn(z), turn(v_f) if v_f is not None and per_step else v_f, per_step)
-
-    r = _sigmoid(reset if v_r is None else reset + v_r * turn(before))
+    c_last, before, after = _walk("gate", c, forget, z, v_f, per_step, starts, bidirectional, reverse)
+    r = _sigmoid(reset if v_r is None else reset + v_r * before)
     gate = r if mask_c is None else r * _to(mask_c, state)
-    h = gate * _activate(turn(after), activation)
+    h = gate * _activate(after, activation)
     s = _to(x, state) if x is not None else skip[0] if skip else None
     if x is not None:
         s = _times(s, scale) if scale_x is None else s * _to(scale_x, state).reshape(())
@@ -56,6 +53,60 @@ def sru_forward(
     if pad is not None:
         h = h.masked_fill(pad, 0)
     return _to(h, u.dtype), c.new_empty(0), c_last
+
+
+def qrnn_forward(
+    u: Tensor, c0: Tensor | None, mask_pad: Tensor | None, zoneout: Tensor | None, p: float, pooling: str, gate: str,
+    bidirectional: bool, save_every: int, starts: Tensor | None = None, reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`torch.ops.cusru.qrnn_forward`, likewise."""
+    state = torch.float64 if u.dtype == torch.float64 else torch.float32
+    u0, u1, *rest = _to(u, state).unbind(-1)
+    z, moved = u0.tanh(), _sigmoid(-u1 if gate == "forget" else u1)
+    i = _sigmoid(rest[1]) if pooling == "ifo" else None
+    if zoneout is not None:
+        zoned = _to(zoneout, torch.bool)
+        moved, i = moved.masked_fill(zoned, 0), None if i is None else i.masked_fill(zoned, 0)
+    elif p:
+        moved, i = _times(moved, 1 - p), None if i is None else _times(i, 1 - p)
+    summand = (moved if i is None else i) * z
+    pad = _pad(mask_pad)
+    if pad is not None:
+        moved, summand = moved.masked_fill(pad, 0), summand.masked_fill(pad, 0)
+    c = u0.new_zeros(u0.shape[1:]) if c0 is None else _to(c0, state)
+    c_last, _, h = _walk("complement", c, moved, summand, None, False, starts, bidirectional, reverse)
+    if pooling != "f":
+        h = _sigmoid(rest[0]) * h
+    if pad is not None:
+        h = h.masked_fill(pad, 0)
+    return _to(h, u.dtype), c.new_empty(0), c_last
+
+
+def linear_recurrence_forward(
+    a: Tensor, b: Tensor, c0: Tensor | None, mask_pad: Tensor | None, form: str, bidirectional: bool, save_every: int,
+    starts: Tensor | None = None, reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`torch.ops.cusru.linear_recurrence_forward`, likewise."""
+    state = torch.float64 if b.dtype == torch.float64 else torch.float32
+    summand = _to(b, state)
+    factor = _to(a, state)
+    if form == "blend":
+        summand = factor * summand
+    if a.dim() < 3:
+        factor = factor + torch.zeros_like(summand)  # of all steps
+    pad = _pad(mask_pad)
+    if pad is not None:
+        factor, summand = factor.masked_fill(pad, 1 if form == "affine" else 0), summand.masked_fill(pad, 0)
+    c = summand.new_zeros(summand.shape[1:]) if c0 is None else _to(c0, state)
+    kind = "affine" if form == "affine" else "complement"
+    c_last, _, h = _walk(kind, c, factor, summand, None, False, starts, bidirectional, reverse)
+    if pad is not None:
+        h = h.masked_fill(pad, 0)
+    return _to(h, b.dtype), c.new_empty(0), c_last
+
+
+def _pad(mask_pad: Tensor | None) -> Tensor | None:
+    return None if mask_pad is None else _to(mask_pad, torch.bool).unsqueeze(-1)
 
 
 def _to(a: Tensor, dtype: torch.dtype) -> Tensor:
@@ -69,15 +120,6 @@ def _rows(a: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor |
         return None, None
     forget, reset = _to(a, dtype).unbind(-1) if a.dim() == 4 else _to(a, dtype).reshape(2, -1).unbind(0)
     return forget, reset
-
-
-def _leave(a: Tensor) -> Tensor:
-    return a
-
-
-def _reverse_second_half(a: Tensor) -> Tensor:
-    half = sizes_of(a)[-1] // 2
-    return torch.cat((a[..., :half], a[..., half:].flip(0)), -1)
 
 
 def _sigmoid(a: Tensor) -> Tensor:
@@ -114,21 +156,55 @@ def _times(a: Tensor, number: float) -> Tensor:
 
 # ---- the walk over time --------------------------------------------------------------------------------------------
 #
-# Of c (B, D), forget and z (L, B, D), v: None, (D,) or per step (L, B, D), the last state, and those before and after each step.
+# Of c (B, D) and two arrays (L, B, D) of a step's numbers: "gate", forget and z of SRU, with v: None, (D,) or per step (L, B, D);
+# "affine" and "complement", a factor and a summand. The last state, and those before and after each step.
+
+Walk = tuple[Tensor, Tensor, Tensor]
 
 
-def _step(c: Tensor, forget: Tensor, z: Tensor, v: Tensor | None = None) -> Tensor:
+def _walk(
+    kind: str, c: Tensor, first: Tensor, second: Tensor, v: Tensor | None, per_step: bool, starts: Tensor | None,
+    bidirectional: bool, reverse: bool,
+) -> Walk:  # fmt: skip
+    half = sizes_of(first)[-1] // (2 if bidirectional else 1)
+
+    def turn(a: Tensor) -> Tensor:
+        """In the order of the steps, and back."""
+        if not bidirectional:
+            return a.flip(0) if reverse else a
+        forth, back = a[..., :half], a[..., half:]
+        return torch.cat((forth.flip(0), back) if reverse else (forth, back.flip(0)), -1)
+
+    begin = None
+    if starts is not None:
+        forth = _to(starts, torch.bool).unsqueeze(-1)
+        back = torch.cat((forth[1:], torch.zeros_like(forth[:1])))  # where, in time, the next sequence starts
+        ways = [way.expand(-1, -1, half) for way in ((back, forth) if reverse else (forth, back))]
+        begin = turn(torch.cat(ways, -1) if bidirectional else ways[0])
+    run = _ScriptedScan.apply if torch.jit.is_tracing() else _scan
+    weight = turn(v) if v is not None and per_step else v
+    c_last, before, after = run(kind, c, turn(first), turn(second), weight, per_step, begin)
+    return c_last, turn(before), turn(after)
+
+
+def _step(kind: str, c: Tensor, first: Tensor, second: Tensor, v: Tensor | None = None) -> Tensor:
     """f * c + (1 - f) * z, with 1 - f = 1 / (1 + exp(forget + v * c)), which keeps its digits where the gate is nearly open."""
-    return c + (z - c) / (_one(c) + torch.exp(forget if v is None else forget + v * c))
+    if kind == "gate":
+        return c + (second - c) / (_one(c) + torch.exp(first if v is None else first + v * c))
+    return (first * c if kind == "affine" else c - first * c) + second
 
 
-def _scan(c: Tensor, forget: Tensor, z: Tensor, v: Tensor | None, per_step: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _scan(kind: str, c: Tensor, first: Tensor, second: Tensor, v: Tensor | None, per_step: bool, begin: Tensor | None) -> Walk:
     def step(before: Tensor, *of_step: Tensor) -> list[Tensor]:
-        after = _step(before, *of_step)
+        if begin is not None:
+            start, *of_step = of_step  # type: ignore[assignment]
+            before = before.masked_fill(start, 0)
+        after = _step(kind, before, *of_step)
         return [after, before.clone(), after.clone()]  # they must not share memory
 
-    fixed, varying = [] if v is None or per_step else [v], [v] if per_step else []
-    c_last, before, after = torch.ops.higher_order.scan(step, [c], [forget, z, *varying], fixed)
+    fixed, varying = [] if v is None or per_step else [v], [v] if v is not None and per_step else []
+    starts = [] if begin is None else [begin]
+    c_last, before, after = torch.ops.higher_order.scan(step, [c], [*starts, first, second, *varying], fixed)
     return c_last, before, after
 
 
@@ -136,15 +212,20 @@ class _ScriptedScan(torch.autograd.Function):
     """The same for the tracer, which takes a node of the graph from `symbolic` and the node's results from `forward`."""
 
     @staticmethod
-    def forward(ctx: Any, c: Tensor, forget: Tensor, z: Tensor, v: Tensor | None, per_step: bool) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, kind: str, c: Tensor, first: Tensor, second: Tensor, v: Tensor | None, per_step: bool, begin: Tensor | None
+    ) -> Walk:
         weights = v.unbind() if v is not None and per_step else itertools.repeat(v)
-        states = [c]
-        for of_step in zip(forget.unbind(), z.unbind(), weights, strict=False):
-            states.append(_step(states[-1], *of_step))
-        return states[-1].clone(), torch.stack(states[:-1]), torch.stack(states[1:])
+        starts = begin.unbind() if begin is not None else itertools.repeat(None)
+        before, after = [], []
+        for start, *of_step in zip(starts, first.unbind(), second.unbind(), weights, strict=False):
+            before.append(c if start is None else c.masked_fill(start, 0))
+            c = _step(kind, before[-1], *of_step)
+            after.append(c)
+        return c.clone(), torch.stack(before), torch.stack(after)
 
     @staticmethod
-    def symbolic(g: Any, c: Any, forget: Any, z: Any, v: Any, per_step: bool) -> tuple[Any, Any, Any]:
+    def symbolic(g: Any, kind: str, c: Any, first: Any, second: Any, v: Any, per_step: bool, begin: Any) -> tuple[Any, Any, Any]:
         body = torch._C.Graph()
         one_step = c.type().with_sizes([None, None])
         count = itertools.count()
@@ -157,23 +238,35 @@ class _ScriptedScan(torch.autograd.Function):
         def op(kind: str, *inputs: Any, type_: Any = one_step) -> Any:
             return named(body.insertNode(body.create(f"onnx::{kind}", list(inputs), 1)).output(), type_)
 
-        carried, varying, fixed = [c], [forget, z], []
+        def number(value: float) -> Any:
+            constant = op("Constant", type_=c.type().with_sizes([]))
+            constant.node().t_("value", torch.full((), value, dtype=c.type().dtype()))
+            return constant
+
+        carried, varying, fixed = [c], [first, second], []
         now = named(body.addInput())
         if v is not None and not per_step:  # carried along: the body sees nothing of the graph around it
             carried.append(v)
             fixed.append(named(body.addInput(), v.type()))
         elif v is not None:
             varying.append(v)
-        logit, candidate, *weight = (named(body.addInput()) for _ in varying)
-        for w in weight + fixed:
-            logit = op("Add", logit, op("Mul", w, now))
-        one = op("Constant", type_=c.type().with_sizes([]))
-        one.node().t_("value", torch.ones((), dtype=c.type().dtype()))
-        after = op("Add", now, op("Div", op("Sub", candidate, now), op("Add", one, op("Exp", logit))))
-        for value in (after, *fixed, now, after):
+        of_first, of_second, *weight = (named(body.addInput()) for _ in varying)
+        before = now
+        if begin is not None:
+            varying.append(begin)
+            start = named(body.addInput(), begin.type().with_sizes([None, None]))
+            before = op("Where", start, number(0), now)
+        if kind == "gate":
+            for w in weight + fixed:
+                of_first = op("Add", of_first, op("Mul", w, before))
+            after = op("Add", before, op("Div", op("Sub", of_second, before), op("Add", number(1), op("Exp", of_first))))
+        else:
+            product = op("Mul", of_first, before)
+            after = op("Add", product if kind == "affine" else op("Sub", before, product), of_second)
+        for value in (after, *fixed, before, after):
             body.registerOutput(op("Identity", value, type_=value.type()))  # each a value of its own, and no input
         n = len(varying)
         c_last, *_, b, a = g.op("Scan", *carried, *varying, outputs=len(carried) + 2, body_g=body, num_scan_inputs_i=n)
-        for result, like in ((c_last, c), (b, z), (a, z)):
+        for result, like in ((c_last, c), (b, second), (a, second)):
             result.setType(like.type())
         return c_last, b, a
