@@ -78,8 +78,8 @@ def sru(
         ImportError, RuntimeError: CUDA tensors without CuPy or without a working CUDA.
     """
     return _sru(
-        u, x, bias, weight_c, c0, mask_c, mask_pad, starts, scale_x, activation, candidate, mask_target, bidirectional, save_every,
-        reverse,
+        u, x, bias, weight_c, c0, mask_c, mask_pad, starts, scale_x, activation, candidate, mask_target, bidirectional,
+        save_every, reverse,
     )  # fmt: skip
 
 
@@ -211,8 +211,8 @@ def _gradients(
     grad_h: Tensor, grad_c_last: Tensor | None, a: Tensor, b: Tensor, c0: Tensor | None, mask_pad: Tensor | None, form: str,
     bidirectional: bool, save_every: int | None, starts: Tensor | None, reverse: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Of a, b and c0. What runs back through a step, F(gc), is a linear recurrence that runs the other way; padded steps are steps
-    that change nothing, for the states between are needed here."""
+    """Of a, b and c0. What runs back through a step, F(gc), is a linear recurrence that runs the other way; padded steps are
+    steps that change nothing, for the states between are needed here."""
     state = operator.state_dtype(b)
     coefficients, summand, gh = a.to(state).expand(b.shape), b.to(state), grad_h.to(state)
     zeros = b.new_zeros(b.shape[1:], dtype=state)
@@ -226,17 +226,19 @@ def _gradients(
         reverse=reverse,
     )  # fmt: skip
     through = coefficients * gh if form == "affine" else gh - coefficients * gh
+    begins = ends = None if starts is None else (starts != 0).unsqueeze(-1)
+    if begins is not None:  # what ends at the first step is c0's gradient, and no column that runs backward looks at it
+        ends = torch.cat([torch.zeros_like(begins[:1]), begins[1:]])
     carry, left = linear_recurrence(
         coefficients, through, form="affine" if form == "affine" else "complement", c0=last, bidirectional=bidirectional,
-        save_every=save_every, starts=starts, reverse=not reverse,
+        save_every=save_every, starts=None if ends is None else ends.squeeze(-1), reverse=not reverse,
     )  # fmt: skip
-    begins = None if starts is None else (starts != 0).unsqueeze(-1)
     half = b.shape[2] // 2 if bidirectional else b.shape[2]
     before, arriving, grad_c0 = [], [], []
     for columns, backward in ((slice(0, half), reverse), (slice(half, None), not reverse)):
         own = [t[..., columns] for t in (c, carry, first, last, left)]
         before.append(_shift(own[0], own[2], begins, backward))
-        arriving.append(_shift(own[1], own[3], begins, not backward))
+        arriving.append(_shift(own[1], own[3], ends, not backward))
         outset = None if begins is None or backward or not b.shape[0] else begins[0]
         grad_c0.append(own[4] if outset is None else own[4].masked_fill(outset, 0))
     c_prev, gc = torch.cat(before, -1), gh + torch.cat(arriving, -1)
