@@ -52,30 +52,33 @@ def probability(name: str, value: Any) -> float:
 # ---- of a call -------------------------------------------------------------------------------------------------------
 
 
-def tensors(input: Any, c0: Any, mask_pad: Any = None) -> None:
-    if _are_plain(input, c0, mask_pad):
+def tensors(input: Any, c0: Any, mask_pad: Any = None, starts: Any = None) -> None:
+    if _are_plain(input, c0, mask_pad, starts):
         return
-    for name, a in (("input", input), ("c0", c0), ("mask_pad", mask_pad)):
+    for name, a in (("input", input), ("c0", c0), ("mask_pad", mask_pad), ("starts", starts)):
         if not isinstance(a, Tensor) and (a is not None or name == "input"):
             raise TypeError(f"{name} must be a torch.Tensor, not {type_name(a)}")
         if a is not None and not torch.compiler.is_compiling():
             check_torch(a, name)
 
 
-def inputs(cell: nn.Module, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None = None, is_own: bool = True) -> None:
+def inputs(
+    cell: nn.Module, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None = None, is_own: bool = True,
+    starts: Tensor | None = None,
+) -> None:  # fmt: skip
     """What torch's own errors would not name; `is_own`: the cell's own weight is what input meets. Parameters are looked at where
     they are plain: one that a parametrisation or a wrapper computes is not computed for this."""
     bias, weight = cell._parameters.get("bias"), cell._parameters.get("weight")
     if (
         bias is not None
-        and _are_plain(input, c0, mask_pad, bias.device)
+        and _are_plain(input, c0, mask_pad, starts, bias.device)
         and (weight is None or input.dtype is weight.dtype)
         and (not is_own or input.is_floating_point())
         and (c0 is None or c0.is_floating_point())
     ):
         return
-    tensors(input, c0, mask_pad)
-    for name, a in (("input", input), ("c0", c0), ("mask_pad", mask_pad)):
+    tensors(input, c0, mask_pad, starts)
+    for name, a in (("input", input), ("c0", c0), ("mask_pad", mask_pad), ("starts", starts)):
         if a is not None and bias is not None and a.device != bias.device:
             raise ValueError(f"{name} is on {a.device}, and the parameters on {bias.device}")
     for name, a in (("input", input if is_own else None), ("c0", c0)):
@@ -86,12 +89,12 @@ def inputs(cell: nn.Module, input: Tensor, c0: Tensor | None, mask_pad: Tensor |
         raise TypeError(f"input has dtype {input.dtype}, and the parameters {weight.dtype}")
 
 
-def _are_plain(input: Any, c0: Any, mask_pad: Any, device: torch.device | None = None) -> bool:
+def _are_plain(input: Any, c0: Any, mask_pad: Any, starts: Any, device: torch.device | None = None) -> bool:
     """Whether there is nothing to say of them: answered in less time than it takes to name what is wrong, for it is asked at each
     layer and step."""
     if torch.compiler.is_compiling():
         return False
-    for a in (input, c0, mask_pad):
+    for a in (input, c0, mask_pad, starts):
         if a is not None and not (
             isinstance(a, Tensor)
             and a.layout is _STRIDED

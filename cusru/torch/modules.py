@@ -172,20 +172,23 @@ class SRUCell(nn.Module):
             w[..., 1].mul_(0.5**0.5)
             w[..., 2].mul_(0.5**0.5)
 
-    def forward(self, input: Tensor, c0: Tensor | None = None, mask_pad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor, c0: Tensor | None = None, mask_pad: Tensor | None = None, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run the layer.
 
         Args:
             input: (L, B, input_size); or one step, (B, input_size).
             c0: (B, D): initial state; absent: zeros.
             mask_pad: (L, B), of any dtype: non-zero where a step is padding. There the state passes and h is 0.
+            starts: (L, B), of any dtype: non-zero where a new sequence begins, which knows nothing of what came before.
 
         Returns:
             h: (L, B, D); for one step (1, B, D) on a CPU and (B, D) on a GPU, as sru has it.
             c: (B, D), float32, or float64 for that: the state after the last step.
         """
         if not torch.jit.is_scripting():
-            checks.inputs(self, input, c0, mask_pad, is_own=self.custom_m is None)
+            checks.inputs(self, input, c0, mask_pad, is_own=self.custom_m is None, starts=starts)
         shape = _sizes(input)
         if len(shape) != 2 and len(shape) != 3:
             raise ValueError(f"input has shape {shape}; expected (L, B, input_size) or (B, input_size)")
@@ -196,7 +199,9 @@ class SRUCell(nn.Module):
         elif _sizes(c0) != [shape[-2], self.output_size]:
             raise ValueError(f"c0 has shape {_sizes(c0)}; expected {[shape[-2], self.output_size]}, (B, output_size)")
         if mask_pad is not None:
-            mask_pad = _as_padding(mask_pad, shape)
+            mask_pad = _as_mask("mask_pad", mask_pad, shape)
+        if starts is not None:
+            starts = _as_mask("starts", starts, shape)
 
         if not self.keep_memory_order:
             input = input.contiguous()
@@ -213,7 +218,10 @@ class SRUCell(nn.Module):
         if self.rescale:
             scale_val = self.scale_x if torch.jit.is_scripting() else _own(self, "scale_x")
         U, V = self.compute_UV(input, c0, mask_pad)
-        h, c = self.apply_recurrence(U, V, residual, c0, scale_val, mask_c, mask_pad)
+        if starts is None:  # of which a subclass's own method may not know
+            h, c = self.apply_recurrence(U, V, residual, c0, scale_val, mask_c, mask_pad)
+        else:
+            h, c = self.apply_recurrence(U, V, residual, c0, scale_val, mask_c, mask_pad, starts)
         if self.layer_norm is not None and self.normalize_after:
             h = self._normalized(h)
         return h, c
@@ -234,6 +242,7 @@ class SRUCell(nn.Module):
         scale_val: Tensor | None,
         mask_c: Tensor | None,
         mask_pad: Tensor | None,
+        starts: Tensor | None = None,
     ) -> list[Tensor]:
         """The recurrence itself: U and V from `compute_UV`, the cell's input, (B, D) c0 and mask_c -> h and c."""
         dtype, own_bias = U.dtype, self.bias if torch.jit.is_scripting() else _own(self, "bias")
@@ -265,13 +274,13 @@ class SRUCell(nn.Module):
         if torch.jit.is_scripting():
             h, _, c = torch.ops.cusru.sru_forward(
                 u, x, bias, weight_c, c0_, mask_c, mask_pad, scale_val, 1.0, activation, "identity", "gate",
-                self.bidirectional, self.save_every,
+                self.bidirectional, self.save_every, starts,
             )  # fmt: skip
         else:
             h, c = sru(
                 u, x, bias=bias, weight_c=weight_c, c0=c0_, mask_c=mask_c, mask_pad=mask_pad, activation=activation,
                 scale_x=1.0 if scale_val is None else scale_val, mask_target="gate", bidirectional=self.bidirectional,
-                save_every=self.save_every,
+                save_every=self.save_every, starts=starts,
             )  # fmt: skip
         if residual.dim() == 2 and residual.is_cuda:
             h = h.squeeze(0)
@@ -478,7 +487,9 @@ class SRU(nn.Module):
         if self.input_to_hidden is not None:
             self.input_to_hidden.reset_parameters()
 
-    def forward(self, input: Tensor, c0: Tensor | None = None, mask_pad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor, c0: Tensor | None = None, mask_pad: Tensor | None = None, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run all layers.
 
         Args:
@@ -487,6 +498,9 @@ class SRU(nn.Module):
                 `nn_rnn_compatible_return` also (num_layers * directions, B, hidden_size).
             mask_pad: (L, B), with `batch_first` (B, L), of any dtype: non-zero where a step is padding. There the state
                 passes and h is 0. Not with a PackedSequence, which says so itself.
+            starts: (L, B), with `batch_first` (B, L), of any dtype: non-zero where a new sequence begins, in every layer: the
+                results are those of the pieces run by themselves. So documents or episodes lie end to end. Not with a
+                PackedSequence.
 
         Returns:
             h: (L, B, D), with `batch_first` (B, L, D), of the last layer; a PackedSequence if the input is one.
@@ -495,28 +509,36 @@ class SRU(nn.Module):
         """
         if not torch.jit.is_scripting():
             if isinstance(input, PackedSequence):
-                return self._forward_packed(input, c0, mask_pad)
-            checks.tensors(input, c0, mask_pad)
+                return self._forward_packed(input, c0, mask_pad, starts)
+            checks.tensors(input, c0, mask_pad, starts)
         if input.dim() != 3:
             raise ValueError(f"input has shape {list(input.shape)}; expected 3 dimensions, (L, B, input_size)")
         if not self.batch_first:
-            return self._forward(input, c0, mask_pad)
+            return self._forward(input, c0, mask_pad, starts)
         if mask_pad is not None:
             if _sizes(mask_pad) != _sizes(input)[:2]:
                 raise ValueError(f"mask_pad has shape {_sizes(mask_pad)}; expected {_sizes(input)[:2]}, (B, L)")
             mask_pad = mask_pad.transpose(0, 1)
-        h, c = self._forward(input.transpose(0, 1), c0, mask_pad)
+        if starts is not None:
+            if _sizes(starts) != _sizes(input)[:2]:
+                raise ValueError(f"starts has shape {_sizes(starts)}; expected {_sizes(input)[:2]}, (B, L)")
+            starts = starts.transpose(0, 1)
+        h, c = self._forward(input.transpose(0, 1), c0, mask_pad, starts)
         return h.transpose(0, 1), c
 
-    def _forward_packed(self, input: PackedSequence, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Any, Tensor]:
+    def _forward_packed(
+        self, input: PackedSequence, c0: Tensor | None, mask_pad: Tensor | None, starts: Tensor | None
+    ) -> tuple[Any, Tensor]:
         if mask_pad is not None:
             raise ValueError("mask_pad cannot be given with a PackedSequence, whose lengths say what is padding")
+        if starts is not None:
+            raise ValueError("starts cannot be given with a PackedSequence, each of whose sequences has a place of its own")
         checks.tensors(input.data, c0, mask_pad)
         if input.data.dim() != 2:
             raise ValueError(f"input packs data of shape {list(input.data.shape)}; expected 2 dimensions, (steps, input_size)")
         padded, lengths = pad_packed_sequence(input)
         steps = torch.arange(padded.size(0), device=padded.device)
-        h, c = self._forward(padded, c0, steps.unsqueeze(1) >= lengths.to(padded.device))
+        h, c = self._forward(padded, c0, steps.unsqueeze(1) >= lengths.to(padded.device), None)
         # The rows of .data keep their places, as those of nn.LSTM do: sequences of one length are not sorted anew.
         order = input.sorted_indices
         if order is None and input.unsorted_indices is not None:
@@ -526,7 +548,7 @@ class SRU(nn.Module):
         data = pack_padded_sequence(h, lengths).data
         return PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices), c
 
-    def _forward(self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _forward(self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         shape = _sizes(input)
         if shape[2] != self.input_size:
             raise ValueError(f"input has shape {shape}; expected a last size of input_size = {self.input_size}")
@@ -536,13 +558,18 @@ class SRU(nn.Module):
         else:
             states = self._states_of_layers(c0, shape[1]).unbind(0)
         if mask_pad is not None:
-            mask_pad = _as_padding(mask_pad, shape)
+            mask_pad = _as_mask("mask_pad", mask_pad, shape)
+        if starts is not None:
+            starts = _as_mask("starts", starts, shape)
         h = input
         if self.input_to_hidden is not None:
             h = self.input_to_hidden(h.transpose(0, 1)).transpose(0, 1) if self.batch_first else self.input_to_hidden(h)
         last: list[Tensor] = []
         for i, rnn in enumerate(self.rnn_lst):
-            h, c = rnn(h, states[i], mask_pad=mask_pad)
+            if starts is None:  # of which a cell of one's own may not know
+                h, c = rnn(h, states[i], mask_pad=mask_pad)
+            else:
+                h, c = rnn(h, states[i], mask_pad=mask_pad, starts=starts)
             last.append(c)
         c = torch.stack(last)
         if self.nn_rnn_compatible_return:
@@ -583,16 +610,16 @@ def _sizes(a: Tensor) -> list[int]:
 _tracing_state = torch._C._get_tracing_state
 
 
-def _as_padding(mask_pad: Tensor, shape: list[int]) -> Tensor:
+def _as_mask(name: str, mask: Tensor, shape: list[int]) -> Tensor:
     """(L, B) bool, for an input of that shape; where it is one step of 2 dimensions also (B,)."""
     expected = shape[:-1]
     if len(shape) == 2:
         expected = [1, expected[0]]
-        if mask_pad.dim() == 1:
-            mask_pad = mask_pad.unsqueeze(0)
-    if _sizes(mask_pad) != expected:
-        raise ValueError(f"mask_pad has shape {_sizes(mask_pad)}; expected {expected}, (L, B)")
-    return mask_pad if mask_pad.dtype == torch.bool else mask_pad != 0
+        if mask.dim() == 1:
+            mask = mask.unsqueeze(0)
+    if _sizes(mask) != expected:
+        raise ValueError(f"{name} has shape {_sizes(mask)}; expected {expected}, (L, B)")
+    return mask if mask.dtype == torch.bool else mask != 0
 
 
 def to_parameter(a: Tensor | None, dtype: torch.dtype) -> Tensor | None:
