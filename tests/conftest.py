@@ -29,21 +29,24 @@ settings.register_profile("explore", **_COMMON)  # keeps its failures in .hypoth
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+GRADIENTS = dict(zip(strategies.FAMILIES, (cusru.Gradients, cusru.QRNNGradients, cusru.LinearRecurrenceGradients), strict=True))
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """cusru's two functions for NumPy arrays, run on one backend."""
+    """cusru's functions for NumPy arrays, run on one backend."""
 
     name: str
     multiprocessors: int = 0  #: that the simulator plans for; 0: threads walk several columns wherever the layout allows
 
     def forward(self, problem: strategies.Problem, out: Any = None, **changes: Any) -> cusru.Output:
-        return self._call(cusru.sru_forward, cusru.Output, (), problem.inputs | changes, out)
+        return self._call(getattr(cusru, f"{problem.family}_forward"), cusru.Output, (), problem.inputs | changes, out)
 
-    def backward(self, problem: strategies.Problem, c: np.ndarray, out: Any = None, **changes: Any) -> cusru.Gradients:
+    def backward(self, problem: strategies.Problem, c: np.ndarray, out: Any = None, **changes: Any) -> Any:
         given = problem.inputs | {"grad_h": problem.grad_h, "grad_c_last": problem.grad_c_last, "c": c} | changes
-        return self._call(cusru.sru_backward, cusru.Gradients, (), given, out)
+        return self._call(getattr(cusru, f"{problem.family}_backward"), GRADIENTS[problem.family], (), given, out)
 
-    def both(self, problem: strategies.Problem, **changes: Any) -> tuple[cusru.Output, cusru.Gradients]:
+    def both(self, problem: strategies.Problem, **changes: Any) -> tuple[cusru.Output, Any]:
         """The backward is given the forward's states."""
         output = self.forward(problem, **{n: a for n, a in changes.items() if n not in ("grad_h", "grad_c_last")})
         return output, self.backward(problem, output.c, **changes)
@@ -152,12 +155,13 @@ class Source:
 
     backend: Backend
     row: tuple[str, ...] | None
+    affine: bool = False  #: of the families that are affine in c
 
     def for_all(self, check: Any, **only: Any) -> None:
         """check(backend, problem) of many problems."""
 
         @settings(max_examples=15 if self.row else 120)
-        @given(strategies.problems(self.row, **only))
+        @given(strategies.affine_problems(**only) if self.affine and not self.row else strategies.problems(self.row, **only))
         def run(problem: strategies.Problem) -> None:
             check(self.backend.planned_for(problem.multiprocessors), problem)
 
@@ -168,16 +172,17 @@ class Source:
 
 @pytest.fixture(
     params=[
-        _param("numpy", None, id="numpy"),
+        _param("numpy", None, False, id="numpy"),
+        _param("numpy", None, True, id="numpy-affine"),
         *(
-            _param(name, row, id="-".join((name, *row)))
+            _param(name, row, False, id="-".join((name, *row)))
             for name in BACKENDS[1:]
-            for row in strategies.COVERING
-            if row[0] in strategies.DTYPES
+            for row in (*strategies.COVERING, *strategies.AFFINE_COVERING)
+            if {*row[:2]} & {*strategies.DTYPES}
         ),
     ]
 )
 def source(request: pytest.FixtureRequest) -> Source:
     """Problems to draw: freely on NumPy, a row of the covering list at a time elsewhere."""
-    backend, row = request.param
-    return Source(_available(backend), row)
+    backend, row, affine = request.param
+    return Source(_available(backend), row, affine)

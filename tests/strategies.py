@@ -25,7 +25,8 @@ try:
 except ImportError:
     BFLOAT16 = None
 
-ARRAYS = ("u", "x", "bias", "weight_c", "c0", "mask_c", "mask_pad")
+ARRAYS = ("u", "x", "a", "b", "bias", "weight_c", "c0", "mask_c", "mask_pad", "starts", "zoneout")  # u or b, whichever there is
+FAMILIES = ("sru", "qrnn", "linear_recurrence")
 DTYPES = tuple(d for d in cases.DTYPES if d != "bfloat16" or BFLOAT16)
 
 
@@ -126,14 +127,15 @@ class Problem:
     """Inputs of the forward, those that the backward adds, and how to run them. Its repr rebuilds it."""
 
     choice: dict[str, Any]
-    inputs: dict[str, Any]  # the keyword arguments of sru_forward
+    inputs: dict[str, Any]  # the keyword arguments of the forward function
     grad_h: np.ndarray
     grad_c_last: np.ndarray | None
     dtype: str
     multiprocessors: int
+    family: str = "sru"
 
     def __repr__(self) -> str:
-        return f"strategies.build({self.choice!r})"
+        return f"strategies.{'build' if self.family == 'sru' else 'build_affine'}({self.choice!r})"
 
     def replace(self, **changes: Any) -> Problem:
         """With other inputs (or grad_h, grad_c_last)."""
@@ -141,25 +143,35 @@ class Problem:
         assert changes.keys() <= self.inputs.keys(), changes.keys()
         return dataclasses.replace(self, inputs=self.inputs | changes, **own)
 
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The forward's inputs that are arrays, u or b first, but for scale_x."""
+        return {n: self.inputs[n] for n in ARRAYS if isinstance(self.inputs.get(n), np.ndarray)}
+
     def map_arrays(self, function: Callable[[str, np.ndarray], np.ndarray]) -> Problem:
         """With function(name, array) in place of each array, grad_h and grad_c_last included."""
-        arrays = {n: self.inputs[n] for n in ARRAYS} | {"grad_h": self.grad_h, "grad_c_last": self.grad_c_last}
+        arrays = self.arrays | {"grad_h": self.grad_h, "grad_c_last": self.grad_c_last}
         return self.replace(**{n: function(n, a) for n, a in arrays.items() if a is not None})
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.inputs["u"].shape[:3]
+        return (self.inputs["u"] if "u" in self.inputs else self.inputs["b"]).shape[:3]
 
     def expected_forward(self) -> dict[str, Any]:
         with np.errstate(all="ignore"):
-            return oracle.forward(**self._for_oracle())
+            return self._oracle("forward")(**self._for_oracle())
 
     def expected_backward(self, states: np.ndarray | None = None) -> dict[str, Any]:
         """states: every c, where the backward under test works on these; else the oracle takes its own."""
         with np.errstate(all="ignore"):
-            return oracle.backward(self.grad_h, self.grad_c_last, **self._for_oracle(), states=states)
+            return self._oracle("backward")(self.grad_h, self.grad_c_last, **self._for_oracle(), states=states)
+
+    def _oracle(self, direction: str) -> Any:
+        return getattr(oracle, direction if self.family == "sru" else f"{self.family}_{direction}")
 
     def _for_oracle(self) -> dict[str, Any]:
+        if self.family != "sru":
+            return self.inputs
         scale = self.inputs["scale_x"]
         return self.inputs | {"scale_x": float(np.asarray(scale).astype(np.float64).reshape(()))}
 
@@ -208,6 +220,8 @@ RUN_TIME: dict[str, Sequence[Any]] = dict(
     narrow_parameters=(False, True),  # of a 16-bit u: in its dtype
     flat_parameters=(False, True),
     broadcast=("none", "none", "none", "u", "x", "c0", "mask_c", "mask_pad", "bias", "grad_h"),
+    starts=("none",) * 5 + ("scattered", "rare", "first", "all"),
+    reverse=(False, False, True),
     seed=range(1000),
 )
 FREE = dict(
@@ -240,7 +254,7 @@ def build(choice: dict[str, Any]) -> Problem:
     )
     inputs = cases.make(case, dtype, o["seed"])
     grad_h, grad_c_last = cases.make_gradients(case, dtype, o["seed"])
-    arrays = {n: inputs[n] for n in ARRAYS if inputs[n] is not None} | {"grad_h": grad_h}
+    arrays = {n: inputs[n] for n in ARRAYS if inputs.get(n) is not None} | {"grad_h": grad_h}
     if o["grad_c_last"]:
         arrays["grad_c_last"] = grad_c_last
 
@@ -268,12 +282,102 @@ def build(choice: dict[str, Any]) -> Problem:
         axis = rng.integers(arrays[name].ndim - 1)  # the columns of a vector stay apart
         arrays[name] = np.broadcast_to(arrays[name].take([0], axis), arrays[name].shape)
     grad_h, grad_c_last = arrays.pop("grad_h"), arrays.pop("grad_c_last", None)
-    inputs |= arrays
+    inputs |= arrays | {"starts": _starts(o, rng), "reverse": o["reverse"]}
     if o["scale_x"] != "array":
         inputs["scale_x"] = o["scale_x"]
     else:
         inputs["scale_x"] = np.full((1,) * rng.integers(3), 1.375, np_dtype(dtype if o["narrow_parameters"] else state))
     return Problem(choice, inputs, grad_h, grad_c_last, dtype, o["multiprocessors"])
+
+
+STARTS = {"scattered": 0.2, "rare": 0.03, "first": 0.0, "all": 2.0}
+
+
+def _starts(o: dict[str, Any], rng: np.random.Generator) -> np.ndarray | None:
+    if o["starts"] == "none":
+        return None
+    starts = rng.random((o["length"], o["batch"])) < STARTS[o["starts"]]
+    if o["starts"] == "first":
+        starts[:1] = True
+    if o["pad_dtype"] == "uint8":
+        starts = starts * rng.integers(1, 256, starts.shape, dtype=np.uint8)
+    return arranged(starts, o["layout"])
+
+
+#: Of the families that are affine in c
+_SHARED = (
+    "length", "batch", "width", "bidirectional", "padding", "pad_dtype", "c0", "grad_c_last", "narrow_parameters", "seed",
+    "magnitude", "starts", "reverse",
+)  # fmt: skip
+AFFINE: dict[str, Sequence[Any]] = {n: RUN_TIME[n] for n in _SHARED} | dict(
+    dtype=DTYPES, save_every=SAVE_EVERY, layout_u=tuple(LAYOUTS), layout=tuple(LAYOUTS), multiprocessors=(132,),
+    broadcast=("none", "none", "none", "u", "a", "b", "c0", "mask_pad", "zoneout", "grad_h"),
+)  # fmt: skip
+FREE_AFFINE: dict[str, dict[str, Sequence[Any]]] = {
+    "qrnn": AFFINE | dict(
+        pooling=("f", "fo", "ifo"), gate=("forget", "update"), zoneout=(None, None, 0.0, 0.25, 1.0, "array"),
+        bias=(0.0, 3.0, 9.0, -3.0),
+    ),
+    "linear_recurrence": AFFINE | dict(
+        form=("affine", "complement", "blend"), a=("step", "step_state", "batch", "column"),
+        reach=("gate", "near_1", "any", "exact"),  # what a is about
+    ),
+}  # fmt: skip
+
+
+def build_affine(choice: dict[str, Any]) -> Problem:
+    """Of the QRNN's pooling, or of the linear recurrence."""
+    o, rng, family = choice, np.random.default_rng(choice["seed"]), choice["family"]
+    dtype, state = np_dtype(o["dtype"]), np_dtype(state_of(o["dtype"]))
+    length, batch, width = plane = o["length"], o["batch"], o["width"]
+    narrow = dtype if o["narrow_parameters"] else state
+    size = MAGNITUDES[o["magnitude"]]
+
+    def normal(*shape: int, dtype: np.dtype = dtype, size: float = size) -> np.ndarray:
+        return (size * rng.standard_normal(shape)).astype(dtype)
+
+    inputs: dict[str, Any] = dict(c0=normal(batch, width, dtype=narrow) if o["c0"] else None)
+    if family == "qrnn":
+        u = normal(*plane, {"f": 2, "fo": 3, "ifo": 4}[o["pooling"]])
+        u[..., 1:] = (rng.standard_normal(u[..., 1:].shape) * min(size, GATE_LIMIT)).astype(dtype)
+        u[..., 1] += dtype.type(o["bias"] if o["gate"] == "forget" else -o["bias"])
+        zoneout = o["zoneout"] if o["zoneout"] != "array" else (rng.random(plane) < 0.3).astype(o["pad_dtype"])
+        inputs |= dict(u=u, pooling=o["pooling"], gate=o["gate"], zoneout=zoneout)
+    else:
+        shape = {"batch": (batch, width), "column": (width,)}.get(o["a"], plane)
+        a = {
+            "gate": lambda: rng.random(shape),
+            "near_1": lambda: (1 if o["form"] == "affine" else 0) + 1e-3 * rng.standard_normal(shape),
+            "any": lambda: 0.6 * rng.standard_normal(shape),
+            "exact": lambda: rng.choice([0.0, 1.0, 0.5, -1.0], shape),
+        }[o["reach"]]()
+        if o["form"] != "affine":  # what is kept is 1 - a
+            a = abs(a) if o["reach"] != "near_1" else a
+        inputs |= dict(
+            b=normal(*plane), form=o["form"], a=a.astype(dtype if o["a"] == "step" or narrow == dtype != state else state)
+        )
+        if o["a"] == "step_state":
+            inputs["a"] = a.astype(state)
+    pad = cases._padding(cases.Case("drawn", length, batch, width, padding=o["padding"]), rng)
+    if pad is not None and o["pad_dtype"] == "uint8":
+        pad = pad * rng.integers(1, 256, pad.shape, dtype=np.uint8)
+    every = {"L": max(length, 1), "L+5": length + 5}.get(o["save_every"], o["save_every"])
+    inputs |= dict(
+        mask_pad=pad, bidirectional=o["bidirectional"] and width % 2 == 0, save_every=every, starts=_starts(o, rng),
+        reverse=o["reverse"],
+    )  # fmt: skip
+    grads = {"grad_h": normal(*plane, size=1.0)}
+    if o["grad_c_last"]:
+        grads["grad_c_last"] = normal(batch, width, dtype=narrow, size=1.0)
+    arrays = {n: a for n, a in inputs.items() if isinstance(a, np.ndarray) and n != "starts"} | grads
+    arrays = {n: arranged(a, o["layout_u"] if n in ("u", "b") else o["layout"]) for n, a in arrays.items()}
+    if inputs["starts"] is not None:
+        arrays["starts"] = inputs["starts"]
+    if (name := o["broadcast"]) in arrays and arrays[name].ndim > 1 and arrays[name].size:
+        axis = rng.integers(arrays[name].ndim - 1)  # the columns of a vector stay apart
+        arrays[name] = np.broadcast_to(arrays[name].take([0], axis), arrays[name].shape)
+    grad_h, grad_c_last = arrays.pop("grad_h"), arrays.pop("grad_c_last", None)
+    return Problem(choice, inputs | arrays, grad_h, grad_c_last, o["dtype"], o["multiprocessors"], family)
 
 
 def of_case(case: cases.Case, dtype: str, seed: int = 0) -> Problem:
@@ -335,6 +439,34 @@ bfloat16    x           identity    tanh        step_state  scalar      saved
 bfloat16    x           relu        identity    column      scalar      saved
 bfloat16    projected   tanh        identity    step_state  packed      recompute
 """)
+STARTING = COVERING[2], COVERING[7], COVERING[11], COVERING[14]  # rows that are drawn with starts too
+
+# Family, dtype, pooling or form, what is zoned or which a, access, recompute, and which marks are drawn
+AFFINE_COVERING = _rows("""
+qrnn               float32   f           plain       wide_packed recompute none
+qrnn               float32   fo          zoned       packed      saved     starts
+qrnn               float64   ifo         zoned       wide_packed recompute starts
+qrnn               float16   fo          plain       wide_planar recompute padding
+qrnn               float16   ifo         plain       scalar      saved     padding
+qrnn               bfloat16  f           zoned       scalar      saved     none
+qrnn               bfloat16  ifo         zoned       wide_packed saved     starts
+linear_recurrence  float32   affine      step        wide_packed saved     starts
+linear_recurrence  float32   blend       batch       scalar      recompute starts
+linear_recurrence  float64   complement  column      scalar      saved     padding
+linear_recurrence  float64   blend       step        scalar      recompute none
+linear_recurrence  float16   complement  step_state  wide_packed recompute padding
+linear_recurrence  float16   affine      batch       scalar      saved     none
+linear_recurrence  bfloat16  blend       step_state  scalar      saved     none
+linear_recurrence  bfloat16  affine      column      wide_packed recompute starts
+""")
+AFFINE_PANEL = (
+    AFFINE_COVERING[1],
+    AFFINE_COVERING[2],
+    AFFINE_COVERING[7],
+    AFFINE_COVERING[8],
+    AFFINE_COVERING[11],
+    AFFINE_COVERING[14],
+)
 PANEL = COVERING[2], COVERING[6], COVERING[7], COVERING[9], COVERING[11], COVERING[12], COVERING[14], COVERING[19]  # for laws
 ALIGNED = ("compact", "batch_first", "time_reversed", "pitched")
 PLANAR = ("planar", "planar_pitched")
@@ -350,15 +482,48 @@ def fields(row: tuple[str, ...] | None = None) -> dict[str, Sequence[Any]]:
     """What a choice may hold: of a row of COVERING, or free."""
     if row is None:
         return FREE | RUN_TIME
+    if row[0] in FREE_AFFINE:
+        family, dtype, cell, variant, access, recompute, marks = row
+        own = {"qrnn": dict(pooling=cell), "linear_recurrence": dict(form=cell, a=variant)}[family] | dict(
+            family=family, dtype=dtype
+        )
+        several: dict[str, Sequence[Any]] = {n: (v,) for n, v in own.items()}
+        if family == "qrnn":
+            several["zoneout"] = ("array",) if variant == "zoned" else (None, 0.25, 1.0)
+        several["save_every"] = SAVE_EVERY[1:-1] if recompute == "recompute" else (1, 1, None)
+        if marks != "starts":
+            several["starts"] = ("none",)
+        if marks == "none":
+            several["padding"] = ("none",)
+        if marks == "starts":
+            several["starts"] = ("scattered", "rare", "first", "all")
+        return FREE_AFFINE[family] | several | ACCESS[access]
     dtype, skip, activation, candidate, weight, access, recompute = row
     every = SAVE_EVERY[1:-1] if recompute == "recompute" else (1, 1, None)
     own = dict(dtype=dtype, skip=skip, activation=activation, candidate=candidate, weight=weight)
-    return RUN_TIME | {n: (v,) for n, v in own.items()} | {"save_every": every} | ACCESS[access]
+    starts = RUN_TIME["starts"] if row in STARTING else ("none",)  # each is a kernel
+    return RUN_TIME | {n: (v,) for n, v in own.items()} | {"save_every": every, "starts": starts} | ACCESS[access]
 
 
 def problems(row: tuple[str, ...] | None = None, **only: Any) -> st.SearchStrategy[Problem]:
     """`only`: the values of some fields."""
-    return st.fixed_dictionaries({n: st.sampled_from(v) for n, v in (fields(row) | _several(only)).items()}).map(build)
+    return st.fixed_dictionaries({n: st.sampled_from(v) for n, v in (fields(row) | _several(only)).items()}).map(_build_any)
+
+
+def affine_problems(**only: Any) -> st.SearchStrategy[Problem]:
+    """Of the QRNN and the linear recurrence, with any options."""
+    return st.one_of(
+        *(
+            st.fixed_dictionaries({n: st.sampled_from(v) for n, v in (own | _several(only) | {"family": (family,)}).items()}).map(
+                _build_any
+            )
+            for family, own in FREE_AFFINE.items()
+        )
+    )
+
+
+def _build_any(choice: dict[str, Any]) -> Problem:
+    return build_affine(choice) if "family" in choice else build(choice)
 
 
 def random_choice(rng: random.Random, row: tuple[str, ...] | None = None, **only: Any) -> dict[str, Any]:
@@ -372,6 +537,14 @@ def _several(only: dict[str, Any]) -> dict[str, Sequence[Any]]:
 
 def typical(row: tuple[str, ...], **changes: Any) -> Problem:
     """One problem of a row with most options in use."""
+    if row[0] in FREE_AFFINE:
+        choice = {n: values[0] for n, values in fields(row).items()} | dict(
+            length=37, batch=3, width=16, bidirectional=True, padding="scattered" if row[-1] != "none" else "none", c0=True,
+            starts="scattered" if row[-1] == "starts" else "none", broadcast="none",
+        )  # fmt: skip
+        if row[-2] == "recompute":
+            choice["save_every"] = 7
+        return build_affine(choice | changes)
     choice = {n: values[0] for n, values in fields(row).items()} | dict(
         length=37,
         batch=3,

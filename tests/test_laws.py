@@ -1,25 +1,35 @@
 """Laws that hold for the recurrence whatever it computes: each test is one, its name says which, and it runs on every backend.
 
-The problems are those of strategies.PANEL, rows of the covering list in which every dtype, skip, activation, candidate and
-kind of weight_c occurs.
+The problems are those of strategies.PANEL and AFFINE_PANEL, rows of the covering lists in which every dtype, skip, activation,
+candidate and kind of weight_c occurs, every pooling, every form and every kind of a.
 """
 
 import functools
+import itertools
 import warnings
 
 import numpy as np
 import oracle
 import pytest
 import strategies
-from strategies import ARRAYS, DTYPES, LAYOUTS, PANEL, arranged, np_dtype, state_of, typical
+from conftest import GRADIENTS
+from strategies import AFFINE_COVERING, AFFINE_PANEL, DTYPES, LAYOUTS, PANEL, arranged, np_dtype, state_of, typical
 
 import cusru
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-PER_STEP = ("u", "x", "weight_c", "mask_pad", "grad_h")  # weight_c: if it has four axes
-on_the_panel = pytest.mark.parametrize("row", [row for row in PANEL if row[0] in DTYPES], ids="-".join)
-in_float64 = pytest.mark.parametrize("row", [row for row in strategies.COVERING if row[0] == "float64"], ids="-".join)
+PER_STEP = ("u", "x", "weight_c", "mask_pad", "grad_h", "a", "b", "starts", "zoneout")  # weight_c and a: if they have its axes
+MASKS = ("mask_pad", "starts", "zoneout")
+
+
+def of_rows(*rows):
+    return pytest.mark.parametrize("row", [row for row in rows if {*row[:2]} & {*DTYPES}], ids="-".join)
+
+
+on_the_panel = of_rows(*PANEL)  # of SRU
+on_every_panel = of_rows(*PANEL, *AFFINE_PANEL)
+in_float64 = of_rows(*(row for row in (*strategies.COVERING, *AFFINE_COVERING) if "float64" in row))
 
 
 def assert_same(actual, expected, what=""):
@@ -35,7 +45,16 @@ def _bits(a):
 
 
 def is_per_step(name, a):
-    return name in PER_STEP and (name != "weight_c" or a.ndim == 4)
+    return name in PER_STEP and a.ndim >= {"weight_c": 4, "a": 3}.get(name, 0)
+
+
+def is_summed(name, a):
+    """Over the batch too."""
+    return (name in ("bias", "weight_c") and a.ndim <= 2) or (name == "a" and a.ndim == 1)
+
+
+def gradients_of(problem):
+    return [name for name in GRADIENTS[problem.family]._fields if problem.inputs[name] is not None]
 
 
 def in_time(problem, function):
@@ -46,10 +65,10 @@ def in_time(problem, function):
 # ---- time -------------------------------------------------------------------------------------------------------------
 
 
-@on_the_panel
+@on_every_panel
 @pytest.mark.parametrize("at", [0, 1, 18, 36, 37])
 def test_splitting_time_and_carrying_the_state_gives_the_whole(backend, row, at):
-    whole = typical(row)
+    whole = typical(row, starts="none")
     parts = [in_time(whole, lambda a, s=s: a[s]) for s in (slice(0, at), slice(at, None))]
     half = whole.shape[2] // 2  # from here on time runs backward, and the second part comes first
 
@@ -67,19 +86,24 @@ def test_splitting_time_and_carrying_the_state_gives_the_whole(backend, row, at)
     early_g = backend.backward(starts_early, early.c, grad_c_last=halves(late_g.c0, gcl))
     late_g = backend.backward(starts_late, late.c, grad_c_last=halves(gcl, early_g.c0))
     gradients = {"c0": halves(early_g.c0, late_g.c0)}
-    for name in ("u", "x", "bias", "weight_c"):
+    for name in gradients_of(whole):
         a, b = getattr(early_g, name), getattr(late_g, name)
-        if a is not None:
+        if name != "c0":
             gradients[name] = np.concatenate([a, b]) if is_per_step(name, a) else a + b
     held_in_state = [n for n, a in gradients.items() if a.dtype == state]
     oracle.check(gradients, whole.expected_backward(), whole.dtype, held_in_state)
 
 
-@on_the_panel
+@on_every_panel
 def test_reversed_columns_are_forward_ones_on_flipped_time(backend, row):
     problem = typical(row)
-    pad = problem.inputs["mask_pad"]
-    problem = problem.replace(mask_pad=pad | pad[::-1])
+    if (pad := problem.inputs["mask_pad"]) is not None:
+        problem = problem.replace(mask_pad=pad | pad[::-1])
+    if (starts := problem.inputs["starts"]) is not None:  # one mask for both: where a column begins anew, of either kind
+        starts = np.array(starts)
+        starts[0] = 0
+        starts[1:] |= starts[:0:-1]
+        problem = problem.replace(starts=starts)
     half = problem.shape[2] // 2
 
     def flip(a):
@@ -87,7 +111,7 @@ def test_reversed_columns_are_forward_ones_on_flipped_time(backend, row):
         a[:, :, half:] = a[::-1, :, half:]
         return a
 
-    flipped = problem.map_arrays(lambda name, a: flip(a) if is_per_step(name, a) and name != "mask_pad" else a)
+    flipped = problem.map_arrays(lambda name, a: flip(a) if is_per_step(name, a) and name not in ("mask_pad", "starts") else a)
     flipped = flipped.replace(bidirectional=False)
     (output, gradients), (output_f, gradients_f) = backend.both(problem), backend.both(flipped)
     assert_same(output._replace(c=None), output_f._replace(h=flip(output_f.h), c=None))
@@ -95,14 +119,16 @@ def test_reversed_columns_are_forward_ones_on_flipped_time(backend, row):
     assert_same(gradients, gradients_f._replace(**unflipped))
 
 
-@on_the_panel
+@on_every_panel
 @pytest.mark.parametrize("extra", [1, 40])
 def test_appended_padding_changes_nothing(backend, row, extra):
     problem = typical(row, padding="none").replace(mask_pad=np.zeros((37, 3), bool))
-    padded = problem.map_arrays(
-        lambda name, a: np.concatenate([a, np.full((extra, *a.shape[1:]), True if name == "mask_pad" else np.nan, a.dtype)])
-        if is_per_step(name, a) else a
-    )  # fmt: skip
+
+    def longer(name, a):
+        rest = name == "mask_pad" if name in MASKS else np.nan
+        return np.concatenate([a, np.full((extra, *a.shape[1:]), rest, a.dtype)]) if is_per_step(name, a) else a
+
+    padded = problem.map_arrays(longer)
     output, gradients = backend.both(padded)
     assert not output.h[37:].any()
     steps = {n: a[:37] for n, a in gradients._asdict().items() if a is not None and is_per_step(n, a)}
@@ -111,18 +137,18 @@ def test_appended_padding_changes_nothing(backend, row, extra):
     problem.check(gradients._replace(**steps), problem.expected_backward())
 
 
-@on_the_panel
+@on_every_panel
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
 def test_data_at_padded_steps_is_never_used(backend, row, garbage):
-    problem = typical(row)
-    pad = problem.inputs["mask_pad"]
+    problem = typical(row, padding="scattered")
+    pad = problem.inputs["mask_pad"] != 0
     assert pad.any()
 
     def spoiled(name, a):
-        if not is_per_step(name, a) or name == "mask_pad":
+        if not is_per_step(name, a) or name in ("mask_pad", "starts"):
             return a
         a = np.array(a)
-        a[pad] = garbage
+        a[pad] = True if name == "zoneout" else garbage
         return a
 
     for a, b in zip(backend.both(problem.map_arrays(spoiled)), backend.both(problem), strict=True):
@@ -143,17 +169,17 @@ def plant(problem, name, value, t, b, d, k=0):
     elif name in ("bias", "weight_c"):
         a[k, d] = value
     else:
-        a[b, d] = value
+        a[(b, d)[-a.ndim :]] = value
     return problem.replace(**{name: a})
 
 
 def planted(row, value, **changes):
     """(name, problem with the value in one input, where) for each input and each of its gates."""
     problem = typical(row, padding="none", **changes)
-    arrays = {n: problem.inputs[n] for n in ARRAYS} | {"grad_h": problem.grad_h, "grad_c_last": problem.grad_c_last}
+    arrays = problem.arrays | {"grad_h": problem.grad_h, "grad_c_last": problem.grad_c_last}
     where = {"t": 17, "b": 1}
     for name, a in arrays.items():
-        if a is None:
+        if a is None or name in MASKS:
             continue
         gates = a.shape[3] if a.ndim == 4 else 2 if name in ("bias", "weight_c") else 1
         for k in range(gates):
@@ -167,8 +193,8 @@ def without_column(results, b, d):
 
     def blank(name, a):
         a = np.array(a)
-        if name in ("bias", "weight_c") and a.ndim == 2:
-            a[:, d] = 0
+        if is_summed(name, a):
+            a[..., d] = 0
         elif a.ndim > 2:
             a[:, b, d] = 0
         else:
@@ -178,27 +204,27 @@ def without_column(results, b, d):
     return type(results)(*(None if a is None else blank(n, a) for n, a in results._asdict().items()))
 
 
-@on_the_panel
+@on_every_panel
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_column_does_not_see_its_neighbours(backend, row, value):
     clean = backend.both(typical(row, padding="none"))
     for name, problem, where in planted(row, value):
-        b = None if name in ("bias", "weight_c") and problem.inputs[name].ndim == 2 else where["b"]
+        b = None if name in problem.inputs and is_summed(name, problem.inputs[name]) else where["b"]
         for results, of_clean in zip(backend.both(problem), clean, strict=True):
             assert_same(without_column(results, b, where["d"]), without_column(of_clean, b, where["d"]), name)
 
 
-@on_the_panel
+@on_every_panel
 def test_a_non_finite_value_does_not_reach_steps_processed_before(backend, row):
-    clean, clean_g = backend.both(typical(row, padding="none"))
-    for name, problem, where in planted(row, np.nan):
+    clean, clean_g = backend.both(typical(row, padding="none", reverse=False))
+    for name, problem, where in planted(row, np.nan, reverse=False):
         t, b, d = where.values()
         forward, every = d < 8, problem.inputs["save_every"]
-        if name in ("u", "x") or (name == "weight_c" and problem.inputs[name].ndim == 4):
+        if name not in ("grad_h", "grad_c_last") and is_per_step(name, problem.inputs[name]):
             got = backend.forward(problem)
             steps = slice(0, t) if forward else slice(t + 1, None)
             blocks = slice(0, t // every) if forward else slice(t // every + 1, None)
-            assert np.isnan(got.h[t, b, d].astype(float))
+            assert np.isnan(got.h[t, b, d].astype(float)) or problem.inputs.get("zoneout") is not None  # then f is not looked at
             assert_same(
                 cusru.Output(got.h[steps, b, d], got.c[blocks, b, d], None),
                 cusru.Output(clean.h[steps, b, d], clean.c[blocks, b, d], None),
@@ -207,8 +233,11 @@ def test_a_non_finite_value_does_not_reach_steps_processed_before(backend, row):
         if name == "grad_h":
             got = backend.backward(problem, clean.c)
             steps = slice(t + 1, None) if forward else slice(0, t)
-            assert np.isnan(got.u[t, b, d].astype(float)).any()
-            np.testing.assert_array_equal(_bits(got.u[steps, b, d]), _bits(clean_g.u[steps, b, d]))
+            for gradient in gradients_of(problem):
+                one, of_clean = getattr(got, gradient), getattr(clean_g, gradient)
+                if is_per_step(gradient, one):
+                    assert np.isnan(one[t, b, d].astype(float)).any() or (gradient == "x")
+                    np.testing.assert_array_equal(_bits(one[steps, b, d]), _bits(of_clean[steps, b, d]))
 
 
 @pytest.mark.parametrize("activation", ["identity", "tanh", "relu", "selu"])
@@ -216,6 +245,15 @@ def test_a_non_finite_value_does_not_reach_steps_processed_before(backend, row):
 def test_a_nan_is_never_swallowed(backend, activation, candidate):
     # Wherever the equations in float64 give a NaN.
     rows = [row for row in strategies.COVERING if row[2:4] == (activation, candidate) and row[0] in DTYPES]
+    assert_no_nan_is_swallowed(backend, rows)
+
+
+@pytest.mark.parametrize("family", ["qrnn", "linear_recurrence"])
+def test_a_nan_is_never_swallowed_by_what_is_affine(backend, family):
+    assert_no_nan_is_swallowed(backend, [row for row in AFFINE_PANEL if row[0] == family and row[1] in DTYPES])
+
+
+def assert_no_nan_is_swallowed(backend, rows):
     for row in rows:
         for name, problem, _ in planted(row, np.nan):
             output, gradients = backend.both(problem)
@@ -248,22 +286,23 @@ def test_extreme_sigmoid_arguments_are_finite_and_silent(backend, dtype, weight)
 # ---- memory -----------------------------------------------------------------------------------------------------------
 
 
-@on_the_panel
+@on_every_panel
 def test_every_memory_layout_gives_the_same_bits(backend, row):
     problem = typical(row, layout="compact", layout_u="compact")
     wanted = backend.both(problem)
+    first, *others = problem.arrays
     for layout in LAYOUTS:
-        for chosen in (("u",), (*ARRAYS[1:], "grad_h", "grad_c_last"), (*ARRAYS, "grad_h", "grad_c_last")):
+        for chosen in ((first,), (*others, "grad_h", "grad_c_last"), (first, *others, "grad_h", "grad_c_last")):
             moved = problem.map_arrays(lambda name, a, chosen=chosen, layout=layout: arranged(a, layout) if name in chosen else a)
             output = backend.forward(moved)
-            c = arranged(output.c, layout) if "x" in chosen else output.c
+            c = arranged(output.c, layout) if "grad_h" in chosen else output.c
             for got, want in zip((output, backend.backward(moved, c)), wanted, strict=True):
                 assert_same(got, want, f"{layout} {chosen}")
     for a, b in zip(backend.planned_for(132).both(problem), wanted, strict=True):  # never more than a column to a thread
         assert_same(a, b)
 
 
-@on_the_panel
+@on_every_panel
 def test_a_stride_of_zero_is_that_value_at_every_index(backend, row):
     problem = typical(row, layout="compact", layout_u="compact")
     for axis in range(3):
@@ -297,7 +336,7 @@ def test_offsets_go_beyond_two_to_the_31_elements(backend):
 # ---- repetition, saved states -----------------------------------------------------------------------------------------
 
 
-@on_the_panel
+@on_every_panel
 def test_two_runs_give_the_same_bits(backend, row, monkeypatch):
     problem = typical(row, batch=5, length=70)
     first = backend.both(problem)
@@ -307,9 +346,9 @@ def test_two_runs_give_the_same_bits(backend, row, monkeypatch):
         assert_same(a, b)
 
 
-@on_the_panel
+@on_every_panel
 def test_every_save_every_gives_the_same_gradients_and_consistent_states(backend, row):
-    problem = typical(row, length=70, bias=3.0)
+    problem = typical(row, length=70, bias=3.0, reverse=False)
     length, half = 70, 8
     every_state = backend.forward(problem, save_every=1)
     wanted = backend.backward(problem, every_state.c, save_every=1)
@@ -348,6 +387,122 @@ def test_whole_tiles_have_the_bits_of_those_that_are_cut(backend, row):
             assert_same(planned.backward(problem, output.c, save_every=every), wanted, (multiprocessors, every))
 
 
+# ---- sequences laid end to end, and the other direction ---------------------------------------------------------------
+
+
+@on_every_panel
+@pytest.mark.parametrize("reverse", [False, True])
+def test_sequences_laid_end_to_end_are_the_pieces_run_by_themselves(backend, row, reverse):
+    """The first knows c0, but for one that starts at the first step; the last processed leaves c_last. Reversed columns take the
+    pieces from the last to the first, and do not look at starts[0]."""
+    cuts = [0, 1, 9, 10, 31, 37]
+    whole = typical(row, starts="none", reverse=reverse)
+    half, state = whole.shape[2] // 2, np_dtype(state_of(whole.dtype))
+    ahead = np.arange(whole.shape[2]) < half  # columns that run forward in time
+    ahead = ~ahead if reverse else ahead
+    for first in (False, True):
+        starts = np.zeros(whole.shape[:2], np.uint8)
+        starts[cuts[1:-1]] = 7
+        starts[0] = first
+        output, gradients = backend.both(whole.replace(starts=starts))
+        found, found_g = {"h": [], "c_last": np.zeros(whole.shape[1:], state)}, {n: [] for n in gradients_of(whole)}
+        for i, (begin, end) in enumerate(itertools.pairwise(cuts)):
+            is_first, is_last = i == 0, i == len(cuts) - 2
+            sees_c0, leaves = np.where(ahead, is_first and not first, is_last), np.where(ahead, is_last, is_first)
+            part = in_time(whole, lambda a, begin=begin, end=end: a[begin:end])
+            part = part.replace(
+                c0=np.where(sees_c0, whole.inputs["c0"], 0).astype(whole.inputs["c0"].dtype),
+                grad_c_last=np.where(leaves, whole.grad_c_last, 0).astype(whole.grad_c_last.dtype),
+            )
+            one, one_g = backend.both(part)
+            found["h"].append(one.h)
+            found["c_last"] += np.where(leaves, one.c_last, 0)
+            for name in found_g:
+                g = getattr(one_g, name)
+                found_g[name].append(np.where(sees_c0, g, 0) if name == "c0" else g)
+        assert_same(output._replace(c=None), cusru.Output(np.concatenate(found["h"]), None, found["c_last"]))
+        expected = whole.replace(starts=starts).expected_backward()
+        for name, parts in found_g.items():
+            g = getattr(gradients, name)
+            if is_per_step(name, g):
+                np.testing.assert_array_equal(_bits(g), _bits(np.concatenate(parts)), err_msg=name)
+            elif name == "c0":
+                np.testing.assert_array_equal(g, sum(parts))
+            else:
+                total = {name: sum(p.astype(float) for p in parts)}
+                oracle.check(total, expected, whole.dtype, [name] if g.dtype == state else ())
+        whole.replace(starts=starts).check(gradients, expected)
+
+
+@on_every_panel
+def test_starts_of_zeros_are_none_bit_for_bit(backend, row):
+    absent = typical(row, starts="none")
+    for got, want in zip(
+        backend.both(absent.replace(starts=np.zeros(absent.shape[:2], bool))), backend.both(absent), strict=True
+    ):
+        assert_same(got, want)
+
+
+@on_every_panel
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nothing_comes_across_a_start(backend, row, value):
+    """Neither state nor gradient, not even one that is not finite."""
+    problem = typical(row, starts="none", padding="none", reverse=False)
+    starts = np.zeros(problem.shape[:2], bool)
+    starts[18] = True
+    problem = problem.replace(starts=starts)
+
+    def spoiled(name, a):
+        if not is_per_step(name, a) or name in MASKS:
+            return np.full_like(a, value) if name in ("c0", "grad_c_last") else a
+        a = np.array(a)
+        a[:18] = value
+        return a
+
+    output, gradients = backend.both(problem)
+    half = problem.shape[2] // 2
+    spoiled_output = backend.forward(problem.map_arrays(spoiled))
+    assert_same(
+        cusru.Output(spoiled_output.h[18:, :, :half], None, spoiled_output.c_last[:, :half]),
+        cusru.Output(output.h[18:, :, :half], None, output.c_last[:, :half]),
+    )
+    # A gradient crosses the start from neither side.
+    late = problem.map_arrays(
+        lambda name, a: np.concatenate([np.array(a[:18]), np.full_like(a[18:], value)]) if name == "grad_h" else a
+    )
+    late_g = backend.backward(late, output.c)
+    for name in gradients_of(problem):
+        g = getattr(gradients, name)
+        if is_per_step(name, g):
+            np.testing.assert_array_equal(_bits(getattr(late_g, name)[:18, :, :half]), _bits(g[:18, :, :half]), err_msg=name)
+
+
+@on_every_panel
+def test_reverse_is_time_flipped_and_with_two_directions_the_halves_change_places(backend, row):
+    problem = typical(row, reverse=False)
+    if (starts := problem.inputs["starts"]) is not None:
+        starts = np.array(starts)
+        starts[0] = 0  # a reversed column does not look at it
+        problem = problem.replace(starts=starts)
+    half = problem.shape[2] // 2
+
+    def flipped(name, a):
+        if name == "starts":
+            return np.concatenate([np.zeros_like(a[:1]), a[:0:-1]])
+        return np.ascontiguousarray(a[::-1]) if name == "h" or is_per_step(name, a) else a
+
+    def exchanged(name, a):
+        return a if name in ("mask_pad", "starts") else np.roll(a, half, 2 if a.ndim > 3 else -1)
+
+    output, gradients = backend.both(problem, save_every=1)
+    for change in (flipped, exchanged):
+        got = backend.both(problem.map_arrays(change).replace(reverse=True), save_every=1)
+        for results, wanted in zip(got, (output, gradients), strict=True):
+            back = {n: a if a is None else change(n, a) for n, a in results._asdict().items() if n != "c"}
+            drop_c = {"c": None} if "c" in results._fields else {}
+            assert_same(results._replace(**back, **drop_c), wanted._replace(**drop_c), change.__name__)
+
+
 # ---- algebra ----------------------------------------------------------------------------------------------------------
 
 
@@ -376,7 +531,8 @@ def test_the_backward_is_linear_in_the_gradients_it_is_given(backend, row):
             grad_c_last=scale * problem.grad_c_last + other_scale * other.grad_c_last,
         )
 
-    for name, a, b, both in zip(cusru.Gradients._fields, gradients(1, 0), gradients(0, 1), gradients(2, -3), strict=True):
+    of_both = zip(GRADIENTS[problem.family]._fields, gradients(1, 0), gradients(0, 1), gradients(2, -3), strict=True)
+    for name, a, b, both in of_both:
         if a is not None:
             over = 0 if is_per_step(name, a) else None
             size = 2 * abs(a).max(axis=over) + 3 * abs(b).max(axis=over)
@@ -411,11 +567,11 @@ def test_a_weight_c_of_zeros_is_no_weight_c(backend, row):
     absent.check(gradients._replace(weight_c=None), absent.expected_backward())
 
 
-@on_the_panel
+@on_every_panel
 def test_a_mask_pad_of_zeros_is_no_mask_pad_bit_for_bit(backend, row):
     """Though on a GPU they are two kernels."""
     absent = typical(row, padding="none")
-    zeros = absent.replace(mask_pad=np.zeros(absent.inputs["u"].shape[:2], bool))
+    zeros = absent.replace(mask_pad=np.zeros(absent.shape[:2], bool))
     for got, want in zip(backend.both(zeros), backend.both(absent), strict=True):
         assert_same(got, want)
 
@@ -438,11 +594,11 @@ def test_with_a_tanh_candidate_and_no_skip_it_is_the_qrnns_fo_pooling(backend, d
 # ---- extremes of size -------------------------------------------------------------------------------------------------
 
 
-@on_the_panel
+@on_every_panel
 @pytest.mark.parametrize("empty", ["length", "batch", "width"])
 @pytest.mark.parametrize("c0", [True, False], ids=["c0", "no c0"])
 def test_a_size_of_zero(backend, row, empty, c0):
-    problem = typical(row, c0=c0, padding="lengths", **{empty: 0})
+    problem = typical(row, c0=c0, padding="lengths", reverse=False, **{empty: 0})
     output, gradients = backend.both(problem)
     problem.check(output, problem.expected_forward())  # shapes and dtypes
     problem.check(gradients, problem.expected_backward())
@@ -451,8 +607,8 @@ def test_a_size_of_zero(backend, row, empty, c0):
         if c0:
             np.testing.assert_array_equal(gradients.c0, problem.grad_c_last)
             assert not backend.backward(problem, output.c, grad_c_last=None).c0.any()
-    for name in ("bias", "weight_c"):
-        a = getattr(gradients, name)
+    for name in ("bias", "weight_c", "a"):
+        a = getattr(gradients, name, None)
         assert a is None or not a.any()
 
 
