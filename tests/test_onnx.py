@@ -18,7 +18,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason='needs onnxruntime: pip 
 
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 
-from cusru.torch import SRU, SRUCell, sru  # noqa: E402
+from cusru.torch import SRU, SRUCell, linear_recurrence, qrnn, sru  # noqa: E402
 from cusru.torch import onnx as cusru_onnx  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -267,6 +267,40 @@ def test_gates_that_are_nearly_open_or_shut_keep_their_digits(dynamo: bool, tmp_
         (c_last, sru(u, bias=bias)[1], sru(u_open, bias=bias)[0]),
     ):
         assert ((result - expected).abs().amax(0) <= 2e-5 * scale.abs().amax((0, 1))).all()
+
+
+# ---- the other families, sequences laid end to end ---------------------------------------------------------------------
+
+FAMILIES = {
+    "sru, starts": (lambda u, starts: sru(u, weight_c=V2, starts=starts, bidirectional=True), 3),
+    "sru, reverse": (lambda u, starts: sru(u, starts=starts, reverse=True), 3),
+    "f, zoneout": (lambda u, starts: qrnn(u, pooling="f", zoneout=0.25, gate="update"), 2),
+    "fo, starts": (lambda u, starts: qrnn(u, starts=starts, bidirectional=True, reverse=True), 3),
+    "ifo, padding": (lambda u, starts: qrnn(u, pooling="ifo", mask_pad=starts), 4),
+    "affine, starts": (lambda u, starts: linear_recurrence(u[..., 0].sigmoid(), u[..., 1], starts=starts), 2),
+    "complement, padding": (lambda u, starts: linear_recurrence(u[0, :, :, 0].sigmoid(), u[..., 1], form="complement",
+                                                                mask_pad=starts, reverse=True), 2),
+    "blend": (lambda u, starts: linear_recurrence(u[0, 0, :, 0].sigmoid(), u[..., 1], form="blend", bidirectional=True), 2),
+}  # fmt: skip
+V2 = normal(2, 4, seed=5)
+
+
+@both_exporters
+@pytest.mark.parametrize("case", FAMILIES)
+def test_the_other_families_and_starts_are_exported(case, dynamo, tmp_path):
+    function, k = FAMILIES[case]
+
+    class Model(torch.nn.Module):
+        def forward(self, u, starts):
+            h, c = function(u, starts)
+            return h + 0 * starts.unsqueeze(-1), c  # which the model must take, needed or not
+
+    def inputs(length: int, batch: int) -> dict[str, torch.Tensor]:
+        return {"u": normal(length, batch, 4, k), "starts": normal(length, batch, seed=9) > 0.3}
+
+    exported = Exported(Model(), inputs(*EXAMPLE), {"u": "LBDK", "starts": "LB"}, tmp_path / "model.onnx", dynamo)
+    for size in SIZES:
+        exported.check(inputs(*size))
 
 
 # ---- what the export leaves alone ----------------------------------------------------------------------------------

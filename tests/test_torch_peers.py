@@ -380,12 +380,17 @@ def test_the_arguments_are_those_of_sru_and_batch_first(sru: ModuleType) -> None
     *same, (name, default, _) = parameters_of(cusru.torch.SRU)
     assert same == parameters_of(sru.SRU)
     assert (name, default) == ("batch_first", False)
-    for method in ("forward", "compute_UV", "compute_U", "apply_recurrence", "get_dropout_mask_", "reset_parameters"):
-        ours, theirs = (parameters_of(getattr(package.SRUCell, method)) for package in (cusru.torch, sru))
-        assert ours == theirs, method
-    for method in ("forward", "reset_parameters"):
-        ours, theirs = (parameters_of(getattr(package.SRU, method)) for package in (cusru.torch, sru))
-        assert ours == theirs, method
+    with_starts = ("forward", "apply_recurrence")  # ours, and last
+    for kind, methods in {
+        "SRUCell": ("compute_UV", "compute_U", "get_dropout_mask_", "reset_parameters", *with_starts),
+        "SRU": ("reset_parameters", "forward"),
+    }.items():
+        for method in methods:
+            ours, theirs = (parameters_of(getattr(getattr(package, kind), method)) for package in (cusru.torch, sru))
+            if method in with_starts:
+                *ours, (name, default, _) = ours
+                assert (name, default) == ("starts", None)
+            assert ours == theirs, method
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
