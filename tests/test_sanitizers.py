@@ -37,6 +37,22 @@ for simulator.multiprocessors in (0, 132):  # a warp a block, and several that t
         workspace = np.empty(cusru.workspace_size("backward", **arguments), "u1")
         cusru.sru_backward(o.h, o.c_last, o.c, **arguments, workspace=workspace)
 """
+AFFINE = """
+for simulator.multiprocessors in (0, 132):
+    for length, batch, width, save_every in ((70, 3, 24, 40), (33, 2, 7, 1)):
+        def normal(*shape):
+            return rng.standard_normal(shape).astype("f4")
+        shared = dict(
+            c0=normal(batch, width), starts=rng.random((length, batch)) < 0.1, save_every=save_every, reverse=width % 2 == 1,
+            mask_pad=rng.random((length, batch)) < 0.2,
+        )
+        u, zoneout, b = normal(length, batch, width, 4), rng.random((length, batch, width)) < 0.2, normal(length, batch, width)
+        o = cusru.qrnn_forward(u, pooling="ifo", zoneout=zoneout, **shared)
+        cusru.qrnn_backward(o.h, o.c_last, o.c, u, pooling="ifo", zoneout=zoneout, **shared)
+        for a in (normal(batch, width) / 4, normal(width) / 4, normal(length, batch, width) / 4):
+            o = cusru.linear_recurrence_forward(a, b, form="blend", **shared)
+            cusru.linear_recurrence_backward(o.h, o.c_last, o.c, a, b, form="blend", **shared)
+"""
 CASES = [(5, 3, 24, 3, 1), (40, 2, 7, 4, 1), (70, 3, 24, 3, 40), (33, 2, 7, 4, 4)]
 
 FAULTS = {  # sanitizer, the line, the line broken, what the sanitizer says
@@ -85,7 +101,7 @@ def run(sanitizer: str, remedy: str = "", fault: str = "") -> subprocess.Complet
     }
     # ThreadSanitizer cannot live with much randomness of addresses.
     prefix = ["setarch", "-R"] if sanitizer == "thread" and shutil.which("setarch") else []
-    code = f"CASES, REMEDY, FAULT = {CASES!r}, {remedy!r}, {fault!r}\n{RUN}"
+    code = f"CASES, REMEDY, FAULT = {CASES!r}, {remedy!r}, {fault!r}\n{RUN}" + ("" if remedy else AFFINE)
     return subprocess.run([*prefix, sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
 
 
