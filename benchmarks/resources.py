@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 from cusru import measuring, raw_kernels, specialisation
 from cusru.arguments import ITEMSIZES, STATES
-from cusru.specialisation import Specialisation
+from cusru.specialisation import FORMS, Specialisation
 
 
 class Multiprocessor(NamedTuple):
@@ -148,7 +148,8 @@ def instructions(kernel: Specialisation, architecture: int) -> dict[str, float]:
         file.write(cubin + b"\0")  # CuPy leaves out the last byte
         file.flush()
         sass = subprocess.run([find_nvdisasm(), file.name], capture_output=True, text=True, check=True).stdout
-    loops = smallest_loops(sass, "LDG" if kernel.direction == "reduce" else "MUFU")
+    mark = "LDG" if kernel.direction == "reduce" else "LDS" if kernel.cell in FORMS else "MUFU"  # of all loops over time
+    loops = smallest_loops(sass, mark)
     steps = kernel.columns * (1 if kernel.direction == "reduce" else kernel.tile)
     special = sum("MUFU" in instruction for loop in loops for instruction in loop)
     return {"instructions": round(sum(map(len, loops)) / steps, 1), "special_functions": special / steps}
@@ -182,8 +183,8 @@ def bytes_per_step(kernel: Specialisation) -> int:
     item, state = ITEMSIZES[kernel.dtype], ITEMSIZES[STATES[kernel.dtype]]
     if kernel.direction == "reduce":
         return state
-    u, x = (4 if kernel.skip == "projected" else 3) * item, item * (kernel.skip == "x")
-    weight = {"step": 2 * item, "step_state": 2 * state}.get(kernel.weight, 0)
+    u, x = kernel.k * item * kernel.reads_u, item * (kernel.skip == "x") + kernel.zoneout
+    weight = kernel.gates * {"step": item, "step_state": state}.get(kernel.weight, 0)
     if kernel.direction == "forward":
         return u + x + weight
     return u + x + weight + item + (0 if kernel.recompute else state)  # grad_h, c

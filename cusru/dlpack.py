@@ -216,8 +216,8 @@ def _read_torch(obj: Any, name: str, device: tuple[str, int], stream: int | None
     _check_dtype(name, dtype, allowed)
     if obj.requires_grad and torch.is_grad_enabled():
         raise TypeError(
-            f"{name} requires grad, and a kernel call is not recorded for autograd: call cusru.torch.sru, which is, or pass "
-            f"{name}.detach()"
+            f"{name} requires grad, and a kernel call is not recorded for autograd: call cusru.torch.sru, qrnn or "
+            f"linear_recurrence, which is, or pass {name}.detach()"
         )
     if getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0 and _has_tangent(torch, obj):  # the level first: asked often
         raise TypeError(f"{name} carries a forward-mode tangent, and cusru has no forward-mode derivative: use reverse mode")
@@ -249,7 +249,7 @@ def _has_tangent(torch: Any, obj: Any) -> bool:
         return False
 
 
-_TRACEABLE = "call cusru.torch.sru, which can be traced and transformed"
+_TRACEABLE = "call cusru.torch.sru, qrnn or linear_recurrence, which can be traced and transformed"
 
 
 def untraceable(function: _Function) -> _Function:
