@@ -16,29 +16,34 @@
 //     carry = gc + (A v_f - g) gc + gu2 v_r                      = f gc + ..., again without the rounding of f
 // Where f is small the plain forms are used, since there the others lose f: in both, each term keeps its own last bits.
 //
-// The QRNN's pooling, Bradbury et al., equations 3 to 5, with u = (u0, u1[, u2[, u3]]); p: zoneout, and P = 1 - p, by
-// number or, from an array, P = 0 where it is set
-//     f = sigmoid(y u1)             y = 1 (gate "forget") or -1 ("update")        z = tanh(u0)
+// The QRNN's pooling, Bradbury et al., equations 3 to 5, with u = (u0, u1[, u2[, u3]]); P = 1 - p of zoneout p, or 0
+// where a mask of it is set, else 1:
+//     f = sigmoid(y u1)             y = 1 (gate "forget") or -1 ("update")
+//     z = tanh(u0)                  o = 1 ("f") or sigmoid(u2)
 //     G = P (1 - f)                 e = 1 - G = p + P f
 //     c = e c' + i z                i = G ("f", "fo") or P sigmoid(u3) ("ifo")
-//     h = o c                       o = 1 ("f") or sigmoid(u2)
-// Backward: gc = gh o + carry       gu0 = gc i (1 - z z)      gu1 = gc (c' - z | c') y P f (1 - f)      gu2 = gh c o (1
-// - o)
-//           carry = gc e            gu3 = gc z i (1 - sigmoid(u3))
+//     h = o c
+// Backward:
+//     gc = gh o + carry             gu0 = gc i (1 - z z)        gu1 = gc (c' - z | c') y P f (1 - f)
+//     carry = gc e                  gu2 = gh c o (1 - o)        gu3 = gc z i (1 - sigmoid(u3))
 //
-// The linear recurrence, Martin and Cundy, "Parallelizing Linear Recurrent Neural Nets over Sequence Length", ICLR
-// 2018:
-//     c = a c' + b  |  (c' - a c') + b  |  (c' - a c') + a b       "affine" | "complement" | "blend";     h = c
-// Backward: gc = gh + carry         ga = gc c' | -gc c' | gc (b - c')      gb = gc | gc | gc a
-//           carry = gc a | gc - a gc
+// The linear recurrence, Martin and Cundy, "Parallelizing Linear Recurrent Neural Nets over Sequence Length", 2018:
+//     c = a c' + b  |  (c' - a c') + b  |  (c' - a c') + a b        "affine" | "complement" | "blend";      h = c
+// Backward:
+//     gc = gh + carry               ga = gc c' | -gc c' | gc (b - c')
+//     carry = gc a | gc - a gc      gb = gc | gc | gc a
 //
-// Affine in c, c = factor c' + summand, is every pass but the forward of SRU with weight_c; time can be split where one
-// is:
-//     forward     SRU: f, g z          QRNN: e, i z          linear: a | 1 - a, b | b | a b
-//     backward (in the carry, towards earlier steps, with gc = gh-side + carry)
-//                 SRU: f + A v_f, gh m r a' (f + A v_f) + gu2 v_r        QRNN: e, gh o e        linear: a | 1 - a, gh
-//                 times that
-// Where a sequence starts the factor is 0 by choice, not by multiplication: neither NaN nor infinity comes across.
+// Every pass but the forward of SRU with weight_c is affine in what goes from step to step, so time can be split:
+//     forward,  c = factor c' + summand
+//         SRU without weight_c      factor f                    summand g z
+//         QRNN                      e                           i z
+//         linear recurrence         a | 1 - a                   b | b | a b
+//     backward,  carry = factor carry' + summand, carry' being that of the step after
+//         SRU                       f + A v_f                   (f + A v_f) gh m r a' + gu2 v_r
+//         QRNN                      e                           e gh o
+//         linear recurrence         a | 1 - a                   that times gh
+// At a padded step the factor is 1 and the summand 0. Where a sequence starts the factor is 0 by choice, and not by
+// multiplication: neither NaN nor infinity comes across.
 //
 // Each pass is cut in three, for only the middle waits for the step before: what is known without the state (forward)
 // or the carry (backward), the chain from step to step, and what follows from it.
@@ -75,7 +80,6 @@ struct Variant {
     static constexpr int GATES = CELL == SRU ? 2 : 1;  // for which weight_c has a value
     static constexpr int SUMS = QRNN ? 0 : (CELL == SRU ? 2 : 0) + (WEIGHT == WEIGHT_COLUMN ? GATES : 0);  // gradients
     static constexpr bool STEP_WEIGHT = WEIGHT >= WEIGHT_STEP;
-    static constexpr bool AFFINE_FORWARD = CELL != SRU;
 };
 
 template <bool STATE, typename S, typename T> struct Choose {
