@@ -1,8 +1,8 @@
 """The one table of cases: shapes x options x dtypes, for benchmarks and tests alike.
 
-A `Case` says what a problem is; `make` turns it into the keyword arguments of `cusru.sru_forward`, and `make_gradients` into
-the two gradients that `cusru.sru_backward` starts from, with realistic values: projections N(0, 1), the `sru` package's initial
-weight_c, gates that a forget bias may keep open.
+A `Case` says what a problem is; `make` turns it into the keyword arguments of its family's forward function, and `make_gradients`
+into the two gradients that the backward starts from, with realistic values: projections N(0, 1), the `sru` package's initial
+weight_c, gates that a forget bias may keep open, decays between 0 and 1.
 """
 
 from __future__ import annotations
@@ -35,9 +35,16 @@ class Case(NamedTuple):
     save_every: int | None = 1
     layout: str = "k_inner"  #: of u in memory: "k_inner" or "d_inner"
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    starts: bool = False  #: sequences of some 50 steps laid end to end
+    family: str = "sru"  #: or "qrnn", "linear_recurrence"; then of the options of SRU alone none counts
+    cell: str = ""  #: pooling or form
+    zoneout: float | None = None  #: of the QRNN: a mask with this probability
+    a: str = "step"  #: of the linear recurrence: "step", "batch" or "column", in the state's dtype
 
     @property
     def k(self) -> int:
+        if self.family == "qrnn":
+            return {"f": 2, "fo": 3, "ifo": 4}[self.cell]
         return 4 if self.skip == "projected" else 3
 
     @property
@@ -70,6 +77,12 @@ BENCHMARKS = (
     Case("wide-v2", 4096, 8, 2048, weight_c="column", save_every=32),
     Case("double", 512, 32, 512, weight_c="column", activation="tanh", dtypes=("float64",)),
     Case("step-weights", 512, 32, 256, weight_c="step", dtypes=("float32", "float16")),
+    Case("qrnn-ifo", 512, 32, 512, family="qrnn", cell="ifo", save_every=32),
+    Case("qrnn-zoneout", 512, 32, 512, family="qrnn", cell="fo", zoneout=0.1),
+    Case("linear", 512, 32, 512, family="linear_recurrence", cell="affine"),
+    Case("linear-blend-S32", 4096, 8, 2048, family="linear_recurrence", cell="blend", save_every=32),
+    Case("linear-column", 16384, 1, 1024, family="linear_recurrence", cell="complement", a="column", save_every=32),
+    Case("packed", 16384, 1, 1024, weight_c="column", bias=3.0, save_every=32, starts=True),
 )
 
 SMALL = (  # the same kinds of problem, for a CPU
@@ -92,6 +105,22 @@ SMALL = (  # the same kinds of problem, for a CPU
     Case("small-narrow", 2000, 1, 8, bias=3.0, save_every=32),
     _SEPARATION._replace(name="small-separation-k3", L=32, B=48),
     _SEPARATION._replace(name="small-separation-k4", L=32, B=48, skip="projected"),
+    Case("small-packed", 130, 2, 8, weight_c="column", save_every=32, starts=True, bidirectional=True),
+    Case("small-qrnn-ifo", 40, 3, 20, family="qrnn", cell="ifo", padding="lengths", c0=True, save_every=7),
+    Case("small-qrnn-zoneout", 40, 3, 16, family="qrnn", cell="f", zoneout=0.2, dtypes=("float64", "float16")),
+    Case("small-linear", 40, 3, 16, family="linear_recurrence", cell="affine", c0=True),
+    Case("small-linear-blend", 70, 2, 20, family="linear_recurrence", cell="blend", a="batch", save_every=32, starts=True),
+    Case(
+        "small-linear-column",
+        40,
+        3,
+        17,
+        family="linear_recurrence",
+        cell="complement",
+        a="column",
+        bidirectional=False,
+        dtypes=("float64", "float16"),
+    ),
 )
 
 CASES = {case.name: case for case in (*BENCHMARKS, *SMALL)}
@@ -144,9 +173,9 @@ def _as_it_is(a: np.ndarray) -> Any:
 
 
 def make(case: Case, dtype: str, seed: int = 0, put: Callable[[np.ndarray], Any] = _as_it_is) -> dict[str, Any]:
-    """The keyword arguments of `cusru.sru_forward` for this case: NumPy's arrays, each handed to `put` (to move it to a device).
+    """The keyword arguments of the forward for this case: NumPy's arrays, each handed to `put` (to move it to a device).
 
-    u and x have dtype `dtype`; parameters, c0 and mask_c have the state's.
+    u, x and b have dtype `dtype`; parameters, a, c0 and mask_c have the state's.
     """
     rng = np.random.default_rng(seed)
     state = np.dtype("float64" if dtype == "float64" else "float32")
@@ -155,6 +184,23 @@ def make(case: Case, dtype: str, seed: int = 0, put: Callable[[np.ndarray], Any]
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, dtype=state)
+
+    of_all: dict[str, Any] = dict(bidirectional=case.bidirectional, save_every=case.save_every)
+    if case.family != "sru":
+        arrays: dict[str, np.ndarray | None] = dict(c0=normal(batch, width) if case.c0 else None, mask_pad=_padding(case, rng))
+        if case.family == "qrnn":
+            of_all["pooling"] = case.cell
+            arrays["u"] = normal(length, batch, width, k).astype(storage)
+            if case.zoneout is not None:
+                arrays["zoneout"] = rng.random((length, batch, width)) < case.zoneout
+        else:
+            of_all["form"] = case.cell
+            shape = {"step": (length, batch, width), "batch": (batch, width), "column": (width,)}[case.a]
+            gate = 1 / (1 + np.exp(-normal(*shape) - 3))  # what is kept
+            arrays["a"] = (gate if case.cell == "affine" else 1 - gate).astype(state)
+            arrays["b"] = normal(length, batch, width).astype(storage)
+        arrays["starts"] = _starts(case, rng)
+        return of_all | {name: a if a is None else put(a) for name, a in arrays.items()}
 
     if case.layout == "k_inner":
         u = put(normal(length, batch, width, k).astype(storage))
@@ -171,7 +217,7 @@ def make(case: Case, dtype: str, seed: int = 0, put: Callable[[np.ndarray], Any]
     c0 = normal(batch, width) if case.c0 else None
     if case.mask_c is not None:
         mask_c = ((rng.random((batch, width)) >= case.mask_c) / (1 - case.mask_c)).astype(state)
-    arrays = dict(x=x, bias=bias, weight_c=weight, c0=c0, mask_c=mask_c, mask_pad=_padding(case, rng))
+    arrays = dict(x=x, bias=bias, weight_c=weight, c0=c0, mask_c=mask_c, mask_pad=_padding(case, rng), starts=_starts(case, rng))
     return dict(
         u=u,
         **{name: None if a is None else put(a) for name, a in arrays.items()},
@@ -179,8 +225,7 @@ def make(case: Case, dtype: str, seed: int = 0, put: Callable[[np.ndarray], Any]
         candidate=case.candidate,
         scale_x=case.scale_x,
         mask_target=case.mask_target,
-        bidirectional=case.bidirectional,
-        save_every=case.save_every,
+        **of_all,
     )
 
 
@@ -198,6 +243,10 @@ def _padding(case: Case, rng: np.random.Generator) -> np.ndarray | None:
     if case.padding == "lengths":
         return np.arange(case.L)[:, None] >= (rng.random(case.B) * (case.L + 1)).astype("int64")[None]
     return rng.random((case.L, case.B)) < {"scattered": 0.3, "all": 2}[case.padding]
+
+
+def _starts(case: Case, rng: np.random.Generator) -> np.ndarray | None:
+    return rng.random((case.L, case.B)) < 0.02 if case.starts else None
 
 
 def _dtype(name: str) -> np.dtype:

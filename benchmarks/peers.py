@@ -5,6 +5,8 @@ Each function lays its arrays out and returns a `Peer`: two calls, forward and b
 
     lstm            torch's LSTM layer (cuDNN's on a GPU) from and to D features: a whole layer, its GEMMs included
     sru_layer       ours as a whole layer: torch's GEMM, then cusru.torch.sru; to be held against the LSTM (TF32 allowed in both)
+    linear_recurrence, qrnn     ours, as operators of torch: what the scans and HGRN compute, and the QRNN's fo-pooling
+    associative_scan            torch's own, of the pairs (a, b), compiled
     scan_triton, scan_warp      accelerated-scan: h_t = a_t h_{t-1} + b_t, time innermost; the second zeroes its output first
     hgrn_recurrent, hgrn_chunk  flash-linear-attention's HGRN: the same recurrence, its gates in logarithms, features innermost
     sru_operator    the `sru` package's own operator on the case's own values (on a CPU: compiled forward, autograd through its
@@ -70,7 +72,13 @@ def _tensors(torch: Any, work: Workload) -> dict[str, Any]:
 
 def sru_operator(work: Workload) -> Peer:
     case, on_gpu = work.case, work.machine.name == "gpu"
-    if case.candidate != "identity" or case.weight_c == "step" or case.activation not in ("identity", "tanh"):
+    if (
+        case.family != "sru"
+        or case.starts
+        or case.candidate != "identity"
+        or case.weight_c == "step"
+        or case.activation not in ("identity", "tanh")
+    ):
         raise Unavailable("the sru package has no such variant")
     if case.mask_c is not None and (case.mask_target == "state" or not on_gpu):
         raise Unavailable("the sru package has dropout on the gate only, and none in its CPU operator")
@@ -160,6 +168,42 @@ def sru_layer(work: Workload) -> Peer:
     return _peer(torch, call, torch.ones_like(h), leaves, moved + h.nbytes, 2 * moved + 2 * h.nbytes)
 
 
+def linear_recurrence(work: Workload) -> Peer:
+    torch, case = _torch(work), work.case
+    function = import_or_say_why("cusru.torch").linear_recurrence
+    b = _leaf(torch, work, case.L, case.B, case.D)
+    a = b.detach().sigmoid().requires_grad_()
+    return _peer(torch, lambda: function(a, b)[0], torch.ones_like(b), [a, b], *_bytes_of_a_scan(b))
+
+
+def qrnn(work: Workload) -> Peer:
+    torch, case = _torch(work), work.case
+    function = import_or_say_why("cusru.torch").qrnn
+    u = _leaf(torch, work, case.L, case.B, case.D, 3)
+    h = function(u)[0]
+    return _peer(torch, lambda: function(u)[0], torch.ones_like(h), [u], u.nbytes + h.nbytes, 2 * u.nbytes + h.nbytes)
+
+
+def associative_scan(work: Workload) -> Peer:
+    torch, case = _torch(work), work.case
+    if work.machine.name != "gpu":
+        raise Unavailable("torch's associative_scan, as it is to be used, is compiled for a GPU", altogether=True)
+    scan = import_or_say_why("torch._higher_order_ops.associative_scan").associative_scan
+    b = _leaf(torch, work, case.L, case.B, case.D).detach()
+    a = b.sigmoid()
+
+    def combine(one: Any, two: Any) -> Any:
+        return one[0] * two[0], two[0] * one[1] + two[1]
+
+    run = torch.compile(lambda a, b: scan(combine, (a, b), dim=0, combine_mode="pointwise")[1])
+
+    def backward() -> Any:
+        raise Unavailable("torch's associative_scan is run forward")
+
+    forward_bytes, backward_bytes = _bytes_of_a_scan(b)
+    return Peer(lambda: run(a, b), backward, forward_bytes, backward_bytes)
+
+
 def scan_triton(work: Workload) -> Peer:
     return _scan(work, "accelerated_scan.scalar")
 
@@ -205,7 +249,19 @@ def _bytes_of_a_scan(one: Any) -> tuple[int, int]:
 
 # In the order of the time that they may take before they run: the last compile C++ and CUDA when they are imported.
 PEERS: dict[str, Callable[[Workload], Peer]] = {
-    make.__name__: make for make in (lstm, sru_layer, scan_triton, hgrn_recurrent, hgrn_chunk, scan_warp, sru_operator)
+    make.__name__: make
+    for make in (
+        lstm,
+        sru_layer,
+        linear_recurrence,
+        qrnn,
+        associative_scan,
+        scan_triton,
+        hgrn_recurrent,
+        hgrn_chunk,
+        scan_warp,
+        sru_operator,
+    )
 }
 
 if __name__ == "__main__":  # so that what compiles is there when its turn comes

@@ -225,7 +225,8 @@ def covering(kernels: Iterable[Specialisation]) -> list[Specialisation]:
         shape = (kernel.direction, kernel.recompute, kernel.columns, kernel.packed, kernel.alone)
         options = (kernel.skip, kernel.activation, kernel.candidate, kernel.weight, kernel.marks, kernel.cell, kernel.zoneout)
         registers = (kernel.dtype, *shape[:3], kernel.alone, kernel.weight)
-        return {(kernel.dtype, shape), registers} | {(kernel.dtype, i, option) for i, option in enumerate(options)}
+        of_cell = {(kernel.cell, *shape[:3]), (kernel.cell, kernel.marks, kernel.zoneout), (kernel.cell, kernel.weight)}
+        return {(kernel.dtype, shape), registers} | of_cell | {(kernel.dtype, i, option) for i, option in enumerate(options)}
 
     remaining = {kernel: pairs(kernel) for kernel in kernels}
     wanted = set().union(*remaining.values())

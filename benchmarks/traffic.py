@@ -40,7 +40,16 @@ STATES = (
     _V2._replace(name="short-v2-S32", save_every=32),
     _V2._replace(name="short-v2-S100", save_every=100),
 )
-CASES = LAYOUTS + STATES
+_SHAPE = dict(L=_SHORT.L, B=_SHORT.B, D=_SHORT.D, dtypes=_SHORT.dtypes)
+FAMILIES = (
+    _V2._replace(name="short-v2-starts", starts=True),
+    Case("short-qrnn-fo", family="qrnn", cell="fo", **_SHAPE),
+    Case("short-qrnn-zoneout", family="qrnn", cell="ifo", zoneout=0.1, save_every=32, **_SHAPE),
+    Case("short-linear", family="linear_recurrence", cell="affine", **_SHAPE),
+    Case("short-linear-S32", family="linear_recurrence", cell="blend", save_every=32, **_SHAPE),
+    Case("short-linear-column", family="linear_recurrence", cell="complement", a="column", **_SHAPE),
+)
+CASES = LAYOUTS + STATES + FAMILIES
 
 
 def rows(case: Case, dtype: str, multiprocessors: int = 132) -> Iterator[dict[str, Any]]:

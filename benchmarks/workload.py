@@ -32,26 +32,31 @@ class Workload:
         """like: one whose inputs are shared, which differs in save_every alone."""
         self.machine, self.case, self.dtype = machine, case, dtype
         self.given = {**like.given, "save_every": case.save_every} if like else cases.make(case, dtype, put=machine.put)
-        self.output = cusru.sru_forward(**self.given)
+        self._forward, self._backward = (getattr(cusru, f"{case.family}_{direction}") for direction in PASSES)
+        self.output = self._forward(**self.given)
         self._workspace = {}
         self.results: dict[str, Any] = {"forward": self.output}
         self.gradients: tuple[Any, ...] = ()
         if case.save_every is not None:
             self.gradients = (*cases.make_gradients(case, dtype, put=machine.put), self.output.c)
-            self.results["backward"] = cusru.sru_backward(*self.gradients, **self.given)
+            self.results["backward"] = self._backward(*self.gradients, **self.given)
         for direction in self.results:
-            self._workspace[direction] = machine.bytes(cusru.workspace_size(direction, **self.given))
+            name = direction if case.family == "sru" else f"{case.family}_{direction}"
+            self._workspace[direction] = machine.bytes(cusru.workspace_size(name, **self.given))
 
     def run(self, direction: str) -> None:
         """As a caller does who owns all memory: nothing is allocated."""
         memory = dict(out=self.results[direction], workspace=self._workspace[direction])
         if direction == "forward":
-            cusru.sru_forward(**self.given, **memory)
+            self._forward(**self.given, **memory)
         else:
-            cusru.sru_backward(*self.gradients, **self.given, **memory)
+            self._backward(*self.gradients, **self.given, **memory)
 
     def floor(self, direction: str) -> Floor:
-        read = _nbytes(self.given.values()) + (_nbytes(self.gradients) if direction == "backward" else 0)
+        given = dict(self.given)
+        if direction == "backward" and self.case.save_every == 1 and self.case.cell in ("affine", "complement"):
+            del given["b"]  # on which no gradient depends
+        read = _nbytes(given.values()) + (_nbytes(self.gradients) if direction == "backward" else 0)
         return Floor(read, _nbytes(self.results[direction]))
 
     # ---- yardsticks ----
@@ -70,6 +75,8 @@ class Workload:
         case = self.case
         return (
             hasattr(self.machine, "launch")
+            and case.family == "sru"
+            and not case.starts
             and case.candidate == "identity"
             and case.weight_c != "step"
             and case.layout == "k_inner"

@@ -186,9 +186,13 @@ class _Tile:
     def marks(self, t0: int, t1: int) -> Marks | None:
         return marks_of(self.masks, t0, t1)
 
-    def affine(self, t0: int, t1: int) -> tuple[Factor, Array, Any]:
-        """F, the summand, and what else is known of some steps without their states."""
+    def affine(self, t0: int, t1: int) -> tuple[Factor, Array]:
+        """F and the summand of some steps."""
         raise NotImplementedError
+
+    def known(self, t0: int, t1: int) -> tuple[Factor, Array, Any]:
+        """And what else the output needs."""
+        return *self.affine(t0, t1), None
 
     def output(self, of_steps: Any, c: Array, h: Array, marks: Marks | None) -> None:
         if marks is None or marks.pads is None:
@@ -216,33 +220,42 @@ class _Pooling(_Tile):
         self.planes, self.zoneout = u.transpose(3, 0, 1, 2), zoneout
         self.pooling, self.update = pooling, gate == "update"
 
-    def affine(self, t0: int, t1: int) -> tuple[Factor, Array, _Pooled]:
-        u0, *rest = widen(self.planes[:, t0:t1], self.dtype)
-        e = np.stack(rest)
+    def affine(self, t0: int, t1: int) -> tuple[Factor, Array]:
+        return self.known(t0, t1, (1, 3) if self.pooling == "ifo" else (1,))[:2]
+
+    def known(self, t0: int, t1: int, gates_of: tuple[int, ...] = (1, 2, 3)) -> tuple[Factor, Array, _Pooled]:
+        """gates_of: planes of u."""
+        planes = self.planes[:, t0:t1]
+        u0, (first, *others) = widen(planes[0], self.dtype), [j for j in gates_of if j < len(planes)]
+        e, below = np.empty((2, 1 + len(others), *u0.shape), self.dtype)
+        for plane, j in zip(e, (first, *others), strict=True):
+            load(planes[j], plane)
         if self.update:
             negative(e[0], e[0])
-        below = np.empty_like(e)
         exponentials(e, None, u0, below)
         gates(e, below)
-        f, g = e[0], below[0]
-        slope_f = f * g
-        i, slope_i = None, None
-        if self.pooling == "ifo":
-            i, slope_i = e[2], e[2] * below[2]
+        found = dict(zip((first, *others), zip(e, below, strict=True), strict=True))
+        (f, g), (o, q), (i, slope_i) = found[1], found.get(2, (None, None)), found.get(3, (None, None))
+        slope_f = multiply(f, g)
+        if i is not None:
+            multiply(i, slope_i, slope_i)
         left, moved = f, g
         if isinstance(self.zoneout, np.ndarray):
             zoned = self.zoneout[t0:t1] != 0
-            left, moved = np.where(zoned, 1, f), np.where(zoned, 0, g)
-            slope_f, i, slope_i = [a if a is None else np.where(zoned, 0, a) for a in (slope_f, i, slope_i)]
+            np.copyto(left, 1, where=zoned)
+            for a in (moved, slope_f, i, slope_i):
+                if a is not None:
+                    np.copyto(a, 0, where=zoned)
         elif self.zoneout is not None:
             p, taken = (np.array(value, self.dtype) for value in (self.zoneout, 1 - self.zoneout))
-            left, moved = f * taken + p, g * taken
-            slope_f, i, slope_i = [a if a is None else a * taken for a in (slope_f, i, slope_i)]
+            for a in (left, moved, slope_f, i, slope_i):
+                if a is not None:
+                    multiply(a, taken, a)
+            add(left, p, left)
         small = None if not left.size or left.item(left.argmin()) >= SMALL_F else left < SMALL_F  # the least may be NaN
         z = activate("tanh", u0)
         i = moved if i is None else i
-        o, q = (e[1], below[1]) if self.pooling != "f" else (None, None)
-        return Factor(moved, False, small, left), i * z, _Pooled(u0, z, i, o, q, slope_f, slope_i)
+        return Factor(moved, False, small, left), multiply(i, z), _Pooled(u0, z, i, o, q, slope_f, slope_i)
 
     def output(self, of_steps: _Pooled, c: Array, h: Array, marks: Marks | None) -> None:
         if of_steps.o is None:
@@ -265,9 +278,9 @@ class _Linear(_Tile):
     def factor(self, t0: int, t1: int) -> Factor:
         return Factor(self.coefficients(t0, t1), self.form == "affine")
 
-    def affine(self, t0: int, t1: int) -> tuple[Factor, Array, None]:
+    def affine(self, t0: int, t1: int) -> tuple[Factor, Array]:
         factor, b = self.factor(t0, t1), widened(self.b[t0:t1], self.dtype)
-        return factor, factor.value * b if self.form == "blend" else b, None
+        return factor, factor.value * b if self.form == "blend" else b
 
 
 # -------------------------------------------------------------------------------------------------------- the two passes
@@ -283,7 +296,7 @@ def _forward(tile: _Tile, every: int | None, backward: bool, h: MaybeArray, c: M
         t1 = min(t0 + block, length)
         states[0] = now[-1]
         now, marks = states[: t1 - t0 + 1], tile.marks(t0, t1)
-        factor, summand, rest = tile.affine(t0, t1)
+        factor, summand, rest = tile.known(t0, t1)
         run_states(now, factor, summand, marks)
         if h is not None:
             tile.output(rest, now[1:], h[t0:t1], marks)
@@ -311,13 +324,15 @@ class _States:
         """Before and after the steps [t0, t1), which come from the last block to the first."""
         tile, states = self.tile, self.states
         if self.complete:
-            if t0:
-                states[0] = self.c[t0 - 1]
-            else:
-                load(tile.c0, states[0])
-            states[1 : t1 - t0 + 1] = self.c[t0:t1]
-            self.low = t0
-        elif t0 < self.low:
+            c_next, c_prev = self.c[t0:t1], self.c[t0 - 1 : t1 - 1]
+            if t0 == 0:
+                c_prev = states[: t1 - t0]
+                load(tile.c0, c_prev[:1])
+                c_prev[1:] = c_next[:-1]
+            if marks is not None and marks.starts is not None:
+                c_prev = np.where(marks.starts, ZERO[c_prev.dtype], c_prev)
+            return c_prev, c_next
+        if t0 < self.low:
             i = bisect_right(self.saved, t0) - 1
             self.low = low = self.saved[i] if i >= 0 else 0
             if i < 0:
@@ -326,7 +341,7 @@ class _States:
                 states[0] = self.c[i]
             for t in range(low, t1, tile.block):
                 end = min(t + tile.block, t1)
-                factor, summand, _ = tile.affine(t, end)
+                factor, summand = tile.affine(t, end)
                 run_states(states[t - low : end - low + 1], factor, summand, tile.marks(t, end))
         now = states[t0 - self.low : t1 - self.low + 1]
         return before(now, marks), now[1:]
@@ -403,22 +418,28 @@ def qrnn_backward(
             history, carry = _States(tile, c, save_every, backward), _first_carry(tile, grad_c_last)
             for t0, t1, marks in _blocks(tile):
                 c_prev, c_next = history.read(t0, t1, marks)
-                factor, _, p = tile.affine(t0, t1)
-                gh = widened(grad_h[t0:t1], tile.dtype)
-                gc = gh * (1 if p.o is None else p.o)
-                gu2 = None if p.o is None else gc * p.slope_o * c_next  # a saturated gate's 0 first: gh * c may overflow
+                factor, _, p = tile.known(t0, t1)
+                gc, gu2 = widen(grad_h[t0:t1], tile.dtype), None
+                if p.o is not None:
+                    multiply(gc, p.o, gc)
+                    gu2 = multiply(gc, p.slope_o, p.slope_o)  # a saturated gate's 0 first: gh * c may overflow
+                    multiply(gu2, c_next, gu2)
                 carry = run_carry(carry, gc, factor, marks)
                 if grad_u is None:
                     continue
                 gu = grad_u[t0:t1].transpose(3, 0, 1, 2)
-                slope_z: Any = slope("tanh", p.u0)
-                store(gc * (p.i * slope_z), gu[0], marks)
-                through_f = (c_prev if pooling == "ifo" else c_prev - p.z) * p.slope_f
-                store(gc * (negative(through_f) if tile.update else through_f), gu[1], marks)
-                if gu2 is not None:
-                    store(gu2, gu[2], marks)
-                if p.slope_i is not None:
-                    store(gc * (p.z * p.slope_i), gu[3], marks)
+                through_f = c_prev if pooling == "ifo" else subtract(c_prev, p.z)
+                through_f = multiply(through_f, p.slope_f, p.slope_f)
+                if tile.update:
+                    negative(through_f, through_f)
+                through = [(p.i, slope("tanh", p.u0)), (through_f, None), None, (p.z, p.slope_i)]
+                for plane, of_gc in zip(gu, through, strict=False):
+                    if of_gc is None:
+                        store(gu2, plane, marks)  # type: ignore[arg-type]
+                        continue
+                    value, times = of_gc
+                    room = value if times is None else multiply(value, times, times)
+                    put(multiply, gc, room, plane, marks)
             if grad_c0 is not None:
                 narrow(carry, grad_c0)
     finally:

@@ -382,7 +382,8 @@ def build_affine(choice: dict[str, Any]) -> Problem:
 
 def of_case(case: cases.Case, dtype: str, seed: int = 0) -> Problem:
     """A case of the table, as it stands."""
-    return Problem({"case": case.name}, cases.make(case, dtype, seed), *cases.make_gradients(case, dtype, seed), dtype, 0)
+    grads = cases.make_gradients(case, dtype, seed)
+    return Problem({"case": case.name}, cases.make(case, dtype, seed), *grads, dtype, 0, case.family)
 
 
 # ---- the simulator's share --------------------------------------------------------------------------------------------

@@ -238,12 +238,9 @@ def test_h_holds_the_states_and_serves_the_backward(backend, dtype, form):
     assert_same(backend.backward(problem, without.h), g)
 
 
-@of_linear
 @pytest.mark.parametrize("summed", ["batch", "column"])
-def test_no_small_terms_of_a_gradient_of_a_are_lost_beside_a_large_one(backend, row, summed):
+def test_no_small_terms_of_a_gradient_of_a_are_lost_beside_a_large_one(backend, summed):
     """Sixty thousand terms of 2^-24 each beside one of 1: a plain sum in float32 would stand still."""
-    if row[1] != "float32":
-        pytest.skip("in float32")
     length, batch = 2000, 33
     b, grad_h = np.zeros((length, batch, 2), "f4"), np.full((length, batch, 2), 2.0**-24, "f4")
     grad_h[-1, 0] = 1  # what is summed first

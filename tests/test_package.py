@@ -21,7 +21,7 @@ import cusru
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ("README.md", "docs/torch.md", "docs/migrating-from-sru.md")
+DOCUMENTS = ("README.md", "docs/torch.md", "docs/migrating-from-sru.md", "docs/linear-recurrence.md", "docs/sru-and-qrnn.md")
 BLOCKS = {name: re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), flags=re.M | re.S) for name in DOCUMENTS}
 HEAVY = ("cupy", "torch", "jax", "tensorflow", "ml_dtypes", "scipy", "cusru.reference", "cusru.simulator", "cusru.torch")
 
@@ -248,11 +248,13 @@ def test_every_public_name_of_cusru_torch_is_documented():
     for name in torch.__all__:
         assert getattr(torch, name).__doc__
         assert f"`{name}`" in document or f"`cusru.torch.{name}`" in document
-    signature = inspect.signature(torch.sru)
-    assert re.findall(r"^\| `(\w+)` \|", section("`cusru.torch.sru`"), flags=re.M) == list(signature.parameters)
-    for name, parameter in signature.parameters.items():
-        shown = name if parameter.default is parameter.empty else f"{name}={parameter.default!r}".replace("'", '"')
-        assert shown in section("`cusru.torch.sru`"), shown
+    for function in (torch.sru, torch.qrnn, torch.linear_recurrence):
+        signature, told = inspect.signature(function), section(f"`cusru.torch.{function.__name__}`")
+        tabled = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", told, flags=re.M)
+        assert [name for row in tabled for name in re.findall(r"\w+", row)] == list(signature.parameters)
+        for name, parameter in signature.parameters.items():
+            shown = name if parameter.default is parameter.empty else f"{name}={parameter.default!r}".replace("'", '"')
+            assert shown in told, shown
 
 
 @pytest.mark.parametrize(("module", "column"), [("SRU", 1), ("SRUCell", 2)])
