@@ -35,7 +35,7 @@ def test_the_covering_lists_hold_every_pair_of_options():
 @pytest.mark.parametrize("family", strategies.FREE_AFFINE)
 def test_the_covering_list_of_what_is_affine_holds_every_value_of_every_option(family):
     free = strategies.FREE_AFFINE[family]
-    of_family = {"qrnn": (free["pooling"], ("plain", "zoned")), "linear_recurrence": (free["form"], free["a"])}[family]
+    of_family = (free["pooling"], ("plain", "zoned")) if family == "qrnn" else (free["form"], free["a"])
     # b is read as u is where its k values lie side by side, and has no planes.
     access = set(strategies.ACCESS) - (set() if family == "qrnn" else {"packed", "wide_planar"})
     wanted = cases.DTYPES, *of_family, access, ("saved", "recompute"), ("none", "padding", "starts")
