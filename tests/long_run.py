@@ -25,15 +25,16 @@ import oracle  # noqa: E402
 import strategies  # noqa: E402
 from conftest import Backend, missing  # noqa: E402
 
-ROWS = [row for row in (*strategies.COVERING, *strategies.SECOND_COVERING) if row[0] in strategies.DTYPES]
+LISTS = strategies.COVERING, strategies.SECOND_COVERING, strategies.AFFINE_COVERING
+ROWS = [row for row in itertools.chain(*LISTS) if {*row[:2]} & {*strategies.DTYPES}]
 
 
 def one(job: tuple[int, int, str]) -> tuple[dict[str, float], list[str]]:
     """The worst error / bound of each quantity of one case, and what went wrong."""
     seed, index, name = job
     rng = random.Random(f"{seed} {index} {name}")
-    choice = strategies.random_choice(rng, ROWS[index % len(ROWS)] if name == "simulator" else None)
-    problem = strategies.build(choice)
+    row, family = ROWS[index % len(ROWS)], strategies.FAMILIES[index % len(strategies.FAMILIES)]
+    problem = strategies.build_any(strategies.random_choice(rng, row if name == "simulator" else None, family))
     backend = Backend(name, problem.multiprocessors)
     worst: dict[str, float] = {}
     failures = []

@@ -441,6 +441,7 @@ bfloat16    x           relu        identity    column      scalar      saved
 bfloat16    projected   tanh        identity    step_state  packed      recompute
 """)
 STARTING = COVERING[2], COVERING[7], COVERING[11], COVERING[14]  # rows that are drawn with starts too
+STARTED = (*COVERING[2][:4], "column", *COVERING[2][5:], "starts")  # and one that always is, for laws
 
 # Family, dtype, pooling or form, what is zoned or which a, access, recompute, and which marks are drawn
 AFFINE_COVERING = _rows("""
@@ -479,10 +480,10 @@ ACCESS: dict[str, dict[str, tuple[Any, ...]]] = {  # u read in planes, or k valu
 }
 
 
-def fields(row: tuple[str, ...] | None = None) -> dict[str, Sequence[Any]]:
-    """What a choice may hold: of a row of COVERING, or free."""
+def fields(row: tuple[str, ...] | None = None, family: str = "sru") -> dict[str, Sequence[Any]]:
+    """What a choice may hold: of a row of a covering list, or free."""
     if row is None:
-        return FREE | RUN_TIME
+        return FREE | RUN_TIME if family == "sru" else FREE_AFFINE[family] | {"family": (family,)}
     if row[0] in FREE_AFFINE:
         family, dtype, cell, variant, access, recompute, marks = row
         own = {"qrnn": dict(pooling=cell), "linear_recurrence": dict(form=cell, a=variant)}[family] | dict(
@@ -499,37 +500,31 @@ def fields(row: tuple[str, ...] | None = None) -> dict[str, Sequence[Any]]:
         if marks == "starts":
             several["starts"] = ("scattered", "rare", "first", "all")
         return FREE_AFFINE[family] | several | ACCESS[access]
-    dtype, skip, activation, candidate, weight, access, recompute = row
+    dtype, skip, activation, candidate, weight, access, recompute, *marks = row
     every = SAVE_EVERY[1:-1] if recompute == "recompute" else (1, 1, None)
     own = dict(dtype=dtype, skip=skip, activation=activation, candidate=candidate, weight=weight)
-    starts = RUN_TIME["starts"] if row in STARTING else ("none",)  # each is a kernel
+    starts = RUN_TIME["starts"] if row in STARTING else tuple(STARTS) if marks else ("none",)  # each is a kernel
     return RUN_TIME | {n: (v,) for n, v in own.items()} | {"save_every": every, "starts": starts} | ACCESS[access]
 
 
 def problems(row: tuple[str, ...] | None = None, **only: Any) -> st.SearchStrategy[Problem]:
     """`only`: the values of some fields."""
-    return st.fixed_dictionaries({n: st.sampled_from(v) for n, v in (fields(row) | _several(only)).items()}).map(_build_any)
+    return st.fixed_dictionaries({n: st.sampled_from(v) for n, v in (fields(row) | _several(only)).items()}).map(build_any)
 
 
 def affine_problems(**only: Any) -> st.SearchStrategy[Problem]:
     """Of the QRNN and the linear recurrence, with any options."""
-    return st.one_of(
-        *(
-            st.fixed_dictionaries({n: st.sampled_from(v) for n, v in (own | _several(only) | {"family": (family,)}).items()}).map(
-                _build_any
-            )
-            for family, own in FREE_AFFINE.items()
-        )
-    )
+    several = [fields(None, family) | _several(only) for family in FREE_AFFINE]
+    return st.one_of([st.fixed_dictionaries({n: st.sampled_from(v) for n, v in one.items()}).map(build_any) for one in several])
 
 
-def _build_any(choice: dict[str, Any]) -> Problem:
+def build_any(choice: dict[str, Any]) -> Problem:
     return build_affine(choice) if "family" in choice else build(choice)
 
 
-def random_choice(rng: random.Random, row: tuple[str, ...] | None = None, **only: Any) -> dict[str, Any]:
+def random_choice(rng: random.Random, row: tuple[str, ...] | None = None, family: str = "sru", **only: Any) -> dict[str, Any]:
     """Without Hypothesis."""
-    return {n: rng.choice(v) for n, v in (fields(row) | _several(only)).items()}
+    return {n: rng.choice(v) for n, v in (fields(row, family) | _several(only)).items()}
 
 
 def _several(only: dict[str, Any]) -> dict[str, Sequence[Any]]:
@@ -558,6 +553,6 @@ def typical(row: tuple[str, ...], **changes: Any) -> Problem:
         bias=0.0,
         scale_x=-0.7,
     )
-    if row[-1] == "recompute":
+    if "recompute" in row:
         choice["save_every"] = 7
     return build(choice | changes)

@@ -5,10 +5,12 @@ import numpy as np
 import oracle
 import pytest
 import strategies
+from conftest import Backend
 from strategies import AFFINE_COVERING, AFFINE_PANEL, DTYPES, np_dtype, state_of, typical
 from test_laws import assert_same, of_rows
 
 import cusru
+from cusru import reference_affine
 
 pytestmark = pytest.mark.filterwarnings("error")
 RNG = np.random.default_rng(0)
@@ -249,6 +251,27 @@ def test_no_small_terms_of_a_gradient_of_a_are_lost_beside_a_large_one(backend, 
     _, g = linear(backend, a, b, grad_h, form="affine", c0=np.ones((batch, 2), "f4"))
     terms = grad_h.astype(float)
     np.testing.assert_allclose(g.a, terms.sum(0) if summed == "batch" else terms.sum((0, 1)), rtol=1e-6)
+
+
+# ---- NumPy's slices of time --------------------------------------------------------------------------------------------
+
+
+@of_rows(*AFFINE_COVERING)
+@pytest.mark.parametrize("reach", ["gate", "near_1", "any", "exact"])
+def test_slices_of_time_have_the_bits_of_one_step_after_another(row, reach, monkeypatch):
+    """However many they are, also where states never come together, grow, or are not finite."""
+    for value in (None, np.nan, np.inf):
+        problem = typical(row, length=300, batch=2, width=4, reach=reach, bias=3.0)
+        u = np.array(problem.inputs[lead := "u" if "u" in problem.inputs else "b"])
+        if value is not None:
+            u[[5, 150, 151], 1, [0, 1, 3]] = value
+        problem, found = problem.replace(**{lead: u}), []
+        for count in (0, 2, 9, 37):
+            monkeypatch.setattr(reference_affine, "slices", lambda a, _, count=count: count if len(a) > 2 * count else 0)
+            found.append(Backend("numpy").both(problem))
+        for results in found[1:]:
+            for got, want in zip(results, found[0], strict=True):
+                assert_same(got, want, repr(value))
 
 
 # ---- workspace ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Laws that hold for the recurrence whatever it computes: each test is one, its name says which, and it runs on every backend.
 
 The problems are those of strategies.PANEL and AFFINE_PANEL, rows of the covering lists in which every dtype, skip, activation,
-candidate and kind of weight_c occurs, every pooling, every form and every kind of a.
+candidate and kind of weight_c occurs, every pooling, every form and every kind of a; and an SRU of sequences laid end to end.
 """
 
 import functools
@@ -13,7 +13,7 @@ import oracle
 import pytest
 import strategies
 from conftest import GRADIENTS
-from strategies import AFFINE_COVERING, AFFINE_PANEL, DTYPES, LAYOUTS, PANEL, arranged, np_dtype, state_of, typical
+from strategies import AFFINE_COVERING, AFFINE_PANEL, DTYPES, LAYOUTS, PANEL, STARTED, arranged, np_dtype, state_of, typical
 
 import cusru
 
@@ -28,8 +28,8 @@ def of_rows(*rows):
 
 
 on_the_panel = of_rows(*PANEL)  # of SRU
-on_every_panel = of_rows(*PANEL, *AFFINE_PANEL)
-in_float64 = of_rows(*(row for row in (*strategies.COVERING, *AFFINE_COVERING) if "float64" in row))
+on_every_panel = of_rows(*PANEL, STARTED, *AFFINE_PANEL)
+in_float64 = of_rows(*(row for row in (*strategies.COVERING, STARTED, *AFFINE_COVERING) if "float64" in row))
 
 
 def assert_same(actual, expected, what=""):
@@ -264,16 +264,32 @@ def assert_no_nan_is_swallowed(backend, rows):
                         assert not swallowed.any(), f"{name} -> {result}{np.argwhere(swallowed)[0]}, {row}"
 
 
+EXTREME = {"float64": 1e300, "float32": 1e38, "float16": 65504.0, "bfloat16": 1e38}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight", ["none", "column"])
 def test_extreme_sigmoid_arguments_are_finite_and_silent(backend, dtype, weight):
     row = (dtype, "x", "identity", "tanh", weight, "scalar", "saved")
     problem = typical(row, width=4, length=4, layout_u="compact", bias=None)
-    extreme = {"float64": 1e300, "float32": 1e38, "float16": 65504.0, "bfloat16": 1e38}[dtype]
+    extreme = EXTREME[dtype]
     gates = np.array([[f, r] for f in (-extreme, -100, 100, extreme) for r in (-extreme, -100, 100, extreme)])
     u = np.array(problem.inputs["u"])
     u[:, 0, :, 1:] = gates.reshape(4, 4, 2).astype(u.dtype)
-    problem = problem.replace(u=u)
+    assert_finite_silent_and_right(backend, problem.replace(u=u))
+
+
+@of_rows(*(row for row in AFFINE_COVERING if row[0] == "qrnn"))
+@pytest.mark.parametrize("gate", ["forget", "update"])
+def test_extreme_arguments_of_the_pooling_are_finite_and_silent(backend, row, gate):
+    problem = typical(row, gate=gate)
+    extreme = EXTREME[problem.dtype]
+    u = problem.inputs["u"]
+    values = np.random.default_rng(0).choice([-extreme, -100, -1, 1, 100, extreme], u.shape)
+    assert_finite_silent_and_right(backend, problem.replace(u=values.astype(u.dtype)))
+
+
+def assert_finite_silent_and_right(backend, problem):
     with warnings.catch_warnings(), np.errstate(all="warn"):
         warnings.simplefilter("error")
         output, gradients = backend.both(problem)
@@ -362,20 +378,16 @@ def test_every_save_every_gives_the_same_gradients_and_consistent_states(backend
     assert_same(backend.forward(problem, save_every=None), every_state._replace(c=None))
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        ("float32", "x", "identity", "identity", "column", "wide_packed", "recompute"),
-        ("float16", "none", "tanh", "identity", "none", "wide_packed", "recompute"),
-        ("float64", "x", "identity", "tanh", "step", "wide_packed", "recompute"),
-    ],
-    ids="-".join,
+@of_rows(
+    ("float32", "x", "identity", "identity", "column", "wide_packed", "recompute"),
+    ("float16", "none", "tanh", "identity", "none", "wide_packed", "recompute"),
+    ("float64", "x", "identity", "tanh", "step", "wide_packed", "recompute"),
+    ("qrnn", "float32", "fo", "zoned", "wide_packed", "recompute", "starts"),
+    ("linear_recurrence", "bfloat16", "blend", "step", "wide_packed", "recompute", "none"),
 )
 def test_whole_tiles_have_the_bits_of_those_that_are_cut(backend, row):
     """Of 32 threads' columns in each direction: so a GPU's whole tiles go straight, as those of the panel's 16 columns do not.
     Saved blocks shorter than a tile, those that begin within a group of four steps, and whole ones; one warp a block, several."""
-    if row[0] not in DTYPES:
-        pytest.skip("needs ml_dtypes")
     problem = typical(row, length=70, width=128, batch=2)
     every_state = backend.forward(problem, save_every=1)
     wanted = backend.backward(problem, every_state.c, save_every=1)
@@ -506,8 +518,12 @@ def test_reverse_is_time_flipped_and_with_two_directions_the_halves_change_place
 # ---- algebra ----------------------------------------------------------------------------------------------------------
 
 
-def test_without_weight_c_and_activation_the_forward_is_affine_in_c0(backend):
-    problem = typical(("float64", "x", "identity", "identity", "none", "scalar", "saved"), bias=3.0)
+@of_rows(
+    ("float64", "x", "identity", "identity", "none", "scalar", "saved"),
+    *(row for row in AFFINE_COVERING if row[1] == "float64"),
+)
+def test_without_weight_c_and_activation_the_forward_is_affine_in_c0(backend, row):
+    problem = typical(row, bias=3.0, reach="near_1", starts="none")
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 3, 16))
     at_a, at_b, at_0, at_sum = (backend.forward(problem, c0=c0) for c0 in (a, b, 0 * a, a + b))
@@ -613,21 +629,34 @@ def test_a_size_of_zero(backend, row, empty, c0):
 
 
 @functools.cache
-def _long(weight):
-    problem = typical(("float32", "x", "identity", "identity", weight, "scalar", "saved"), length=16384, batch=1, width=8,
-                      layout_u="compact", padding="none", mask_c=None)  # fmt: skip
+def _long(kind):
+    row = {
+        "none": ("float32", "x", "identity", "identity", "none", "scalar", "saved"),
+        "column": ("float32", "x", "identity", "identity", "column", "scalar", "saved"),
+        "fo": ("qrnn", "float32", "fo", "plain", "scalar", "saved", "none"),
+        "blend": ("linear_recurrence", "float32", "blend", "step", "scalar", "saved", "none"),
+    }[kind]
+    problem = typical(row, length=16384, batch=1, width=8, layout_u="compact", padding="none", mask_c=None)
     # The state stays small, c0 with it: a large one would excuse, as the largest magnitude, what is lost later.
     problem = problem.replace(c0=np.zeros_like(problem.inputs["c0"]))
-    bias = np.array(problem.inputs["bias"])
-    bias[0] = [7, 9] * 4
-    problem = problem.replace(bias=bias)
+    if "bias" in problem.inputs:
+        bias = np.array(problem.inputs["bias"])
+        bias[0] = [7, 9] * 4
+        problem = problem.replace(bias=bias)
+    elif kind == "fo":
+        u = np.array(problem.inputs["u"])
+        u[..., 1] += [7, 9] * 4
+        problem = problem.replace(u=u)
+    else:
+        taken = oracle.sigmoid(np.random.default_rng(0).standard_normal(problem.shape) - [7, 9] * 4)
+        problem = problem.replace(a=taken.astype("f4"))
     return problem, problem.expected_forward(), problem.expected_backward()
 
 
-@pytest.mark.parametrize("weight", ["none", "column"])
+@pytest.mark.parametrize("kind", ["none", "column", "fo", "blend"])
 @pytest.mark.parametrize("every", [1, 64])
-def test_long_saturated_sequences_keep_the_bound(backend, weight, every):
-    problem, forward, backward = _long(weight)
+def test_long_saturated_sequences_keep_the_bound(backend, kind, every):
+    problem, forward, backward = _long(kind)
     problem = problem.replace(save_every=every)
     output, gradients = backend.both(problem)
     oracle.check(output._replace(c=None), forward, "float32")

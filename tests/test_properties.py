@@ -32,6 +32,17 @@ def test_the_covering_lists_hold_every_pair_of_options():
         assert possible - {(i, r[i], j, r[j]) for r in rows for i in range(7) for j in range(i)} == impossible
 
 
+@pytest.mark.parametrize("family", strategies.FREE_AFFINE)
+def test_the_covering_list_of_what_is_affine_holds_every_value_of_every_option(family):
+    free = strategies.FREE_AFFINE[family]
+    of_family = (free["pooling"], ("plain", "zoned")) if family == "qrnn" else (free["form"], free["a"])
+    # b is read as u is where its k values lie side by side, and has no planes.
+    access = set(strategies.ACCESS) - (set() if family == "qrnn" else {"packed", "wide_planar"})
+    wanted = cases.DTYPES, *of_family, access, ("saved", "recompute"), ("none", "padding", "starts")
+    rows = [row[1:] for row in strategies.AFFINE_COVERING if row[0] == family]
+    assert [set(values) for values in zip(*rows, strict=True)] == [set(values) for values in wanted]
+
+
 def test_forward_agrees_with_the_oracle(source):
     def check(backend, problem):
         problem.check(backend.forward(problem), problem.expected_forward())
