@@ -277,6 +277,9 @@ FAMILIES = {
     "f, zoneout": (lambda u, starts: qrnn(u, pooling="f", zoneout=0.25, gate="update"), 2),
     "fo, starts": (lambda u, starts: qrnn(u, starts=starts, bidirectional=True, reverse=True), 3),
     "ifo, padding": (lambda u, starts: qrnn(u, pooling="ifo", mask_pad=starts), 4),
+    "ifo, zoneout": (lambda u, starts: qrnn(u, pooling="ifo", zoneout=0.25), 4),
+    "ifo, zoneout of steps": (lambda u, starts: qrnn(u, pooling="ifo", zoneout=u[..., 0] > 0.5, gate="update"), 4),
+    "affine, padding": (lambda u, starts: linear_recurrence(u[..., 0].sigmoid(), u[..., 1], mask_pad=starts), 2),
     "affine, starts": (lambda u, starts: linear_recurrence(u[..., 0].sigmoid(), u[..., 1], starts=starts), 2),
     "complement, padding": (lambda u, starts: linear_recurrence(u[0, :, :, 0].sigmoid(), u[..., 1], form="complement",
                                                                 mask_pad=starts, reverse=True), 2),
@@ -303,6 +306,46 @@ def test_the_other_families_and_starts_are_exported(case, dynamo, tmp_path):
     for size in SIZES:
         given = inputs(*size)
         assert_close(exported(given), Model()(**given), torch.float32)
+
+
+@both_exporters
+def test_what_is_not_a_number_in_one_sequence_is_not_in_the_next(dynamo, tmp_path):
+    class Model(torch.nn.Module):
+        def forward(self, u, starts):
+            a, b, _ = u.unbind(-1)
+            runs = sru(u, weight_c=V2, starts=starts), qrnn(u, starts=starts), linear_recurrence(a, b, starts=starts)
+            h, c = zip(*runs, strict=True)
+            return torch.cat(h, -1), torch.cat(c, -1)
+
+    given = {"u": normal(6, 2, 4, 3), "starts": torch.arange(6).remainder(3).eq(0).unsqueeze(1).expand(6, 2).contiguous()}
+    exported = Exported(Model(), given, {"u": "LBDK", "starts": "LB"}, tmp_path / "model.onnx", dynamo)
+    expected = Model()(**given)
+    given["u"][:3] = torch.nan
+    h, c_last = exported(given)
+    assert h[:3].isnan().all()
+    assert_close((h[3:], c_last), (expected[0][3:], expected[1]), torch.float32)
+
+
+@both_exporters
+def test_decays_near_1_keep_their_digits(dynamo, tmp_path):
+    """Over thousands of steps, of what is taken in down to 1e-7: each column to 2e-5 of its own largest value."""
+
+    class Model(torch.nn.Module):
+        def forward(self, a, u):
+            runs = [linear_recurrence(a, u[..., 0], form=form) for form in ("complement", "blend")]
+            runs += [qrnn(u, pooling="f"), qrnn(-u, pooling="f", gate="update")]
+            h, c = zip(*runs, strict=True)
+            return torch.cat(h, -1), torch.cat(c, -1)
+
+    length, width = 4000, 17
+    given = dict(a=torch.logspace(-7, -1, width).expand(length, 1, width), u=normal(length, 1, width, 2))
+    given["u"][..., 1] = torch.linspace(16, 0, width)
+    small = {n: t[:3] for n, t in given.items()}
+    exported = Exported(Model(), small, {"a": "LBD", "u": "LBDK"}, tmp_path / "model.onnx", dynamo)
+    exact = Model()(given["a"].double(), given["u"].double())
+    scale = exact[0].abs().amax((0, 1))
+    for result, expected in zip(exported(given), exact, strict=True):
+        assert ((result - expected).abs().amax(tuple(range(result.dim() - 1))) <= 2e-5 * scale).all()
 
 
 # ---- what the export leaves alone ----------------------------------------------------------------------------------

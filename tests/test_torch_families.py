@@ -14,7 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason='needs torch: pip install "cusru[torch]"')
 
-from cusru.torch import SRU, SRUCell, linear_recurrence, qrnn, sru  # noqa: E402
+from cusru.torch import SRU, SRUCell, linear_recurrence, operator, qrnn, sru  # noqa: E402
 
 L, B, D = 6, 3, 4
 OPTIONS = {
@@ -145,6 +145,98 @@ def test_a_hessian_is_that_of_the_written_out_loop():
     torch.testing.assert_close(torch.func.jacrev(torch.func.grad(ours))(a), hessian(loop, a))
 
 
+def written_out(a, b, form, c0, mask_pad=None, starts=None, reverse=False):
+    """The states, step by step, of columns that all run one way."""
+    h = [torch.zeros_like(c0)] * len(b)
+    c = c0
+    for t in reversed(range(len(b))) if reverse else range(len(b)):
+        begins = starts is not None and (starts[t] if not reverse else t + 1 < len(b) and starts[t + 1])
+        c = 0 * c if begins else c
+        if mask_pad is None or not mask_pad[t]:
+            h[t] = c = a[t] * c + b[t] if form == "affine" else (1 - a[t]) * c + (b[t] if form == "complement" else a[t] * b[t])
+    return torch.stack(h), c
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("form", ["affine", "complement", "blend"])
+def test_third_derivatives_are_those_of_the_written_out_loop(form, reverse):
+    pad, starts = torch.tensor([0, 1, 0, 0, 0]).bool(), torch.tensor([0, 0, 0, 1, 0]).bool()
+    both = []
+    for of_one in (linear_recurrence, written_out):
+        a, b, c0 = tensors = [t.requires_grad_() for t in (normal(5, 1, 2, seed=1), normal(5, 1, 2), normal(1, 2))]
+        columns = (lambda m: m.unsqueeze(1)) if of_one is linear_recurrence else (lambda m: m)
+        h, c_last = of_one(a, b, form=form, c0=c0, mask_pad=columns(pad), starts=columns(starts), reverse=reverse)
+        found, loss = [], h.sin().sum() + c_last.cos().sum()
+        for _ in range(3):
+            found += torch.autograd.grad(loss, tensors, create_graph=True)
+            loss = sum(g.square().sum() for g in found[-3:])
+        both.append(found)
+    for ours, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", ["affine", "complement", "blend"])
+def test_derivatives_of_derivatives_round_nothing_to_16_bits_on_the_way(form):
+    """a in float32 and near 1 or 0, b in bfloat16, and of float32 the results that are looked at: 2e-5 of float64's."""
+    near = 1e-3 * torch.rand(300, 1, 4, generator=torch.Generator().manual_seed(0))
+    a, b = 1 - near if form == "affine" else near, normal(300, 1, 4, dtype=torch.bfloat16)
+
+    def second(a, b):
+        a.requires_grad_()
+        _, c_last = linear_recurrence(a, b, form=form)
+        (first,) = torch.autograd.grad(c_last.sum(), a, create_graph=True)
+        return first, *torch.autograd.grad(first.square().mean(), a)
+
+    for ours, exact in zip(second(a, b), second(a.detach().double(), b.double()), strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - exact).abs().max() <= 2e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("where", ["padding", "another piece"])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("form", ["affine", "complement", "blend"])
+def test_what_is_not_a_number_elsewhere_is_in_no_derivative_of_derivatives(form, reverse, where):
+    there = torch.tensor([1, 1, 1, 0, 0, 0]).bool() if where == "another piece" else torch.tensor([0, 0, 1, 1, 0, 0]).bool()
+    masks = dict(starts=torch.arange(6).eq(3).unsqueeze(1)) if where == "another piece" else dict(mask_pad=there.unsqueeze(1))
+
+    def derivatives(bad):
+        a, b = (t.masked_fill(there[:, None, None], bad).requires_grad_() for t in (normal(6, 1, 2, seed=1), normal(6, 1, 2)))
+        h, _ = linear_recurrence(a, b, form=form, reverse=reverse, **masks)
+        first = torch.autograd.grad(h.sin().sum(), (a, b), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), (a, b))
+        return [g.detach()[~there] for g in (*first, *second)]
+
+    for bad, good in zip(derivatives(torch.nan), derivatives(1), strict=True):
+        assert torch.equal(bad, good)
+
+
+@pytest.mark.parametrize("saved_by", ["export", "script"])
+def test_a_saved_program_has_derivatives_of_derivatives_too(saved_by):
+    class Model(torch.nn.Module):
+        def forward(self, a, b):
+            return torch.ops.cusru.linear_recurrence_forward(a, b, None, None, "blend", True, 2)[0]
+
+    tensors = [t.requires_grad_() for t in (normal(D, seed=1), normal(L, B, D))]
+    saved = torch.export.export(Model(), tuple(tensors)).module() if saved_by == "export" else torch.jit.script(Model())
+
+    def second(h):
+        first = torch.autograd.grad(h.sin().sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+
+    for a, b in zip(
+        second(saved(*tensors)), second(linear_recurrence(*tensors, form="blend", bidirectional=True)[0]), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_gradients_may_be_mapped():
+    a, b = normal(3, L, 1, 2, seed=1), normal(3, L, 1, 2)
+    first = torch.func.grad(lambda a, b: linear_recurrence(a, b, form="complement", bidirectional=True)[0].sin().sum())
+    second = torch.func.grad(lambda a, b: first(a, b).square().sum(), argnums=(0, 1))
+    for found, one_by_one in zip(torch.vmap(second)(a, b), zip(*map(second, a, b), strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(one_by_one), rtol=1e-12, atol=1e-12)
+
+
 def test_the_qrnn_says_that_it_has_no_derivative_of_its_gradients():
     u = normal(L, B, D, 3).requires_grad_()
     (g,) = torch.autograd.grad(qrnn(u)[0].sum(), u, create_graph=True)
@@ -158,6 +250,64 @@ def test_inference_keeps_no_states_and_a_backward_asks_for_them():
         assert linear_recurrence(a, b, save_every=None)[0].shape == (L, B, D)
     with pytest.raises(ValueError, match="save_every=None keeps no states"):
         linear_recurrence(a.requires_grad_(), b, save_every=None)
+
+
+# ---- the straight way --------------------------------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_plain_tensors_go_straight_with_the_bits_and_memory_of_the_operator(case, dtype, monkeypatch):
+    went, run = [], operator._straight
+    call, tensors, _ = problem(case, dtype)
+
+    def both(straight):
+        monkeypatch.setattr(operator, "_straight", straight)
+        recorded, (h, c_last) = gradients(call, tensors), call(*tensors)
+        with torch.no_grad():
+            return *recorded, h, c_last, *call(*tensors)
+
+    def watched(*given):
+        results = run(*given)
+        went.append(results is not None)
+        return results
+
+    for a, b in zip(both(watched), both(lambda *_: None), strict=True):
+        assert torch.equal(a, b)
+        assert (a.dtype, a.stride()) == (b.dtype, b.stride())
+    assert went == [True] * 3
+
+
+@every_family
+def test_gradients_that_nobody_asks_for_have_no_memory(case, monkeypatch):
+    call, tensors, _ = problem(case)
+    expected, run, unwanted = gradients(call, tensors), operator._run, []
+
+    def watched(one, inputs, options, *rest, **keywords):
+        unwanted.append(rest[0] if rest else ())
+        return run(one, inputs, options, *rest, **keywords)
+
+    monkeypatch.setattr(operator, "_run", watched)
+    names = ("grad_u", "grad_c0") if len(tensors) == 2 else ("grad_weight_c", "grad_u", "grad_c0")
+    for i, wanted in enumerate(expected):
+        only = [a.detach().requires_grad_(i == j) for j, a in enumerate(tensors)]
+        h, c_last = call(*only)
+        weights = normal(*h.shape, seed=3), normal(*c_last.shape, seed=4)
+        assert torch.equal(*torch.autograd.grad((h, c_last), only[i], weights), wanted)
+        assert unwanted[-1] == (*names[:i], *names[i + 1 :])
+
+
+@pytest.mark.parametrize("case", ["blend, all", "ifo"])
+def test_the_kernels_own_source_gives_the_same(case, monkeypatch):
+    from conftest import missing
+
+    if reason := missing("simulator"):
+        pytest.skip(reason)
+    call, tensors, _ = problem(case)
+    expected = (*gradients(call, tensors), *call(*tensors))
+    monkeypatch.setenv("CUSRU_SIMULATE", "1")
+    for a, b in zip((*gradients(call, tensors), *call(*tensors)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 # ---- torch's transforms ------------------------------------------------------------------------------------------------
@@ -219,6 +369,35 @@ def test_checkpointed_they_give_the_same_gradients(case):
     call, tensors, _ = problem(case)
     run = lambda *given: torch.utils.checkpoint.checkpoint(call, *given, use_reentrant=False)  # noqa: E731
     assert all(torch.equal(a, b) for a, b in zip(gradients(run, tensors), gradients(call, tensors), strict=True))
+
+
+def test_a_trace_that_was_saved_and_loaded_runs_with_any_number_of_steps():
+    """Its masks are inputs; zoneout as a number is the trace's own."""
+    masks = dict(starts=mask(L, B), zoned=mask(L, B, D))
+    functions = (
+        (lambda u, starts, zoned: qrnn(u, zoneout=zoned, starts=starts, bidirectional=True), normal(L, B, D, 3)),
+        (lambda u, starts, zoned: qrnn(u, zoneout=0.25, mask_pad=starts, reverse=True), normal(L, B, D, 3)),
+        (lambda b, starts, zoned: linear_recurrence(b[0], b, form="blend", starts=starts), normal(L, B, D)),
+    )
+    for function, first in functions:
+        given, file = (first, *masks.values()), io.BytesIO()
+        torch.jit.save(torch.jit.trace(function, given), file)
+        file.seek(0)
+        loaded = torch.jit.load(file)
+        for inputs in (given, [torch.cat((a, a)) for a in given]):
+            for a, b in zip(loaded(*inputs), function(*inputs), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_autocast_casts_nothing_of_theirs():
+    a, b, u = normal(D, dtype=torch.float32), normal(L, B, D, dtype=torch.bfloat16), normal(L, B, D, 3, dtype=torch.bfloat16)
+    for call, tensors in ((linear_recurrence, (a, b)), (qrnn, (u,))):
+        tensors = [t.requires_grad_() for t in tensors]
+        with torch.autocast("cpu", torch.float16):
+            found = (*gradients(call, tensors), *call(*tensors))
+        for x, y in zip(found, (*gradients(call, tensors), *call(*tensors)), strict=True):
+            assert torch.equal(x, y)
+            assert x.dtype == y.dtype
 
 
 def test_the_operators_are_what_torch_asks_of_operators():
