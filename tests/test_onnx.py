@@ -138,6 +138,7 @@ MODULES: dict[str, tuple[Any, dict[str, Any], str, torch.dtype]] = {
     "states as torch.nn.LSTM's": (
         SRU, dict(input_size=6, hidden_size=3, num_layers=2, bidirectional=True, nn_rnn_compatible_return=True), "c0", F32
     ),
+    "sequences end to end": (SRU, dict(input_size=6, hidden_size=3, bidirectional=True, batch_first=True), "starts", F32),
     "half precision": (SRU, dict(input_size=6, hidden_size=4, num_layers=1, bidirectional=True), "mask_pad", F16),
 }  # fmt: skip
 
@@ -152,7 +153,7 @@ def module_of(name: str) -> tuple[torch.nn.Module, dict[str, str]]:
             for parameter in model.parameters():
                 parameter.uniform_(-0.8, 0.8)  # biases and v1's weight_c included
     time = "BL" if getattr(model, "batch_first", False) else "LB"
-    layouts = dict(input=time + "D", c0="BD" if kind is SRUCell else "-BD", mask_pad=time)
+    layouts = dict(input=time + "D", c0="BD" if kind is SRUCell else "-BD", mask_pad=time, starts=time)
     return model.to(dtype).eval(), {n: a for n, a in layouts.items() if n == "input" or n in given.split()}
 
 
@@ -165,6 +166,7 @@ def inputs_of(model: Any, layouts: dict[str, str], length: int, batch: int) -> d
         input=normal(length, batch, 6, dtype=dtype),
         c0=normal(layers, batch, d, dtype=dtype),
         mask_pad=torch.arange(length).unsqueeze(1) >= length - torch.arange(batch) % length,
+        starts=(torch.arange(length).unsqueeze(1) + torch.arange(batch)) % 3 == 1,
     )
     if isinstance(model, SRUCell):
         inputs["c0"] = inputs["c0"][0]
