@@ -315,7 +315,7 @@ AFFINE: dict[str, Sequence[Any]] = {n: RUN_TIME[n] for n in _SHARED} | dict(
 )  # fmt: skip
 FREE_AFFINE: dict[str, dict[str, Sequence[Any]]] = {
     "qrnn": AFFINE | dict(
-        pooling=("f", "fo", "ifo"), gate=("forget", "update"), zoneout=(None, None, 0.0, 0.25, 1.0, "array"),
+        pooling=("f", "fo", "ifo"), gate=("forget", "update"), zoneout=(None, None, 0.0, 0.25, 0.9999, 1.0, "array"),
         bias=(0.0, 3.0, 9.0, -3.0),
     ),
     "linear_recurrence": AFFINE | dict(
@@ -491,7 +491,7 @@ def fields(row: tuple[str, ...] | None = None, family: str = "sru") -> dict[str,
         )
         several: dict[str, Sequence[Any]] = {n: (v,) for n, v in own.items()}
         if family == "qrnn":
-            several["zoneout"] = ("array",) if variant == "zoned" else (None, 0.25, 1.0)
+            several["zoneout"] = ("array",) if variant == "zoned" else (None, 0.25, 0.9999, 1.0)
         several["save_every"] = SAVE_EVERY[1:-1] if recompute == "recompute" else (1, 1, None)
         if marks != "starts":
             several["starts"] = ("none",)

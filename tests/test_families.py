@@ -178,6 +178,19 @@ def test_zoneout_of_1_freezes_the_state(backend, row, everywhere):
     assert not g.u[..., :2].any()  # neither candidate nor forget gate
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [("f4", 2e-6), ("f8", 1e-13)])
+@pytest.mark.parametrize("p", [1e-9, 0.9999, 1 - 1e-7, 1 - 1e-12])
+def test_what_a_zoneout_near_1_takes_in_keeps_its_digits(backend, dtype, bound, p):
+    """1 - p of the number that was given: p in float32 would have lost it."""
+    u, ones = np.full((1, 1, 3, 4), 0.5, dtype), np.ones((1, 1, 3), dtype)
+    given = dict(u=u, pooling="ifo", gate="forget", zoneout=p, save_every=1)
+    output, g = backend.both(strategies.Problem({}, given, ones, None, np.dtype(dtype).name, 132, "qrnn"))
+    f, z = 1 / (1 + np.exp(-0.5)), np.tanh(0.5)
+    np.testing.assert_allclose(output.c_last, np.full((1, 3), (1 - p) * f * z), rtol=bound)
+    of_u = np.array([(1 - p) * f * f * (1 - z * z), 0, (1 - p) * f * z * f * (1 - f), f * z * (1 - p) * f * (1 - f)])
+    np.testing.assert_allclose(g.u[0, 0], np.broadcast_to(of_u, (3, 4)), rtol=bound)
+
+
 def test_zoneout_by_a_mask_is_what_it_is_by_expectation(backend):
     """Where f is 1 with probability p: the expected update is that of evaluation, over many columns."""
     rng, n, p = np.random.default_rng(0), 20000, 0.3

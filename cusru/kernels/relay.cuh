@@ -192,6 +192,7 @@ template <typename V> struct Thread {  // which columns a thread walks, and what
                 Column<S>& k = column[i];
                 const bool biased = V::CELL == SRU && args.bias.data;
                 k.bias_f = biased ? one(args.bias, 0, d + i, 0, NARROW_BIAS) : S(0);
+                if (V::QRNN) k.bias_f = S(1. - args.scale);  // before it is rounded: p may be near 1
                 k.bias_r = biased ? one(args.bias, 0, d + i, 1, NARROW_BIAS) : S(0);
                 k.v_f = V::WEIGHT == WEIGHT_COLUMN ? one(args.weight_c, b, d + i, 0, NARROW_WEIGHT) : S(0);
                 k.v_r =

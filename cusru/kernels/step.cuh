@@ -89,7 +89,7 @@ template <typename S, typename T> struct Choose<true, S, T> {
     using type = S;
 };
 
-// What a column keeps over all its steps. Of the linear recurrence v_f is a; of the QRNN n is y and scale p.
+// What a column keeps over all its steps. Of the linear recurrence v_f is a; of the QRNN n is y, scale p and bias_f P.
 template <typename S> struct Column {
     S bias_f, bias_r, v_f, v_r, m, n, scale;
 };
@@ -128,7 +128,7 @@ template <typename V, typename S> __device__ __forceinline__ Pooled<V, S> pool(c
     tanh_and_slope(in.u0, p.z, p.slope_z);
     Gate<S> forget = gate(k.n * in.u1);
     const S f = sigmoid(forget.e, forget.g);
-    const S taken = V::ZONEOUT ? S(1) : S(1) - k.scale;
+    const S taken = V::ZONEOUT ? S(1) : k.bias_f;
     const bool zoned = V::ZONEOUT && in.zoned;
     p.moved = zoned ? S(0) : taken * forget.g;
     p.slope_f = zoned ? S(0) : taken * (f * forget.g);
