@@ -23,7 +23,8 @@ def drawn(family, seed):
 def test_gradients_are_central_finite_differences_of_the_outputs(family):
     for seed in range(60):
         problem = drawn(family, seed)
-        gradients, rng, step = problem.expected_backward(), np.random.default_rng(seed), 1e-6
+        gradients, rng = problem.expected_backward(), np.random.default_rng(seed)
+        step = 1e-5  # a smaller one would leave mostly the rounding of the two losses, where a loss is small beside its terms
 
         def loss(problem):
             output = problem.expected_forward()
