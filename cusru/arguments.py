@@ -139,10 +139,14 @@ OPERATORS = {
 
 # As a kernel sees it; `frame` and `fill` pack just this (a test holds the three, and relay.cuh, against one another).
 ARRAY = np.dtype([("data", "u8"), ("time", "i8"), ("batch", "i8"), ("column", "i8"), ("row", "i8")])
-_NUMBERS = ("length", "batch", "width", "save_every", "group", "rows", "sums")
+_ROOMS = ("partials", "checkpoints", "signals", "words")  # in the workspace
+_NUMBERS = (
+    "length", "batch", "width", "save_every", "group", "rows", "sums", "spans", "anchor", "groups", "chunks", "units",
+    "slice", "lead",
+)  # fmt: skip
 ARGS = np.dtype(
     [(name, ARRAY) for name in ARRAYS]
-    + [(name, "u8") for name in ("partials", "checkpoints")]
+    + [(name, "u8") for name in _ROOMS]
     + [(name, "i8") for name in _NUMBERS]
     + [("scale", "f8"), ("flags", "i8")]
 )
@@ -154,16 +158,17 @@ BIDIRECTIONAL, MASK_GATE, GRAD_U_PACKED, STRAIGHT, REVERSE, GATE_UPDATE, SUMS_OF
     1 << len(NARROW) << i for i in range(7)
 )  # fmt: skip
 
-_PACKED = struct.Struct("=" + "Q32s" * len(ARRAYS) + f"QQ{8 * len(_NUMBERS)}sdq")
+_PACKED = struct.Struct("=" + "Q32s" * len(ARRAYS) + f"{len(_ROOMS)}Q{8 * len(_NUMBERS)}sdq")
 _STRUCT = np.dtype((np.void, _PACKED.size))  # CuPy passes an array of one element by value
-_PARTIALS = 2 * len(ARRAYS)
+_ROOM = 2 * len(ARRAYS)
+_SCALE = _ROOM + len(_ROOMS) + 1
 
 Frame = tuple[Any, ...]
 
 
 def frame(strides: Mapping[str, tuple[str, tuple[int, ...], int]], numbers: Mapping[str, int], flags: int) -> Frame:
     """The struct's parts that do not change from call to call. `strides`: each array's axes, its strides in elements, and its
-    itemsize; a flat parameter's as those of its two rows."""
+    itemsize; a flat parameter's as those of its two rows. A number that is not given is 0."""
     parts: list[Any] = []
     for slot in ARRAYS:
         in_bytes = [0, 0, 0, 0]
@@ -172,13 +177,15 @@ def frame(strides: Mapping[str, tuple[str, tuple[int, ...], int]], numbers: Mapp
             for axis, stride in zip(axes, own, strict=False):
                 in_bytes[_KERNEL_AXES[axis]] = stride * itemsize
         parts += 0, struct.pack("=4q", *in_bytes)
-    sizes = struct.pack(f"={len(_NUMBERS)}q", *[numbers[name] for name in _NUMBERS])
-    return (*parts, 0, 0, sizes, 1.0, flags)
+    sizes = struct.pack(f"={len(_NUMBERS)}q", *[numbers.get(name, 0) for name in _NUMBERS])
+    return (*parts, *[0] * len(_ROOMS), sizes, 1.0, flags)
 
 
-def fill(parts: Frame, addresses: Sequence[int], partials: int, checkpoints: int, scale: float) -> np.ndarray:
-    """The struct of one call, its own copy; `addresses` in the order of ARRAYS, 0 where there is no array."""
+def fill(parts: Frame, addresses: Sequence[int], rooms: Sequence[int], scale: float) -> np.ndarray:
+    """The struct of one call, its own copy. `addresses`: in the order of ARRAYS, 0 where there is no array; `rooms`: in that of
+    _ROOMS."""
     values = list(parts)
     values[: 2 * len(addresses) : 2] = addresses
-    values[_PARTIALS], values[_PARTIALS + 1], values[_PARTIALS + 3] = partials, checkpoints, scale
+    values[_ROOM : _ROOM + len(rooms)] = rooms
+    values[_SCALE] = scale
     return np.frombuffer(_PACKED.pack(*values), _STRUCT)

@@ -231,7 +231,7 @@ def _launch(ready: Ready, chosen: Plan, addresses: list[int], number: float, all
     base = addresses[-1]
     if ready.scratch and not base:
         _kept, base = dlpack.new(allocator, ready.scratch, ready.device)
-    args = fill(chosen.frame, addresses[:-1], *chosen.rooms(base), number)
+    args = fill(chosen.frame, addresses[:-1], chosen.rooms(base), number)
     raw_kernels.run(chosen.launches, args, ready.device)
 
 
@@ -339,4 +339,4 @@ def workspace_size(checked: Checked) -> int:
             made, axes = dlpack.blank(wanted.shape, wanted.dtype), problem.operator.axes(name, len(wanted.shape))
             array = Array(name, 0, made.shape, made.strides, made.dtype, checked.device, False, "other", None, None)
             problem.results[name] = layout(array, axes)
-    return plan(problem, Limits(1)).workspace
+    return plan(problem, Limits(1, split=raw_kernels.split)).workspace

@@ -7,6 +7,7 @@ each choice costs in bytes and registers."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,9 +25,22 @@ from cusru.arguments import (
     Operator,
     frame,
 )  # fmt: skip
-from cusru.specialisation import REDUCE_COLUMNS, REDUCE_THREADS, UNIT, Launch, Limits, Specialisation, columns
+from cusru.specialisation import (
+    CLEAR_THREADS,
+    REDUCE_COLUMNS,
+    REDUCE_THREADS,
+    SPLIT_BACKWARD,
+    SPLIT_FORWARD,
+    UNIT,
+    Launch,
+    Limits,
+    Specialisation,
+    columns,
+)
 
 ALIGNMENT = 16  # bytes: the widest access
+ANCHOR = 8  # spans
+SPLIT_COLUMNS = 4096  # at most, where time is split
 RESIDENT = 8  # warps, two a scheduler: as many as registers allow where a thread has 255
 
 
@@ -100,6 +114,21 @@ class Problem:
         return dict(skip=skip, activation=activation, candidate=candidate, weight=weight, marks=marks)
 
 
+class Split(NamedTuple):
+    """How time is split, the numeric half of it (`kernels/split.cuh`)."""
+
+    spans: int
+    anchor: int  #: spans from one that tells its start to the next
+    chunks: int  #: of a span, of which a warp's lanes have one each
+    units: int  #: of a chunk, whole tiles each: forward tiles, backward saved blocks
+    steps: int  #: of a unit
+    slice: int = 1  #: forward: tiles from one whose start is known to the next; saved states are among those
+    lead: int = 0  #: forward: steps that a reversed column's first slice is short
+
+    def warps(self, kernel: Specialisation) -> int:
+        return self.units * -(-self.steps // kernel.tile) + (kernel.direction == "forward")  # one talks
+
+
 class Plan(NamedTuple):
     kernel: Specialisation
     group: int  #: numeric: batches whose parameter gradients one block of the backward sums
@@ -111,11 +140,15 @@ class Plan(NamedTuple):
     launches: tuple[Launch, ...]  #: in turn
     frame: Frame  #: the kernels' arguments but for addresses
     workspace: int  #: bytes, by the numeric half only. It may begin at any address, so there is room to align it
+    split: Split | None = None
+    signal_bytes: int = 0
 
-    def rooms(self, base: int) -> tuple[int, int]:
-        """Where partial sums and checkpoints lie in a workspace at this address."""
+    def rooms(self, base: int) -> tuple[int, int, int, int]:
+        """Where partial sums, checkpoints, signals and words lie in a workspace at this address."""
         base = aligned(base)
-        return base, base + aligned(self.partial_bytes)
+        checkpoints = base + aligned(self.partial_bytes)
+        signals = checkpoints + aligned(self.checkpoint_bytes)
+        return base, checkpoints, signals, signals + aligned(self.signal_bytes)
 
 
 def plan(problem: Problem, device: Limits) -> Plan:
@@ -127,17 +160,15 @@ def plan(problem: Problem, device: Limits) -> Plan:
     of_batches = "grad_weight_c" in wanted and problem.axes("grad_weight_c") == "BD"  # each has sums of its own
     group = max(1, min(-(-32 // max(problem.length, 1)), problem.batch)) if backward and not of_batches else 1
     rows = -(-problem.batch // group)
-    added = [
+    summed = [
         slot
         for slot in ("grad_bias", "grad_weight_c")
         if slot in wanted and not (slot == "grad_weight_c" and problem.step_weight)
     ]
-    sums = sum(2 if "R" in problem.axes(slot) else 1 for slot in added)
+    sums = sum(2 if "R" in problem.axes(slot) else 1 for slot in summed)
     state_bytes = ITEMSIZES[problem.state]
-
     directions = 2 if problem.bidirectional else 1
-    pairs = directions * -(-rows * problem.width // (directions * 64))
-    walked = min(problem.block or UNIT, UNIT) if recompute else problem.length  # together
+
     layouts = []  # two columns a thread or one; if neither has room, a warp by itself
     for each in columns(problem.dtype):
         if (layout := _memory_half(problem, each)) is None:
@@ -151,29 +182,54 @@ def plan(problem: Problem, device: Limits) -> Plan:
             recompute=recompute,
             **problem.cell,  # type: ignore[arg-type]
         )
-        grid = directions * -(-rows * problem.width // (directions * each * 32))  # a block's columns all run the same way
-        layouts.append((kernel, _warps(kernel, -(-walked // kernel.tile), pairs, device), grid, grad_u_packed))
-    layouts += [(kernel, 1, grid, of_grad) for kernel, _, grid, of_grad in layouts]
-    kernel, warps, grid, grad_u_packed = next((c for c in layouts if _fits(*c[:2], device)), layouts[-1])
-    kernel = kernel._replace(alone=warps == 1)
+        layouts.append((kernel, grad_u_packed))
+    split = _split(problem, layouts[-1][0], device)
+    walked = rows  # columns of so many rows, each by a thread
+    if split is None:
+        kernel, warps, grad_u_packed = _by_turns(problem, layouts, rows, device)
+    else:
+        kernel, warps, grad_u_packed = _by_spans(layouts, split, device)
+        group, walked = 1, problem.batch
+        rows = split.spans * split.chunks * (1 if of_batches else problem.batch) if backward else problem.batch
+    # 32 threads' columns, which all run the same way
+    grid = groups = directions * -(-walked * problem.width // (directions * kernel.columns * 32))
+    most_groups = directions * -(-walked * problem.width // (directions * 32))
+    if split:
+        grid *= max(1, min(split.spans, -(-device.multiprocessors // groups)))
     units = -(-min(problem.block or 1, problem.length) // UNIT)
     checkpoints = max(units - 2, 0) * problem.batch * problem.width * state_bytes if recompute else 0
+    signals = 4 * most_groups * (1 + 3 * split.spans) if split else 0
+    words = state_bytes * problem.batch * problem.width * (3 * split.spans + split.spans // split.anchor + 1) if split else 0
 
     launches = []
     if grid:
+        if split:
+            clear = -(-groups * (1 + 3 * split.spans) // CLEAR_THREADS)
+            launches.append(Launch(Specialisation("clear", "float32"), (min(clear, 1024),), (CLEAR_THREADS,), 0))
         launches.append(Launch(kernel, (grid,), (32 * warps,), kernel.shared(warps)))
-    reduced = rows != 1 and not of_batches
+    reduced = rows != 1 and (not of_batches or split is not None)
     if sums and problem.width and reduced:  # a single row's sums are the gradients; of no rows the sums are 0
         reduce = Specialisation("reduce", problem.dtype)
-        launches.append(Launch(reduce, (-(-sums * problem.width // REDUCE_COLUMNS),), (REDUCE_THREADS,), 0))
-    partials = rows * sums * problem.width * state_bytes if reduced else 0
+        added = problem.width * (problem.batch if of_batches else sums)
+        launches.append(Launch(reduce, (-(-added // REDUCE_COLUMNS),), (REDUCE_THREADS,), 0))
+    partials = rows * sums * problem.width * (problem.batch if of_batches else 1) * state_bytes if reduced else 0
     numbers = dict(
         length=problem.length, batch=problem.batch, width=problem.width, save_every=problem.block or 1, group=group, rows=rows,
         sums=sums,
     )  # fmt: skip
+    if split:
+        numbers |= dict(
+            spans=split.spans,
+            anchor=split.anchor,
+            groups=groups,
+            chunks=split.chunks,
+            units=split.units,
+            slice=split.slice,
+            lead=split.lead,
+        )
     of_a_step = ["grad_u"] + ["grad_x"] * ("x" in given) + ["grad_weight_c"] * problem.step_weight
     straight = (
-        (not backward or (wanted.keys() >= set(of_a_step) and grad_u_packed == packed))
+        (not backward or (wanted.keys() >= set(of_a_step) and grad_u_packed == kernel.packed))
         and (backward or problem.block is None or problem.block == 1 or problem.block >= kernel.tile)
         and all(
             abs(a.strides[0]) * a.itemsize < 1 << 31
@@ -187,9 +243,62 @@ def plan(problem: Problem, device: Limits) -> Plan:
     flags += GATE_UPDATE * (choices.get("gate") == "update") + SUMS_OF_BATCHES * of_batches
     flags += sum(f for n, f in NARROW.items() if n in given and given[n].dtype == problem.dtype != problem.state)
     parts = frame({n: (problem.axes(n), a.strides, a.itemsize) for n, a in {**given, **wanted}.items()}, numbers, flags)
-    room = aligned(partials) + checkpoints
+    room = aligned(partials) + aligned(checkpoints) + aligned(signals) + words
     workspace = room + ALIGNMENT - 1 if room else 0
-    return Plan(kernel, group, rows, sums, grad_u_packed, partials, checkpoints, tuple(launches), parts, workspace)
+    return Plan(
+        kernel, group, rows, sums, grad_u_packed, partials, checkpoints, tuple(launches), parts, workspace, split, signals
+    )
+
+
+_Layouts = list[tuple[Specialisation, bool]]  # and whether grad_u is packed
+
+
+def _by_turns(problem: Problem, layouts: _Layouts, rows: int, device: Limits) -> tuple[Specialisation, int, bool]:
+    directions = 2 if problem.bidirectional else 1
+    pairs = directions * -(-rows * problem.width // (directions * 64))
+    walked = min(problem.block or UNIT, UNIT) if layouts[0][0].recompute else problem.length  # together
+    choices = [(k, _warps(k, -(-walked // k.tile), pairs, device), of_grad) for k, of_grad in layouts]
+    choices += [(kernel, 1, of_grad) for kernel, _, of_grad in choices]
+    kernel, warps, of_grad = next((c for c in choices if _fits(*c[:2], device)), choices[-1])
+    return kernel._replace(alone=warps == 1), warps, of_grad
+
+
+def _split(problem: Problem, kernel: Specialisation, device: Limits) -> Split | None:
+    """None: time is walked by turns. kernel: that of one column a thread."""
+    if device.split == () or not kernel.affine or not problem.length * problem.batch * problem.width:
+        return None
+    kernel, forward, every = kernel._replace(split=True), problem.direction == "forward", problem.block or 1
+    most, anchor = device.split or (SPLIT_FORWARD if forward else SPLIT_BACKWARD, ANCHOR)
+    of_slice, lead = 1, 0
+    if forward:
+        steps = kernel.tile
+        of_slice = math.lcm(every, steps) // steps
+        units = max(most // of_slice, 1) * of_slice
+        if every > 1 and (problem.bidirectional or problem.reverse):
+            lead = -problem.length % (of_slice * steps)
+        time = problem.length + lead
+    else:  # of as many stretches as there are warps, at most
+        steps = min(most, SPLIT_BACKWARD) * kernel.group if every == 1 else every
+        units = max(min(most, SPLIT_BACKWARD) // -(-steps // kernel.group), 1)
+        time = problem.length
+    columns = problem.batch * problem.width // (2 if problem.bidirectional else 1)
+    chunks = 32 // columns if columns <= 16 else 1
+    spans = -(-time // (units * steps * chunks))
+    split = Split(spans, anchor * chunks, chunks, units, steps, of_slice, lead)
+    if split.warps(kernel) > kernel.warps or not (forward or units * -(-steps // kernel.group) <= SPLIT_BACKWARD):
+        return None
+    if kernel.shared(split.warps(kernel)) > device.shared:
+        return None
+    narrow = spans >= 4 and problem.batch * problem.width <= SPLIT_COLUMNS
+    return split if narrow or device.split else None
+
+
+def _by_spans(layouts: _Layouts, split: Split, device: Limits) -> tuple[Specialisation, int, bool]:
+    fewest = 1 if split.chunks > 1 else 2  # columns a thread: chunks leave no lane for others
+    choices = [
+        (k := kernel._replace(split=True), split.warps(k), of_grad) for kernel, of_grad in layouts if kernel.columns <= fewest
+    ]
+    return next(c for c in choices if c[0].shared(c[1]) <= device.shared)
 
 
 def _fits(kernel: Specialisation, warps: int, device: Limits) -> bool:

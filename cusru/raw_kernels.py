@@ -88,7 +88,7 @@ def _compiled(kernel: Specialisation, device: int) -> Any:
 
                 raw = cupy.RawKernel(source(), kernel.entry, options=options(kernel), backend="nvrtc")
                 raw.compile()
-                if kernel.direction != "reduce":
+                if kernel.direction in ("forward", "backward"):
                     raw.max_dynamic_shared_size_bytes = _limits(device).shared
                 _kernels.setdefault(key, raw)  # a handler may have been here meanwhile
     return _kernels[key]
@@ -100,13 +100,16 @@ def _simulate(kernel: Specialisation, grid: tuple[int], block: tuple[int], share
     simulator.load(source(), kernel.entry, kernel.macros)(*grid, *block, args, shared)
 
 
+split: tuple[int, ...] | None = None  # what tests force: `Limits.split`
+
+
 def limits(device: tuple[str, int]) -> Limits:
     """Of the device that runs the kernels of arrays on `device`."""
     if device[0] == "cuda":
-        return _limits(device[1])
+        return _limits(device[1]) if split is None else _limits(device[1])._replace(split=split)
     from cusru import simulator
 
-    return Limits(simulator.multiprocessors)
+    return Limits(simulator.multiprocessors, split=split)
 
 
 @functools.cache

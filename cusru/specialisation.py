@@ -25,15 +25,17 @@ CELLS = {
 }  # the QRNN's by pooling, the linear by form
 POOLINGS, FORMS = ("f", "fo", "ifo"), ("affine", "complement", "blend")
 MARKS = {"none": 0, "padding": 1, "starts": 2}  # with starts there may be padding too
-PASSES = {"forward": 0, "backward": 1, "reduce": 2}
+PASSES = {"forward": 0, "backward": 1, "reduce": 2, "clear": 3}
 
 WARPS = 7  # of a block at most: they take turns
 UNIT = 32  # steps, at most, that the recomputing backward walks forward at a time
+SPLIT_FORWARD, SPLIT_BACKWARD = 11, 8  # warps of a block that work, at most, where time is split; forward one more talks
 REDUCE_THREADS, REDUCE_COLUMNS = 512, 8  # of a block of the reduction
+CLEAR_THREADS = 256
 
 
 class Specialisation(NamedTuple):
-    """One kernel. `reduce` has only a dtype."""
+    """One kernel. `reduce` has only a dtype, `clear` not even that."""
 
     direction: str
     dtype: str
@@ -48,6 +50,7 @@ class Specialisation(NamedTuple):
     marks: str = "none"  #: whether there is a mask_pad or starts
     cell: str = "sru"
     zoneout: bool = False  #: of the QRNN: an array of them
+    split: bool = False  #: time is split over warps and blocks
 
     @property
     def k(self) -> int:
@@ -81,7 +84,16 @@ class Specialisation(NamedTuple):
     @property
     def warps(self) -> int:
         """Per block, at most. There are 15 barriers; a warp has one forward, two backward, three where it recomputes."""
-        return REDUCE_THREADS // 32 if self.direction == "reduce" else 1 if self.alone else 4 if self.recompute else WARPS
+        if self.direction in ("reduce", "clear"):
+            return (REDUCE_THREADS if self.direction == "reduce" else CLEAR_THREADS) // 32
+        if self.split:
+            return SPLIT_FORWARD + 1 if self.direction == "forward" else SPLIT_BACKWARD
+        return 1 if self.alone else 4 if self.recompute else WARPS
+
+    @property
+    def affine(self) -> bool:
+        """In what goes from step to step."""
+        return self.direction == "backward" or self.cell != "sru" or self.weight == "none"
 
     @property
     def tile(self) -> int:
@@ -95,8 +107,13 @@ class Specialisation(NamedTuple):
             return 2
         packed = self.packed or self.cell in FORMS
         eight = self.recompute and not self.alone and self.marks == "none" and packed and simple
-        eight = eight and not (steps and self.cell == "sru")
+        eight = eight and not (steps and self.cell == "sru") and not self.split
         return 8 if eight and self.dtype != "float64" and (self.weight, self.skip) != ("column", "projected") else 4
+
+    @property
+    def group(self) -> int:
+        """Steps whose parameter gradients are added up plainly; where time is split, a stretch of the backward."""
+        return min(self.tile, 4)
 
     @property
     def step_bytes(self) -> int:
@@ -110,21 +127,27 @@ class Specialisation(NamedTuple):
 
     def shared(self, warps: int) -> int:
         """Bytes of a block of so many warps: their inputs, and what they hand to one another."""
-        if self.direction == "reduce":
+        if self.direction in ("reduce", "clear"):
             return 0
+        state = ITEMSIZES[STATES[self.dtype]]
+        if self.split:  # what a stretch does to the state, where it starts, what a warp hands on; and two numbers
+            warps -= self.direction == "forward"  # one talks
+            stretches, of_warp = (warps, 1) if self.direction == "forward" else (SPLIT_BACKWARD, 2 * self.sums + self.recompute)
+            values = 3 * stretches + 5 + warps * of_warp
+            return values * 32 * self.columns * state + 16 + warps * self.tile * self.step_bytes
         sums = 0 if self.direction == "forward" else self.sums
         values = 0  # of each column: what each warp is given (carry, sums with what they lost, state), and a group's sum
         if not self.alone:
             values = warps * (1 + 2 * sums + self.recompute) + sums
         slots = UNIT if self.recompute else warps * self.tile
-        return values * 32 * self.columns * ITEMSIZES[STATES[self.dtype]] + slots * self.step_bytes
+        return values * 32 * self.columns * state + slots * self.step_bytes
 
     @property
     def macros(self) -> tuple[str, ...]:
         defines = {"PASS": PASSES[self.direction], "TYPE": TYPES[self.dtype], "THREADS": self.threads}
         if self.direction == "reduce":
             defines["COLUMNS"] = REDUCE_COLUMNS
-        else:
+        elif self.direction != "clear":
             defines |= {
                 "SKIP": SKIPS[self.skip],
                 "ACTIVATION": ACTIVATIONS[self.activation],
@@ -140,6 +163,7 @@ class Specialisation(NamedTuple):
                 "STEP_BYTES": self.step_bytes,
                 "RESIDENT": 8 if self.alone else 1,
                 "RECOMPUTE": str(self.recompute).lower(),
+                "SPLIT": int(self.split),
             }
         return tuple(f"-DCUSRU_{name}={value}" for name, value in defines.items())
 
@@ -149,6 +173,7 @@ class Limits(NamedTuple):
 
     multiprocessors: int
     shared: int = 227 << 10  #: bytes of a block, at most
+    split: tuple[int, ...] | None = None  #: for tests: (warps of a block, spans from anchor to anchor), or () for never
 
 
 class Launch(NamedTuple):
@@ -168,6 +193,8 @@ def specialisations() -> Iterator[Specialisation]:
     both = (False, True)
     for dtype in TYPES:
         yield Specialisation("reduce", dtype)
+        if dtype == "float32":
+            yield Specialisation("clear", dtype)
         weights = [w for w in WEIGHTS if w != "step_state" or dtype in ("float16", "bfloat16")]
         cells: list[dict[str, Any]] = [
             dict(skip=s, activation=a, candidate=c, weight=w)
@@ -178,11 +205,13 @@ def specialisations() -> Iterator[Specialisation]:
         ]
         cells += [dict(cell=pooling, zoneout=zoneout) for pooling in POOLINGS for zoneout in both]
         cells += [dict(cell=form, weight=w) for form in FORMS for w in weights if w != "none"]
+        ways: list[dict[str, Any]] = [dict(alone=False), dict(alone=True), dict(split=True)]
         passes = (("forward", False), ("backward", False), ("backward", True))
-        for (direction, recompute), cell, each, packed, alone, marks in itertools.product(
-            passes, cells, columns(dtype), both, both, MARKS
+        for (direction, recompute), cell, each, packed, way, marks in itertools.product(
+            passes, cells, columns(dtype), both, ways, MARKS
         ):
-            if not (packed and cell.get("cell") in FORMS):  # whose u has one value
-                yield Specialisation(
-                    direction, dtype, columns=each, packed=packed, recompute=recompute, alone=alone, marks=marks, **cell
-                )
+            if packed and cell.get("cell") in FORMS:  # whose u has one value
+                continue
+            one = Specialisation(direction, dtype, columns=each, packed=packed, recompute=recompute, marks=marks, **cell, **way)
+            if one.affine or not one.split:
+                yield one

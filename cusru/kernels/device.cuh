@@ -79,6 +79,17 @@ template <int BYTES> __device__ __forceinline__ void workspace_store(void* globa
     *static_cast<word*>(global) = *static_cast<const word*>(source);
 }
 
+// Flags between blocks, in scratch memory: whoever has read one with acquire sees what was written before it was stored
+// with release, by its thread and by those that it had met at a barrier.
+__device__ __forceinline__ unsigned load_acquire(const unsigned* flag) {
+    unsigned value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+    return value;
+}
+__device__ __forceinline__ void store_release(unsigned* flag, unsigned value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" : : "l"(flag), "r"(value) : "memory");
+}
+
 // The end of a group of loads that were issued together; the simulator counts sectors between two of them.
 __device__ __forceinline__ void tile_boundary() {}
 

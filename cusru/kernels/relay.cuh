@@ -31,9 +31,13 @@ struct Args {
     Array grad_h, grad_c_last, grad_u, grad_x, grad_bias, grad_weight_c, grad_c0;
     char* partials;     // [rows][sums][D] in the state's type: parameter gradients summed over time and `group` batches
     char* checkpoints;  // [unit][B][D] in the state's type: states inside a saved block longer than two units
+    char *signals, *words;  // where time is split (split.cuh): counters and flags; what spans tell one another
     long long length, batch, width, save_every;
-    long long group, rows, sums;  // batches a block walks, blocks along the batch, parameter gradients per column
-    double scale;                 // scale_x or zoneout, where it is a number
+    long long group, rows, sums;      // batches a block walks, blocks along the batch, parameter gradients per column
+    long long spans, anchor, groups;  // of time, spans from one anchor to the next, groups of columns
+    long long chunks, units;  // of a span, one after the other; of a chunk: tiles forward, saved blocks backward
+    long long slice, lead;    // forward: tiles; steps that a reversed column's first slice is short
+    double scale;             // scale_x or zoneout, where it is a number
     long long flags;
 };
 
@@ -55,20 +59,30 @@ struct Lane {
     bool reversed, active, all_active;
     long long row, column;
     long long first_row, last_row;  // of the block
-    __device__ __forceinline__ Lane(const Args& args, long long rows, int columns) {
+    int chunk, columns;             // where so few threads' columns leave lanes, these have chunks of time: which
+    // `group` of `groups`: which 32 threads' columns.
+    __device__ __forceinline__ Lane(const Args& args, long long rows, int columns_, unsigned group, unsigned groups,
+                                    int chunks = 1) {
         const int lane = threadIdx.x % 32;
         const bool two = args.flags & BIDIRECTIONAL;
-        const long long width = (two ? args.width / 2 : args.width) / columns, count = rows * width;
-        const unsigned blocks = two ? gridDim.x / 2 : gridDim.x;
-        const bool second = blockIdx.x >= blocks;
+        const long long width = (two ? args.width / 2 : args.width) / columns_, count = rows * width;
+        const unsigned of_one = two ? groups / 2 : groups;
+        const bool second = group >= of_one;
         reversed = second != ((args.flags & REVERSE) != 0);
-        const long long first = static_cast<long long>(blockIdx.x - (second ? blocks : 0)) * 32;
+        const long long first = static_cast<long long>(group - (second ? of_one : 0)) * 32;
+        chunk = 0, columns = 32;
+        long long index = first + lane;
         all_active = first + 32 <= count;
-        active = first + lane < count;
-        const long long index = active ? first + lane : count - 1;
+        active = index < count;
+        if (chunks > 1) {
+            columns = static_cast<int>(count);
+            all_active = columns * chunks == 32, active = lane < columns * chunks;
+            chunk = active ? lane / columns : chunks - 1, index = active ? lane % columns : count;
+        }
+        if (index >= count) index = count - 1;
         row = index / width;
         first_row = first / width, last_row = (first + 32 <= count ? first + 31 : count - 1) / width;
-        column = (index % width + (second ? width : 0)) * columns;
+        column = (index % width + (second ? width : 0)) * columns_;
     }
 };
 

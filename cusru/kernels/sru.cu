@@ -1,7 +1,10 @@
 // The entry point: one specialisation, chosen by macros (specialisation.Specialisation lists them).
-#include "sru.cuh"
+#include "split.cuh"
 
-#if CUSRU_PASS == 2
+#if CUSRU_PASS == 3
+extern "C" __global__ void __launch_bounds__(CUSRU_THREADS) cusru_clear(const Args args) { clear(args); }
+CUSRU_SIMULATED_KERNEL(cusru_clear, Args, CUSRU_TYPE)
+#elif CUSRU_PASS == 2
 extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, 1) cusru_reduce(const Args args) {
     reduce<CUSRU_TYPE, CUSRU_THREADS, CUSRU_COLUMNS>(args);
 }
@@ -13,17 +16,25 @@ using Chosen = Variant<CUSRU_TYPE, CUSRU_CELL, CUSRU_SKIP, CUSRU_ACTIVATION, CUS
 extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, CUSRU_RESIDENT) cusru_forward(const Args args) {
     CUSRU_DYNAMIC_SHARED(shared);
     static_assert(Inputs<Chosen, false>::BYTES == CUSRU_STEP_BYTES, "see specialisation.py");
+#if CUSRU_SPLIT
+    SplitForward<Chosen, CUSRU_TILE>(args, shared).run();
+#else
     Forward<Chosen, CUSRU_TILE, CUSRU_THREADS == 32>(args, shared).run();
+#endif
 }
 CUSRU_SIMULATED_KERNEL(cusru_forward, Args, CUSRU_TYPE)
 #else
 extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, CUSRU_RESIDENT) cusru_backward(const Args args) {
     CUSRU_DYNAMIC_SHARED(shared);
     static_assert(Inputs<Chosen, true, CUSRU_RECOMPUTE>::BYTES == CUSRU_STEP_BYTES, "see specialisation.py");
+#if CUSRU_SPLIT
+    SplitBackward<Chosen, CUSRU_TILE, CUSRU_UNIT, CUSRU_RECOMPUTE>(args, shared).run();
+#else
     Backward<Chosen, CUSRU_TILE, CUSRU_UNIT, CUSRU_THREADS / 32, CUSRU_RECOMPUTE, CUSRU_THREADS == 32> backward(args,
                                                                                                                 shared);
     backward.run();
     backward.leave_sums();
+#endif
 }
 CUSRU_SIMULATED_KERNEL(cusru_backward, Args, CUSRU_TYPE)
 #endif

@@ -113,6 +113,7 @@ template <typename S> struct Factor {
     S keep;
     bool whole;
     __device__ __forceinline__ S times(S x) const { return fma(keep, x, whole ? S(0) : x); }
+    __device__ __forceinline__ S gone() const { return whole ? S(1) - keep : -keep; }  // 1 - factor
 };
 template <typename V, typename S> __device__ __forceinline__ Factor<S> factor_of_a(S a) {
     return V::CELL == AFFINE ? Factor<S>{a, true} : Factor<S>{-a, false};
@@ -206,6 +207,11 @@ template <typename V, typename S> __device__ __forceinline__ S advance(const Pre
     if constexpr (V::CELL != SRU) return p.factor.times(c) + p.summand;
     if constexpr (V::WEIGHT == NO_WEIGHT) return advance(p.forget, p.z, c);
     return advance(gate(fma(p.v_f, c, p.x_f)), p.z, c);
+}
+
+// 1 - factor, of a forward that is affine.
+template <typename V, typename S> __device__ __forceinline__ S gone(const Prepared<V, S>& p) {
+    return V::CELL == SRU ? p.forget.g : p.factor.gone();
 }
 
 template <typename V, typename S>

@@ -1,0 +1,684 @@
+// How time is split where columns are few. Whatever is affine in what goes from step to step (step.cuh has the list)
+// need not be walked to be known: a stretch of time takes every c to c - gone c + sum, and a stretch after another is a
+// stretch. So time is cut into spans. A block takes a span, the next that nobody has, and each of its warps a tile of
+// it; where there are fewer than 16 columns a warp's lanes have several such chunks of time. A warp loads its tile once
+// and finds out, in registers, what the tile does to any state. From what its tiles do the block knows what its span
+// does, and tells; from what the spans before have told it knows where its own begins, and so where each tile does.
+// Then all tiles are walked at once, and what follows is stored. The inputs of the block's next span are on their way
+// meanwhile: data is read once, and a chain is a tile long.
+//
+// Which spans are asked is fixed: every `anchor`th tells its start, and the others add to it what those since have
+// told, in one order. So every bit is the same whoever is late. What a span waits for was taken before: somebody works
+// on it, however few blocks there are.
+//
+// What is not finite is not added up, for a product of infinity and 0 is neither: there stretches are walked one after
+// the other, each from the end of the one before, and the span tells its end.
+#pragma once
+#include "sru.cuh"
+
+// c -> c - gone c + sum: as 1 - product of the factors `gone` keeps the digits of factors near 1.
+template <typename S> struct Summary {
+    S gone, sum;
+};
+template <typename S> __device__ __forceinline__ bool finite(S v) { return v - v == S(0); }
+template <typename S> __device__ __forceinline__ S infinite() { return S(__uint_as_float(0x7f800000u)); }
+template <typename S> __device__ __forceinline__ S not_a_number() { return S(__uint_as_float(0x7fffffffu)); }
+// Where a sequence starts in the stretch nothing comes across: `gone` is then infinite. And it is NaN where the end
+// must be walked.
+template <typename V, typename S> __device__ __forceinline__ bool starts_anew(const Summary<S>& s) {
+    return V::STARTING && s.gone == infinite<S>();
+}
+template <typename S> __device__ __forceinline__ bool is_lost(const Summary<S>& s) { return s.gone != s.gone; }
+template <typename V, typename S> __device__ __forceinline__ Summary<S> settled(const Summary<S>& s, bool anew) {
+    const bool lost = !finite(s.sum) || !(anew || finite(s.gone));
+    return {lost ? not_a_number<S>() : anew ? infinite<S>() : s.gone, s.sum};
+}
+// The end of a stretch that begins at `start`.
+template <typename V, typename S> __device__ __forceinline__ S end_of(const Summary<S>& s, S start) {
+    return starts_anew<V>(s) ? s.sum : fma(-s.gone, start, start) + s.sum;
+}
+// A stretch, and then another.
+template <typename V, typename S>
+__device__ __forceinline__ Summary<S> both(const Summary<S>& first, const Summary<S>& second) {
+    if (starts_anew<V>(second)) return second;
+    const bool anew = starts_anew<V>(first) && !is_lost(second);
+    return settled<V>(Summary<S>{fma(second.gone, S(1) - first.gone, first.gone), end_of<V>(second, first.sum)}, anew);
+}
+
+// What the stretches of a block's span, in the order of processing, and the spans tell one another. One warp talks,
+// whose lanes have the columns that all the warps' have: forward the last, which does nothing else, so that none keeps
+// its tile in registers meanwhile; backward, where that would make a block's warps too many for their registers, the
+// first.
+template <typename V, bool BACKWARD> struct Exchange {
+    using S = typename V::S;
+    static constexpr int N = V::COLUMNS;
+    static constexpr unsigned ALL = 0xffffffffu;
+    enum Kind { SUMMARY, START, END };  // that a span has told
+    const Args& args;
+    const Lane lane;  // its own: a reference to another part of the kernel's state would keep all of it in memory
+    const unsigned group;
+    const int stretches, chunks;  // of a chunk; of a span
+    S *const summaries, *const starts;
+    unsigned* const notes;  // the span that the block takes next; whether an end must be walked
+
+    static __device__ __forceinline__ int bytes(int stretches) {
+        return (3 * stretches + 5) * 32 * N * static_cast<int>(sizeof(S)) + 16;
+    }
+    __device__ __forceinline__ Exchange(const Args& args, const Lane& lane, unsigned group, int stretches, char* room)
+        : args(args),
+          lane(lane),
+          group(group),
+          stretches(stretches),
+          chunks(N == 1 ? static_cast<int>(args.chunks) : 1),  // of two columns a thread there are lanes enough
+          summaries(reinterpret_cast<S*>(room) + threadIdx.x % 32),
+          starts(summaries + (stretches + 2) * 64 * N),
+          notes(reinterpret_cast<unsigned*>(room + (3 * stretches + 5) * 32 * N * sizeof(S))) {}
+
+    static __device__ __forceinline__ int workers() { return blockDim.x / 32 - !BACKWARD; }
+    static __device__ __forceinline__ bool talks() { return threadIdx.x / 32 == (BACKWARD ? 0 : workers()); }
+    static __device__ __forceinline__ void meet() { __syncthreads(); }
+
+    // ---- within the block ----
+
+    // Of a stretch; then of the chunk and of the span, which the talking warp puts there.
+    __device__ __forceinline__ void put(int stretch, const Summary<S> (&summary)[N]) const {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            summaries[(2 * (stretch * N + i)) * 32] = summary[i].gone;
+            summaries[(2 * (stretch * N + i) + 1) * 32] = summary[i].sum;
+        }
+    }
+    __device__ __forceinline__ Summary<S> summary(int stretch, int i) const {
+        return {summaries[(2 * (stretch * N + i)) * 32], summaries[(2 * (stretch * N + i) + 1) * 32]};
+    }
+    __device__ __forceinline__ S& start(int stretch, int i) const { return starts[(stretch * N + i) * 32]; }
+    // The column's, of another chunk.
+    __device__ __forceinline__ S of_chunk(int chunk, S value) const {
+        return __shfl_sync(ALL, value,
+                           chunk * lane.columns + (lane.active ? threadIdx.x % 32 % lane.columns : lane.columns - 1));
+    }
+    __device__ __forceinline__ Summary<S> of_chunk(int chunk, const Summary<S>& s) const {
+        return {of_chunk(chunk, s.gone), of_chunk(chunk, s.sum)};
+    }
+    // One after the other.
+    __device__ __forceinline__ Summary<S> of_all_chunks(const Summary<S>& own) const {
+        if (chunks == 1) return own;
+        Summary<S> all = of_chunk(0, own);
+#pragma unroll 1
+        for (int chunk = 1; chunk < chunks; ++chunk) all = both<V>(all, of_chunk(chunk, own));
+        return all;
+    }
+
+    // ---- between blocks ----
+
+    __device__ __forceinline__ unsigned* flag(Kind kind, long long span) const {
+        return reinterpret_cast<unsigned*>(args.signals) + args.groups * (1 + kind * args.spans + span) + group;
+    }
+    __device__ __forceinline__ S* word(Kind kind, long long span, int which) const {
+        const long long rows = kind == SUMMARY ? 2 * span + which
+                               : kind == END   ? 2 * args.spans + span
+                                               : 3 * args.spans + span / args.anchor;
+        return reinterpret_cast<S*>(args.words) + (rows * args.batch + lane.row) * args.width + lane.column;
+    }
+    __device__ __forceinline__ void wait(Kind kind, long long span) const {
+#pragma unroll 1
+        while (!load_acquire(flag(kind, span))) {}
+    }
+    __device__ __forceinline__ void told(Kind kind, long long span) const {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) store_release(flag(kind, span), 1u);
+    }
+    __device__ __forceinline__ void tell(Kind kind, long long span, int which, const S (&value)[N]) const {
+        if (lane.active && lane.chunk == 0)
+#pragma unroll
+            for (int i = 0; i < N; ++i) workspace_store<sizeof(S)>(word(kind, span, which) + i, &value[i]);
+    }
+    __device__ __forceinline__ void hear(Kind kind, long long span, int which, S (&value)[N]) const {
+#pragma unroll
+        for (int i = 0; i < N; ++i) workspace_load<sizeof(S)>(&value[i], word(kind, span, which) + i);
+    }
+    __device__ __forceinline__ void hear(long long span, Summary<S> (&summary)[N]) const {
+        S gone[N], sum[N];
+        hear(SUMMARY, span, 0, gone), hear(SUMMARY, span, 1, sum);
+#pragma unroll
+        for (int i = 0; i < N; ++i) summary[i] = {gone[i], sum[i]};
+    }
+    __device__ __forceinline__ unsigned take_span() const {
+        return atomicAdd(reinterpret_cast<unsigned*>(args.signals) + group, 1u);
+    }
+
+    // Where the span starts, and where the next does, unless this one's end must be walked: then its summary `all` is
+    // lost. Before the first anchor `value` comes as where time begins.
+    __device__ __forceinline__ void look_back(long long span, const Summary<S> (&all)[N], S (&value)[N],
+                                              S (&next)[N]) const {
+        const long long from = span ? (span - 1) / args.anchor * args.anchor : 0;
+        const int before = static_cast<int>(span - from), lane_ = threadIdx.x % 32;
+#pragma unroll 1
+        for (int k = lane_; k < before; k += 32) wait(SUMMARY, from + k);
+        __syncwarp();
+        // What spans have told since the anchor: each chunk's lanes add up some of them.
+        const int some = static_cast<int>(args.anchor + chunks - 1) / chunks, first = lane.chunk * some;
+        Summary<S> since[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) since[i] = {S(0), S(0)};
+#pragma unroll 4
+        for (int k = first; k < first + some && k < before; ++k) {
+            Summary<S> one[N];
+            hear(from + k, one);
+#pragma unroll
+            for (int i = 0; i < N; ++i) since[i] = both<V>(since[i], one[i]);
+        }
+        if (from) {
+            if (lane_ == 0) wait(START, from);
+            __syncwarp();
+            hear(START, from, 0, value);
+        }
+        const bool anchored = span % args.anchor == 0;
+        bool lost[N], with_lost[N], any = false;
+        S begin[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const Summary<S> past = of_all_chunks(since[i]);
+            // As the next span will find its own.
+            const bool mine = !anchored && first <= before && before < first + some;
+            const Summary<S> with = of_all_chunks(mine ? both<V>(since[i], all[i]) : since[i]);
+            begin[i] = value[i];
+            value[i] = end_of<V>(past, begin[i]);
+            next[i] = anchored ? end_of<V>(all[i], value[i]) : end_of<V>(with, begin[i]);
+            lost[i] = is_lost(past), with_lost[i] = is_lost(with);
+            any |= lost[i] || with_lost[i];
+        }
+        if (__any_sync(ALL, any)) {
+#pragma unroll 1
+            for (int k = 0; k < before; ++k) {
+                Summary<S> one[N];
+                hear(from + k, one);
+                bool ask = false;
+#pragma unroll
+                for (int i = 0; i < N; ++i) ask |= is_lost(one[i]);
+                S end[N];
+                if (__any_sync(ALL, ask)) {
+                    if (lane_ == 0) wait(END, from + k);
+                    __syncwarp();
+                    hear(END, from + k, 0, end);
+                }
+#pragma unroll
+                for (int i = 0; i < N; ++i) begin[i] = is_lost(one[i]) ? end[i] : end_of<V>(one[i], begin[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                if (lost[i]) value[i] = begin[i];
+                if (anchored ? lost[i] : with_lost[i]) next[i] = end_of<V>(all[i], begin[i]);
+            }
+        }
+        if (anchored && span) tell(START, span, 0, value), told(START, span);
+    }
+    // When all have put their summaries.
+    __device__ __forceinline__ void find_starts(long long span, S (&value)[N]) const {
+        bool lost = false;
+        Summary<S> own[N], all[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            own[i] = summary(0, i);
+            lost |= is_lost(own[i]);
+        }
+#pragma unroll 1
+        for (int e = 1; e < stretches; ++e)
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                const Summary<S> one = summary(e, i);
+                lost |= is_lost(one);
+                own[i] = both<V>(own[i], one);
+            }
+        S gone[N], sum[N], next[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            all[i] = of_all_chunks(own[i]);
+            lost |= is_lost(own[i]) || is_lost(all[i]);
+            gone[i] = all[i].gone, sum[i] = all[i].sum;
+        }
+        put(stretches, own), put(stretches + 1, all);
+        if (span + 1 < args.spans) {
+            tell(SUMMARY, span, 0, gone), tell(SUMMARY, span, 1, sum);
+            told(SUMMARY, span);
+        }
+        look_back(span, all, value, next);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            S begin = value[i];
+#pragma unroll 1
+            for (int chunk = 1; chunk < chunks; ++chunk) {
+                begin = end_of<V>(of_chunk(chunk - 1, own[i]), begin);
+                if (lane.chunk == chunk) value[i] = begin;
+            }
+            start(0, i) = value[i];
+            start(stretches, i) = lane.chunk + 1 < chunks ? end_of<V>(own[i], value[i]) : next[i];
+        }
+#pragma unroll 1
+        for (int e = 1; e < stretches; ++e)
+#pragma unroll
+            for (int i = 0; i < N; ++i) start(e, i) = value[i] = end_of<V>(summary(e - 1, i), value[i]);
+        lost = __any_sync(ALL, lost);
+        if (threadIdx.x % 32 == 0) notes[1] = lost;
+    }
+    // Where an end must be walked: `walk` does, for a warp's stretch, from its start on.
+    template <typename Walk> __device__ __forceinline__ void mend(long long span, const Walk& walk) const {
+        if (!notes[1]) return;
+#pragma unroll 1
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+#pragma unroll 1
+            for (int e = 0; e < stretches; ++e) {
+                S end[N];
+                if (walk(e, end) && lane.chunk == chunk)
+#pragma unroll
+                    for (int i = 0; i < N; ++i) {
+                        const Summary<S> one = summary(e, i);
+                        const S walked = is_lost(one) ? end[i] : end_of<V>(one, start(e, i));
+                        // The chunk's end is known from its start, if that is; the last one's from the span's.
+                        const Summary<S> own = summary(stretches, i);
+                        const bool whole = e + 1 == stretches, last = chunk + 1 == chunks;
+                        if (!whole || is_lost(last ? summary(stretches + 1, i) : own))
+                            start(e + 1, i) = whole && !is_lost(own) ? end_of<V>(own, start(0, i)) : walked;
+                        else if (!last)
+                            start(e + 1, i) = end_of<V>(own, start(0, i));
+                    }
+                __syncthreads();
+            }
+            if (chunks > 1 && talks()) {
+#pragma unroll
+                for (int i = 0; i < N; ++i) {
+                    const S begin = of_chunk(chunk, start(stretches, i));
+                    if (lane.chunk == chunk + 1) start(0, i) = begin;
+                }
+            }
+            if (chunks > 1) __syncthreads();
+        }
+        if (!talks()) return;
+        S end[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) end[i] = of_chunk(chunks - 1, start(stretches, i));
+        tell(END, span, 0, end), told(END, span);
+    }
+
+    // ---- span after span ----
+
+    __device__ __forceinline__ unsigned first_span() const {
+        if (talks() && threadIdx.x % 32 == 0) notes[0] = take_span();
+        meet();
+        const unsigned span = notes[0];
+        meet();
+        return span;
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward. Saved states begin slices of as many tiles as make whole saved blocks: within a slice tile follows tile, as
+// the backward will walk it; its end is the start of the next, in h and among the saved states too.
+
+template <typename V, int T> struct SplitForward : ForwardTile<V, T> {
+    using S = typename V::S;
+    static constexpr int N = V::COLUMNS;
+    using Tile = ForwardTile<V, T>;
+    using Tile::args, Tile::first, Tile::thread, Tile::in, Tile::h, Tile::saver, Tile::plain, Tile::lane;
+    const int lead;                         // steps that a reversed column's first slice is short
+    const int saved_blocks, saved, offset;  // of a chunk; the tile's first, of the first chunk; its step within it
+    const int slice;
+    const Exchange<V, false> exchange;
+    Relay<S, N, false, 1> relay;
+
+    static __device__ __forceinline__ int warps() { return Exchange<V, false>::workers(); }
+    static __device__ __forceinline__ int every(const Args& args) { return static_cast<int>(args.save_every); }
+    __device__ __forceinline__ SplitForward(const Args& args, char* shared)
+        : Tile(args, Lane(args, args.batch, N, blockIdx.x % args.groups, args.groups, args.chunks), 0, shared,
+               shared + Exchange<V, false>::bytes(warps()) + warps() * 32 * N * sizeof(S)),
+          lead(lane.reversed ? static_cast<int>(args.lead) : 0),
+          saved_blocks(warps() * T / every(args)),
+          saved(thread.warp * T / every(args) - lead / every(args)),
+          offset(thread.warp * T % every(args)),
+          slice(static_cast<int>(args.slice)),
+          exchange(args, lane, blockIdx.x % args.groups, warps(), shared),
+          relay(shared += Exchange<V, false>::bytes(warps()), warps()) {}
+
+    __device__ __forceinline__ long long chunk(unsigned span) const {
+        return static_cast<long long>(span) * exchange.chunks + lane.chunk;
+    }
+    __device__ __forceinline__ long long place(unsigned span) const {  // of the tile, as if there were no lead
+        return (chunk(span) * warps() + thread.warp) * T - lead;
+    }
+    __device__ __forceinline__ long long beginning(unsigned span) const { return place(span) < 0 ? 0 : place(span); }
+    __device__ __forceinline__ int steps(long long place) const {
+        const long long end = args.length - place < T ? args.length - place : T;
+        const long long begin = place < 0 ? -place : 0;
+        return end > begin ? static_cast<int>(end - begin) : 0;
+    }
+    __device__ __forceinline__ void load(unsigned span, int left) {
+        if (!left) return;
+        const long long p = beginning(span);
+        plain ? in.move(Bool<true>(), p) : in.move(Bool<false>(), p);
+        Tile::load(left);
+    }
+
+    // What a tile does to any state.
+    template <typename Straight>
+    __device__ __forceinline__ void sum_up(Straight straight, const Bits& bits, const Prepared<V, S> (&prepared)[T][N],
+                                           Summary<S> (&summary)[N]) const {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            S left = 0, sum = 0;
+#pragma unroll
+            for (int t = 0; t < T; ++t) {
+                const S before = across<V>(bits, t, sum), g = gone<V>(prepared[t][i]);
+                const bool skip = skips<V>(straight, bits, t);
+                sum = skip ? before : advance<V>(prepared[t][i], before);
+                left = skip ? left : fma(g, S(1) - left, left);
+            }
+            summary[i] = settled<V>(Summary<S>{left, sum}, V::STARTING && bits.starts);
+        }
+    }
+    template <typename Straight>
+    __device__ __forceinline__ void walk(Straight straight, unsigned span, int left, const Bits& bits,
+                                         const Prepared<V, S> (&prepared)[T][N]) {
+        const long long p = beginning(span);
+        h.move(straight, p - first), first = p;
+        saver.to(thread, p, chunk(span) * saved_blocks + saved, offset + static_cast<int>(p - place(span)));
+        S state[T + 1][N];
+        if (thread.warp % slice) {
+            relay.take(state[0]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < N; ++i) state[0][i] = exchange.start(thread.warp, i);
+        }
+        this->follow(straight, bits, prepared, state);
+        const bool last = left && first + left == args.length;
+        if ((thread.warp + 1) % slice) {
+            relay.give(thread.warp + 1, state[T]);
+        } else if (!last) {
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                const S next = exchange.start(thread.warp + 1, i);
+#pragma unroll
+                for (int t = 1; t <= T; ++t)
+                    if (straight ? t == T : t >= left) state[t][i] = next;
+            }
+        }
+        if (last) this->end(state[T]);
+        this->store(straight, left, bits, prepared, state);
+    }
+
+    __device__ __forceinline__ void talk(unsigned span) const {
+        while (span < args.spans) {
+            unsigned next = 0;
+            if (threadIdx.x % 32 == 0) next = exchange.notes[0] = exchange.take_span();
+            exchange.meet();
+            next = __shfl_sync(0xffffffffu, next, 0);
+            S value[N];
+            if (span <= args.anchor) thread.initial(value);
+            exchange.find_starts(span, value);
+            exchange.meet();
+            exchange.mend(span, [](int, S(&)[N]) { return false; });
+            span = next;
+        }
+    }
+    __device__ __forceinline__ void run() {
+        unsigned span = exchange.first_span();
+        if (exchange.talks()) return talk(span);
+        int left = span < args.spans ? steps(place(span)) : 0;
+        load(span, left);
+        while (span < args.spans) {
+            const long long p = beginning(span);
+            const bool whole = plain && __all_sync(0xffffffffu, left == T);
+            Bits bits;
+            Prepared<V, S> prepared[T][N];
+            Summary<S> summary[N];
+            this->prepare_all(prepared);
+            if (whole) {
+                bits = marks<T>(thread, Bool<true>(), p, T);
+                sum_up(Bool<true>(), bits, prepared, summary);
+            } else if (GENERAL) {
+                bits = marks<T>(thread, Bool<false>(), p, left);
+                sum_up(Bool<false>(), bits, prepared, summary);
+            }
+            exchange.put(thread.warp, summary);
+            exchange.meet();
+            const unsigned next = exchange.notes[0];
+            const int next_left = next < args.spans ? steps(place(next)) : 0;
+            load(next, next_left);
+            exchange.meet();
+            exchange.mend(span, [&](int stretch, S(&end)[N]) {
+                if (stretch != thread.warp) return false;
+                S state[T + 1][N];
+#pragma unroll
+                for (int i = 0; i < N; ++i) state[0][i] = exchange.start(stretch, i);
+                this->follow(Bool<false>(), bits, prepared, state);
+#pragma unroll
+                for (int i = 0; i < N; ++i) end[i] = state[T][i];
+                return true;
+            });
+            if (whole)
+                walk(Bool<true>(), span, T, bits, prepared);
+            else if (GENERAL)
+                walk(Bool<false>(), span, left, bits, prepared);
+            span = next, left = next_left;
+        }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward. A span is some saved blocks, or where every state was saved one stretch of time, in either case in units,
+// and spans are taken from the last on. From the saved state before it a unit's states are found first, tile after
+// tile. Stretches are the GROUPs of steps whose parameter sums are added up plainly: their number, and so every bit, is
+// the same whether a tile has one of them or two.
+
+template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : BackwardTile<V, T, UNIT, RECOMPUTE> {
+    using Tile = BackwardTile<V, T, UNIT, RECOMPUTE>;
+    using In = typename Tile::In;
+    using S = typename V::S;
+    static constexpr int N = V::COLUMNS, SUMS = V::SUMS, TERMS = Tile::TERMS, GROUP = Tile::GROUP;
+    using Tile::args, Tile::lane, Tile::thread, Tile::plain, Tile::every, Tile::blocks, Tile::in, Tile::active;
+    const int units, stretches;  // of a chunk; of a unit
+    const int unit, row;         // of the warp's tile
+    const Exchange<V, true> exchange;
+    Relay<S, TERMS * 2, !SUMS, 1> sums;
+    Relay<S, N, !RECOMPUTE, 8> states;  // the first warp is given none, the last no sums: 15 barriers are enough
+
+    static __device__ __forceinline__ int warps() { return Exchange<V, true>::workers(); }
+    static __device__ __forceinline__ int of_unit(const Args& args) {  // steps
+        return RECOMPUTE ? static_cast<int>(args.save_every) : warps() * T;
+    }
+    static __device__ __forceinline__ int of_chunk(const Args& args) {  // stretches
+        return static_cast<int>(args.units) * ((of_unit(args) + GROUP - 1) / GROUP);
+    }
+    static __device__ __forceinline__ int handed_on() { return warps() * 32 * (2 * SUMS + RECOMPUTE) * N * sizeof(S); }
+    __device__ __forceinline__ SplitBackward(const Args& args, char* shared)
+        : Tile(args, Lane(args, args.batch, N, blockIdx.x % args.groups, args.groups, args.chunks), of_unit(args),
+               shared, shared + Exchange<V, true>::bytes(of_chunk(args)) + handed_on()),
+          units(static_cast<int>(args.units)),
+          stretches(of_chunk(args) / units),
+          unit(thread.warp / (warps() / units)),
+          row(thread.warp % (warps() / units) * T),
+          exchange(args, lane, blockIdx.x % args.groups, of_chunk(args), shared),
+          sums(shared += Exchange<V, true>::bytes(of_chunk(args)), warps()),
+          states(shared, warps()) {
+        active = lane.active, this->in_batch = 0, this->out_batch = -1;
+        in.point(thread, 0, thread.b);
+    }
+    __device__ __forceinline__ char* at() const { return this->record(thread.warp * T); }
+
+    // Where the warp's unit is; its steps are 0 where there is none. (As enter() has it, of one unit a block.)
+    __device__ __forceinline__ Place place(unsigned span) const {
+        const long long chunk = (args.spans - span) * exchange.chunks - 1 - lane.chunk, block = chunk * units + unit;
+        if (span >= args.spans || block >= blocks) return {0, block, 0, 0, 0, true};
+        const bool flipped = RECOMPUTE && lane.reversed;
+        const long long begin = (flipped ? blocks - 1 - block : block) * every, rest = args.length - begin;
+        const int steps = static_cast<int>(rest < every ? rest : every);
+        return {0, block, flipped ? rest - steps : begin, 0, steps, true};
+    }
+    __device__ __forceinline__ int steps(const Place& place) const {  // of the tile
+        const int left = place.steps - row;
+        return left < 0 ? 0 : left < T ? left : T;
+    }
+    __device__ __forceinline__ void load(const Place& place) {
+        if (!steps(place)) return;
+        plain ? in.move(Bool<true>(), place.first + row) : in.move(Bool<false>(), place.first + row);
+        Tile::load(place, row, at());
+    }
+    __device__ __forceinline__ int stretch(int group) const {  // of the tile's groups; < 0: it has no such
+        const int of_unit = row / GROUP + group;
+        return of_unit < stretches ? (units - unit) * stretches - 1 - of_unit : -1;
+    }
+
+    template <typename Straight>
+    __device__ __forceinline__ void find_states(Straight straight, const Place& place, const Bits& bits) {
+        S state[N];  // even where the tile has no steps: the warps of a unit go together
+        if (row) {
+            states.take(state);
+        } else if (place.block == 0) {
+            thread.initial(state);
+        } else {
+            const Values<S, N> saved = In::C::get(at());
+#pragma unroll
+            for (int i = 0; i < N; ++i) state[i] = saved.get(i);
+        }
+        this->recompute(straight, at(), bits, state);
+        if (row + T < every) states.give(thread.warp + 1, state);
+    }
+    // One step back, or none where there is padding.
+    template <typename Straight>
+    __device__ __forceinline__ S back(Straight straight, const Bits& bits, int t, const Linear<S>& linear, S carry,
+                                      S& gc) const {
+        const S before = retreat<V>(linear, carry, gc);
+        return across<V>(bits, t, skips<V>(straight, bits, t) ? carry : before);
+    }
+    template <typename Straight>
+    __device__ __forceinline__ void sum_up(Straight straight, const Bits& bits, const Linear<S> (&linear)[T][N]) const {
+#pragma unroll
+        for (int group = 0; group < T / GROUP; ++group) {
+            Summary<S> summary[N];
+            const bool anew = V::STARTING && (bits.starts >> group * GROUP & ((1u << GROUP) - 1));
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                S left = 0, sum = 0, gc;
+#pragma unroll
+                for (int t = (group + 1) * GROUP - 1; t >= group * GROUP; --t) {
+                    sum = back(straight, bits, t, linear[t][i], sum, gc);
+                    left = skips<V>(straight, bits, t) ? left : fma(linear[t][i].keep.gone(), S(1) - left, left);
+                }
+                summary[i] = settled<V>(Summary<S>{left, sum}, anew);
+            }
+            if (stretch(group) >= 0) exchange.put(stretch(group), summary);
+        }
+    }
+    template <typename Straight>
+    __device__ __forceinline__ void walk(Straight straight, const Place& place, const Bits& bits,
+                                         const Linear<S> (&linear)[T][N], S (&sum)[TERMS * 2]) {
+        const int left = straight ? T : steps(place);
+        S carry[N], gc[T][N];
+#pragma unroll
+        for (int t = T - 1; t >= 0; --t)
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                if ((t + 1) % GROUP == 0)
+                    carry[i] = stretch(t / GROUP) < 0 ? S(0) : exchange.start(stretch(t / GROUP), i);
+                carry[i] = back(straight, bits, t, linear[t][i], carry[i], gc[t][i]);
+            }
+        if (place.first + row == 0 && left) this->end(carry);
+        S terms[T][TERMS];
+        this->store_gradients(straight, left, bits, linear, gc, terms);
+        if constexpr (SUMS == 0) return;
+#pragma unroll
+        for (int t = T - 2; t >= 0; --t)
+#pragma unroll
+            for (int i = 0; i < N * SUMS; ++i)
+                if ((t + 1) % GROUP) terms[t][i] = terms[t + 1][i] + terms[t][i];
+        if (thread.warp + 1 < warps()) sums.take(sum);
+#pragma unroll
+        for (int t = (T / GROUP - 1) * GROUP; t >= 0; t -= GROUP)
+            if (straight || t < left)
+#pragma unroll
+                for (int i = 0; i < N * SUMS; ++i) {
+                    Sum<S> one = {sum[2 * i], sum[2 * i + 1]};
+                    one.add(terms[t][i]);
+                    sum[2 * i] = one.total, sum[2 * i + 1] = one.lost;
+                }
+        if (thread.warp) sums.give(thread.warp - 1, sum);
+    }
+
+    __device__ __forceinline__ void run() {
+        unsigned span = exchange.first_span();
+        Place here = place(span);
+        load(here);
+        while (span < args.spans) {
+            unsigned taken = 0;
+            if (threadIdx.x == 0) taken = exchange.take_span();
+            const int left = steps(here);
+            const bool whole = plain && __all_sync(0xffffffffu, left == T);
+            const long long p = here.first + row;
+            Bits bits;
+            Linear<S> linear[T][N];
+            async_wait();
+            if (whole) {
+                bits = marks<T>(thread, Bool<true>(), p, T);
+                this->out_to(Bool<true>(), here, p);
+                if constexpr (RECOMPUTE) find_states(Bool<true>(), here, bits);
+                this->linearise_all(Bool<true>(), at(), p, T, bits, linear);
+                sum_up(Bool<true>(), bits, linear);
+            } else if (GENERAL) {
+                bits = marks<T>(thread, Bool<false>(), p, left);
+                this->out_to(Bool<false>(), here, p);
+                if constexpr (RECOMPUTE) find_states(Bool<false>(), here, bits);
+                this->linearise_all(Bool<false>(), at(), p, left, bits, linear);
+                sum_up(Bool<false>(), bits, linear);
+            }
+            if (threadIdx.x == 0) exchange.notes[0] = taken;
+            exchange.meet();
+            const unsigned next = exchange.notes[0];
+            const Place there = place(next);
+            load(there);
+            if (exchange.talks()) {
+                S value[N];
+                if (span <= args.anchor) this->begin(value);
+                exchange.find_starts(span, value);
+            }
+            exchange.meet();
+            exchange.mend(span, [&](int which, S(&end)[N]) {
+                bool mine = false;
+                S carry[N], gc;
+#pragma unroll
+                for (int t = T - 1; t >= 0; --t)
+                    if (stretch(t / GROUP) == which) {
+                        mine = true;
+#pragma unroll
+                        for (int i = 0; i < N; ++i) {
+                            if ((t + 1) % GROUP == 0) carry[i] = exchange.start(which, i);
+                            carry[i] = back(Bool<false>(), bits, t, linear[t][i], carry[i], gc);
+                        }
+                    }
+                if (mine)
+#pragma unroll
+                    for (int i = 0; i < N; ++i) end[i] = carry[i];
+                return mine;
+            });
+            S sum[TERMS * 2] = {};
+            if (whole)
+                walk(Bool<true>(), here, bits, linear, sum);
+            else if (GENERAL)
+                walk(Bool<false>(), here, bits, linear, sum);
+            if (SUMS && thread.warp == 0)
+                this->leave(sum, (static_cast<long long>(span) * exchange.chunks + lane.chunk) * args.batch + lane.row,
+                            args.rows > 1);
+            span = next, here = there;
+        }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+// No counter has counted, no flag is set. By itself, before: workspaces come with arbitrary contents.
+__device__ __forceinline__ void clear(const Args& args) {
+    const long long count = args.groups * (1 + 3 * args.spans);
+    for (long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+         i += static_cast<long long>(gridDim.x) * blockDim.x) {
+        const unsigned none = 0;
+        workspace_store<4>(args.signals + 4 * i, &none);
+    }
+}
