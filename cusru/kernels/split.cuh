@@ -117,7 +117,7 @@ template <typename V, bool BACKWARD> struct Exchange {
     __device__ __forceinline__ S* word(Kind kind, long long span, int which) const {
         const long long rows = kind == SUMMARY ? 2 * span + which
                                : kind == END   ? 2 * args.spans + span
-                                               : 3 * args.spans + span / args.anchor;
+                                               : 3 * args.spans + static_cast<unsigned>(span) / static_cast<unsigned>(args.anchor);
         return reinterpret_cast<S*>(args.words) + (rows * args.batch + lane.row) * args.width + lane.column;
     }
     __device__ __forceinline__ void wait(Kind kind, long long span) const {
@@ -149,15 +149,15 @@ template <typename V, bool BACKWARD> struct Exchange {
 
     // Where the span starts, and where the next does, unless this one's end must be walked: then its summary `all` is
     // lost. Before the first anchor `value` comes as where time begins.
-    __device__ __forceinline__ void look_back(long long span, const Summary<S> (&all)[N], S (&value)[N],
+    __device__ __forceinline__ void look_back(unsigned span, const Summary<S> (&all)[N], S (&value)[N],
                                               S (&next)[N]) const {
-        const long long from = span ? (span - 1) / args.anchor * args.anchor : 0;
+        const unsigned anchor = static_cast<unsigned>(args.anchor), from = span ? (span - 1) / anchor * anchor : 0;
         const int before = static_cast<int>(span - from), lane_ = threadIdx.x % 32;
 #pragma unroll 1
         for (int k = lane_; k < before; k += 32) wait(SUMMARY, from + k);
         __syncwarp();
         // What spans have told since the anchor: each chunk's lanes add up some of them.
-        const int some = static_cast<int>(args.anchor + chunks - 1) / chunks, first = lane.chunk * some;
+        const int some = (static_cast<int>(anchor) + chunks - 1) / chunks, first = lane.chunk * some;
         Summary<S> since[N];
 #pragma unroll
         for (int i = 0; i < N; ++i) since[i] = {S(0), S(0)};
@@ -173,7 +173,7 @@ template <typename V, bool BACKWARD> struct Exchange {
             __syncwarp();
             hear(START, from, 0, value);
         }
-        const bool anchored = span % args.anchor == 0;
+        const bool anchored = span % anchor == 0;
         bool lost[N], with_lost[N], any = false;
         S begin[N];
 #pragma unroll
@@ -214,7 +214,7 @@ template <typename V, bool BACKWARD> struct Exchange {
         if (anchored && span) tell(START, span, 0, value), told(START, span);
     }
     // When all have put their summaries.
-    __device__ __forceinline__ void find_starts(long long span, S (&value)[N]) const {
+    __device__ __forceinline__ void find_starts(unsigned span, S (&value)[N]) const {
         bool lost = false;
         Summary<S> own[N], all[N];
 #pragma unroll
@@ -262,8 +262,8 @@ template <typename V, bool BACKWARD> struct Exchange {
         if (threadIdx.x % 32 == 0) notes[1] = lost;
     }
     // Where an end must be walked: `walk` does, for a warp's stretch, from its start on.
-    template <typename Walk> __device__ __forceinline__ void mend(long long span, const Walk& walk) const {
-        if (!notes[1]) return;
+    template <typename Walk> __device__ __forceinline__ void mend(unsigned span, const Walk& walk) const {
+        if (!GENERAL || !notes[1]) return;
 #pragma unroll 1
         for (int chunk = 0; chunk < chunks; ++chunk) {
 #pragma unroll 1
@@ -320,22 +320,15 @@ template <typename V, int T> struct SplitForward : ForwardTile<V, T> {
     static constexpr int N = V::COLUMNS;
     using Tile = ForwardTile<V, T>;
     using Tile::args, Tile::first, Tile::thread, Tile::in, Tile::h, Tile::saver, Tile::plain, Tile::lane;
-    const int lead;                         // steps that a reversed column's first slice is short
-    const int saved_blocks, saved, offset;  // of a chunk; the tile's first, of the first chunk; its step within it
-    const int slice;
+    const int in_slice;  // which of its tiles is the warp's
     const Exchange<V, false> exchange;
     Relay<S, N, false, 1> relay;
 
     static __device__ __forceinline__ int warps() { return Exchange<V, false>::workers(); }
-    static __device__ __forceinline__ int every(const Args& args) { return static_cast<int>(args.save_every); }
     __device__ __forceinline__ SplitForward(const Args& args, char* shared)
         : Tile(args, Lane(args, args.batch, N, blockIdx.x % args.groups, args.groups, args.chunks), 0, shared,
                shared + Exchange<V, false>::bytes(warps()) + warps() * 32 * N * sizeof(S)),
-          lead(lane.reversed ? static_cast<int>(args.lead) : 0),
-          saved_blocks(warps() * T / every(args)),
-          saved(thread.warp * T / every(args) - lead / every(args)),
-          offset(thread.warp * T % every(args)),
-          slice(static_cast<int>(args.slice)),
+          in_slice(thread.warp % static_cast<int>(args.slice)),
           exchange(args, lane, blockIdx.x % args.groups, warps(), shared),
           relay(shared += Exchange<V, false>::bytes(warps()), warps()) {}
 
@@ -343,7 +336,7 @@ template <typename V, int T> struct SplitForward : ForwardTile<V, T> {
         return static_cast<long long>(span) * exchange.chunks + lane.chunk;
     }
     __device__ __forceinline__ long long place(unsigned span) const {  // of the tile, as if there were no lead
-        return (chunk(span) * warps() + thread.warp) * T - lead;
+        return (chunk(span) * warps() + thread.warp) * T - (lane.reversed ? args.lead : 0);
     }
     __device__ __forceinline__ long long beginning(unsigned span) const { return place(span) < 0 ? 0 : place(span); }
     __device__ __forceinline__ int steps(long long place) const {
@@ -380,9 +373,9 @@ template <typename V, int T> struct SplitForward : ForwardTile<V, T> {
                                          const Prepared<V, S> (&prepared)[T][N]) {
         const long long p = beginning(span);
         h.move(straight, p - first), first = p;
-        saver.to(thread, p, chunk(span) * saved_blocks + saved, offset + static_cast<int>(p - place(span)));
+        if (saver.blocks) saver.to(thread, p, lane.reversed ? args.lead : 0);
         S state[T + 1][N];
-        if (thread.warp % slice) {
+        if (in_slice) {
             relay.take(state[0]);
         } else {
 #pragma unroll
@@ -390,7 +383,7 @@ template <typename V, int T> struct SplitForward : ForwardTile<V, T> {
         }
         this->follow(straight, bits, prepared, state);
         const bool last = left && first + left == args.length;
-        if ((thread.warp + 1) % slice) {
+        if (in_slice + 1 < args.slice) {
             relay.give(thread.warp + 1, state[T]);
         } else if (!last) {
 #pragma unroll
@@ -406,7 +399,7 @@ template <typename V, int T> struct SplitForward : ForwardTile<V, T> {
     }
 
     __device__ __forceinline__ void talk(unsigned span) const {
-        while (span < args.spans) {
+        while (GENERAL && span < args.spans) {
             unsigned next = 0;
             if (threadIdx.x % 32 == 0) next = exchange.notes[0] = exchange.take_span();
             exchange.meet();
@@ -634,7 +627,7 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
             const unsigned next = exchange.notes[0];
             const Place there = place(next);
             load(there);
-            if (exchange.talks()) {
+            if (GENERAL && exchange.talks()) {
                 S value[N];
                 if (span <= args.anchor) this->begin(value);
                 exchange.find_starts(span, value);

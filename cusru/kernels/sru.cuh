@@ -26,13 +26,14 @@ template <typename V> struct Saver {
         if (every == 1) return at.move(Bool<false>(), steps);
         for (until -= steps; until < 0; until += every) at.move(Bool<false>(), 1);
     }
-    // To a tile whose first step is the `offset`th of a saved block, number `block` of those processed.
-    __device__ __forceinline__ void to(const Thread<V>& thread, long long first, long long block, long long offset) {
-        if (!blocks) return;
-        if (every == 1) block = first, offset = 0;
-        for (; offset >= every; offset -= every) ++block;
+    // To a tile's first step, where the first saved block is `lead` steps short.
+    __device__ __forceinline__ void to(const Thread<V>& thread, long long first, long long lead) {
+        const long long p = first + lead % every;
+        long long block = p;
+        if (every > 1)  // a division of 64 bits is a long way
+            block = p >> 31 ? p / every : static_cast<unsigned>(p) / static_cast<unsigned>(every);
+        until = every - 1 - (p - block * every);
         at.at = thread.args.c.at(thread.reversed ? blocks - 1 - block : block, thread.b, thread.d, 0);
-        until = every - 1 - offset;
     }
     static __device__ __forceinline__ void save(char* at, const S (&state)[N]) {
         Values<S, N> out;
