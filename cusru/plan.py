@@ -39,8 +39,7 @@ from cusru.specialisation import (
 )
 
 ALIGNMENT = 16  # bytes: the widest access
-ANCHOR = 8  # spans
-SPLIT_COLUMNS = 4096  # at most, where time is split
+ANCHOR = 8  # spans; of those with several chunks twice as many chunks
 RESIDENT = 8  # warps, two a scheduler: as many as registers allow where a thread has 255
 
 
@@ -284,13 +283,23 @@ def _split(problem: Problem, kernel: Specialisation, device: Limits) -> Split | 
     columns = problem.batch * problem.width // (2 if problem.bidirectional else 1)
     chunks = 32 // columns if columns <= 16 else 1
     spans = -(-time // (units * steps * chunks))
-    split = Split(spans, anchor * chunks, chunks, units, steps, of_slice, lead)
+    split = Split(spans, anchor * (2 * chunks if chunks > 1 else 1), chunks, units, steps, of_slice, lead)
     if split.warps(kernel) > kernel.warps or not (forward or units * -(-steps // kernel.group) <= SPLIT_BACKWARD):
         return None
     if kernel.shared(split.warps(kernel)) > device.shared:
         return None
-    narrow = spans >= 4 and problem.batch * problem.width <= SPLIT_COLUMNS
-    return split if narrow or device.split else None
+    if device.split or _worth_it(problem):
+        return split
+    return None
+
+
+def _worth_it(problem: Problem) -> bool:
+    """Whether splitting time is faster, as the model of `benchmarks/model.py` has it for a device of 132 multiprocessors; on any
+    device, so that results do not depend on it. docs/performance.md has the figures."""
+    columns, recomputes = problem.batch * problem.width, problem.direction == "backward" and problem.block != 1
+    if recomputes and columns <= 2048:
+        return problem.length >= 256
+    return problem.length >= 512 and columns <= (4096 if recomputes else 2048)
 
 
 def _by_spans(layouts: _Layouts, split: Split, device: Limits) -> tuple[Specialisation, int, bool]:

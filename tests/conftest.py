@@ -22,6 +22,7 @@ import strategies
 from hypothesis import HealthCheck, given, seed, settings
 
 import cusru
+from cusru import raw_kernels
 
 _COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], print_blob=True)
 settings.register_profile("repeatable", derandomize=True, database=None, **_COMMON)
@@ -38,6 +39,7 @@ class Backend:
 
     name: str
     multiprocessors: int = 0  #: that the simulator plans for; 0: threads walk several columns wherever the layout allows
+    split: tuple[int, ...] | None = None  #: whether and how time is split (`Limits.split`); None: as the planner chooses
 
     def forward(self, problem: strategies.Problem, out: Any = None, **changes: Any) -> cusru.Output:
         return self._call(getattr(cusru, f"{problem.family}_forward"), cusru.Output, (), problem.inputs | changes, out)
@@ -54,10 +56,19 @@ class Backend:
     def planned_for(self, multiprocessors: int) -> Backend:
         return dataclasses.replace(self, multiprocessors=multiprocessors)
 
+    def by_turns(self) -> Backend:
+        return dataclasses.replace(self, split=())
+
+    @property
+    def splits(self) -> bool:
+        """Even short shapes: then bits may depend on where slices of time begin."""
+        return bool(self.split)
+
     @contextmanager
     def _selected(self) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("CUSRU_SIMULATE", raising=False)
+            patch.setattr(raw_kernels, "split", self.split)
             if self.name == "simulator":
                 from cusru import simulator
 
@@ -131,11 +142,18 @@ def missing(backend: str) -> str | None:
 
 scripted = pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch does not support torch.jit on this Python")
 
-BACKENDS = ("numpy", "simulator", "gpu")
+BACKENDS = {
+    "numpy": Backend("numpy"),
+    "simulator": Backend("simulator"),
+    "split": Backend("simulator", split=(2, 2)),  # spans of two warps' tiles, every second of which tells its start
+    "gpu": Backend("gpu"),
+    "gpu-split": Backend("gpu", split=(2, 2)),
+}
 
 
 def _param(backend: str, *rest: Any, id: str) -> Any:
-    return pytest.param((Backend(backend), *rest), marks=[pytest.mark.gpu] if backend == "gpu" else [], id=id)
+    one = BACKENDS[backend]
+    return pytest.param((one, *rest), marks=[pytest.mark.gpu] if one.name == "gpu" else [], id=id)
 
 
 def _available(backend: Backend) -> Backend:
@@ -176,7 +194,7 @@ class Source:
         _param("numpy", None, True, id="numpy-affine"),
         *(
             _param(name, row, False, id="-".join((name, *row)))
-            for name in BACKENDS[1:]
+            for name in tuple(BACKENDS)[1:]
             for row in (*strategies.COVERING, *strategies.AFFINE_COVERING)
             if {*row[:2]} & {*strategies.DTYPES}
         ),
