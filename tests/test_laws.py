@@ -53,6 +53,10 @@ def is_summed(name, a):
     return (name in ("bias", "weight_c") and a.ndim <= 2) or (name == "a" and a.ndim == 1)
 
 
+def of_columns(name, a, columns):
+    return a.take(columns, axis=2 if a.ndim > 2 else -1)
+
+
 def gradients_of(problem):
     return [name for name in GRADIENTS[problem.family]._fields if problem.inputs[name] is not None]
 
@@ -95,8 +99,11 @@ def test_splitting_time_and_carrying_the_state_gives_the_whole(backend, row, at)
 
 
 @on_every_panel
-def test_reversed_columns_are_forward_ones_on_flipped_time(backend, row):
-    problem = typical(row)
+@pytest.mark.parametrize(("length", "every"), [(37, None), (37, 1), (64, 16)])
+def test_reversed_columns_are_forward_ones_on_flipped_time(backend, row, length, every):
+    """Bit for bit, but where time is split and the last saved block is short: slices begin where states are saved."""
+    problem = typical(row, length=length)
+    problem = problem.replace(save_every=every or problem.inputs["save_every"])
     if (pad := problem.inputs["mask_pad"]) is not None:
         problem = problem.replace(mask_pad=pad | pad[::-1])
     if (starts := problem.inputs["starts"]) is not None:  # one mask for both: where a column begins anew, of either kind
@@ -114,9 +121,16 @@ def test_reversed_columns_are_forward_ones_on_flipped_time(backend, row):
     flipped = problem.map_arrays(lambda name, a: flip(a) if is_per_step(name, a) and name not in ("mask_pad", "starts") else a)
     flipped = flipped.replace(bidirectional=False)
     (output, gradients), (output_f, gradients_f) = backend.both(problem), backend.both(flipped)
-    assert_same(output._replace(c=None), output_f._replace(h=flip(output_f.h), c=None))
-    unflipped = {n: flip(a) for n, a in gradients_f._asdict().items() if a is not None and is_per_step(n, a)}
-    assert_same(gradients, gradients_f._replace(**unflipped))
+    output_f = output_f._replace(h=flip(output_f.h), c=None)
+    steps = {n: flip(a) for n, a in gradients_f._asdict().items() if a is not None and is_per_step(n, a)}
+    if backend.splits and length % problem.inputs["save_every"]:
+        oracle.check(output_f, problem.expected_forward(), problem.dtype, ["c_last"])
+        problem.check(gradients_f._replace(**steps), problem.expected_backward())
+        problem.check(output, problem.expected_forward())
+        problem.check(gradients, problem.expected_backward())
+        return
+    assert_same(output._replace(c=None), output_f)
+    assert_same(gradients, gradients_f._replace(**steps))
 
 
 @on_every_panel
@@ -368,14 +382,46 @@ def test_every_save_every_gives_the_same_gradients_and_consistent_states(backend
     length, half = 70, 8
     every_state = backend.forward(problem, save_every=1)
     wanted = backend.backward(problem, every_state.c, save_every=1)
+    if backend.splits:  # slices begin where states are saved, so that bits may depend on it
+        every_state, wanted = None, problem.expected_backward()
     for every in (2, 7, 31, 32, 33, 64, 69, 70, 75):
         output = backend.forward(problem, save_every=every)
+        if backend.splits:
+            problem.replace(save_every=every).check(output, problem.replace(save_every=every).expected_forward())
+            problem.check(backend.backward(problem, output.c, save_every=every), wanted)
+            continue
         ends = [min((j + 1) * every, length) - 1 for j in range(len(output.c))]
         begins = [j * every for j in range(len(output.c))]
         states = np.concatenate([every_state.c[ends][:, :, :half], every_state.c[begins][:, :, half:]], axis=2)
         assert_same(output, every_state._replace(c=states), every)
         assert_same(backend.backward(problem, output.c, save_every=every), wanted, every)
-    assert_same(backend.forward(problem, save_every=None), every_state._replace(c=None))
+    if not backend.splits:
+        assert_same(backend.forward(problem, save_every=None), every_state._replace(c=None))
+
+
+@on_every_panel
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_lies_between_saved_states_is_walked_from_them_step_by_step(backend, row, reverse):
+    """As the backward walks it that finds these states again: bit for bit, wherever time may be split. But a saved state itself
+    need not be the end of that walk; then h is that state's."""
+    problem = typical(row, length=70, bias=3.0, reverse=reverse)
+    half = 8
+    ahead = np.arange(16) < half
+    ahead = ~ahead if reverse else ahead
+    for every in (2, 7, 8, 16, 32):
+        output, blocks = backend.forward(problem, save_every=every), -(-70 // every)
+        for j in range(blocks):
+            begin, end = j * every, min((j + 1) * every, 70)
+            part = in_time(problem, lambda a, begin=begin, end=end: np.array(a[begin:end]))
+            c0 = problem.inputs["c0"].astype(output.c.dtype)
+            before = np.where(ahead, output.c[j - 1] if j else c0, output.c[j + 1] if j + 1 < blocks else c0)
+            if (starts := problem.inputs["starts"]) is not None and end < 70:  # a reversed column starts after the next's start
+                before = np.where(~ahead & (starts[end] != 0)[:, None], 0, before).astype(before.dtype)
+            walked = backend.by_turns().forward(part.replace(c0=before), save_every=None)
+            inner = np.ones((end - begin, 16), bool)
+            inner[-1, ahead] = inner[0, ~ahead] = not backend.splits
+            h = np.where(inner[:, None], output.h[begin:end], walked.h)
+            np.testing.assert_array_equal(_bits(h), _bits(walked.h), err_msg=f"{every} {j}")
 
 
 @of_rows(
@@ -389,6 +435,15 @@ def test_whole_tiles_have_the_bits_of_those_that_are_cut(backend, row):
     """Of 32 threads' columns in each direction: so a GPU's whole tiles go straight, as those of the panel's 16 columns do not.
     Saved blocks shorter than a tile, those that begin within a group of four steps, and whole ones; one warp a block, several."""
     problem = typical(row, length=70, width=128, batch=2)
+    if backend.splits:
+        some = np.r_[:12, 64:76]  # cut everywhere
+        cut = problem.map_arrays(lambda name, a: a if name in ("mask_pad", "starts") else np.array(of_columns(name, a, some)))
+        for multiprocessors, every in itertools.product((0, 132), (1, 3, 10, 32)):
+            planned = backend.planned_for(multiprocessors)
+            for results, of_cut in zip(planned.both(problem, save_every=every), planned.both(cut, save_every=every), strict=True):
+                chosen = {n: a if a is None else of_columns(n, a, some) for n, a in results._asdict().items()}
+                assert_same(type(results)(**chosen), of_cut, (multiprocessors, every))
+        return
     every_state = backend.forward(problem, save_every=1)
     wanted = backend.backward(problem, every_state.c, save_every=1)
     for multiprocessors in (0, 132):
@@ -432,8 +487,12 @@ def test_sequences_laid_end_to_end_are_the_pieces_run_by_themselves(backend, row
             for name in found_g:
                 g = getattr(one_g, name)
                 found_g[name].append(np.where(sees_c0, g, 0) if name == "c0" else g)
-        assert_same(output._replace(c=None), cusru.Output(np.concatenate(found["h"]), None, found["c_last"]))
         expected = whole.replace(starts=starts).expected_backward()
+        whole.replace(starts=starts).check(gradients, expected)
+        if backend.splits:  # its slices and the pieces' begin at different steps
+            whole.replace(starts=starts).check(output, whole.replace(starts=starts).expected_forward())
+            continue
+        assert_same(output._replace(c=None), cusru.Output(np.concatenate(found["h"]), None, found["c_last"]))
         for name, parts in found_g.items():
             g = getattr(gradients, name)
             if is_per_step(name, g):
@@ -443,7 +502,6 @@ def test_sequences_laid_end_to_end_are_the_pieces_run_by_themselves(backend, row
             else:
                 total = {name: sum(p.astype(float) for p in parts)}
                 oracle.check(total, expected, whole.dtype, [name] if g.dtype == state else ())
-        whole.replace(starts=starts).check(gradients, expected)
 
 
 @on_every_panel

@@ -126,6 +126,16 @@ __device__ __forceinline__ void store_one(char* global, typename StateOf<T>::typ
 // ---------------------------------------------------------------------------------------------------------------------
 // Functions. All are accurate relative to their own value, near zero and in saturation, and let a NaN through.
 
+// The last bit of a number's digits, where a flag may lie.
+__device__ __forceinline__ bool last_bit(float v) { return __float_as_uint(v) & 1; }
+__device__ __forceinline__ bool last_bit(double v) { return __double_as_longlong(v) & 1; }
+__device__ __forceinline__ float with_last_bit(float v, bool bit) {
+    return __uint_as_float((__float_as_uint(v) & ~1u) | bit);
+}
+__device__ __forceinline__ double with_last_bit(double v, bool bit) {
+    return __longlong_as_double((__double_as_longlong(v) & ~1ll) | bit);
+}
+
 // A gate at the argument x, from e = exp(x): its complement g = 1 - sigmoid(x) = 1 / (1 + e), and sigmoid(x) = e g,
 // each exact to its own last bits: 1 - sigmoid loses them all where sigmoid is near 1, and a forget gate lives there.
 __device__ __forceinline__ float exponential(float x) { return ex2_approx(1.44269504f * x); }

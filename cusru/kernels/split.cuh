@@ -1,5 +1,5 @@
 // How time is split where columns are few. Whatever is affine in what goes from step to step (step.cuh has the list)
-// need not be walked to be known: a stretch of time takes every c to c - gone c + sum, and a stretch after another is a
+// need not be walked to be known: a stretch of time takes every c to factor c + sum, and a stretch after another is a
 // stretch. So time is cut into spans. A block takes a span, the next that nobody has, and each of its warps a tile of
 // it; where there are fewer than 16 columns a warp's lanes have several such chunks of time. A warp loads its tile once
 // and finds out, in registers, what the tile does to any state. From what its tiles do the block knows what its span
@@ -16,33 +16,46 @@
 #pragma once
 #include "sru.cuh"
 
-// c -> c - gone c + sum: as 1 - product of the factors `gone` keeps the digits of factors near 1.
+// The product of factors, and 1 - it: the one keeps the digits of factors near 0, the other of those near 1.
+template <typename S> struct Product {
+    S product = 1, gone = 0;
+    __device__ __forceinline__ void times(const Factor<S>& f, S gone_) {
+        product = f.times(product);
+        gone = fma(gone_, S(1) - gone, gone);
+    }
+};
+
+// c -> factor c + sum. `kept` is the one of the two, which its last bit says. Where a sequence starts in the stretch
+// nothing comes across: `kept` is then infinite. And it is NaN where the end must be walked.
 template <typename S> struct Summary {
-    S gone, sum;
+    S kept, sum;
+    __device__ __forceinline__ Factor<S> factor() const { return {kept, last_bit(kept)}; }
 };
 template <typename S> __device__ __forceinline__ bool finite(S v) { return v - v == S(0); }
 template <typename S> __device__ __forceinline__ S infinite() { return S(__uint_as_float(0x7f800000u)); }
 template <typename S> __device__ __forceinline__ S not_a_number() { return S(__uint_as_float(0x7fffffffu)); }
-// Where a sequence starts in the stretch nothing comes across: `gone` is then infinite. And it is NaN where the end
-// must be walked.
 template <typename V, typename S> __device__ __forceinline__ bool starts_anew(const Summary<S>& s) {
-    return V::STARTING && s.gone == infinite<S>();
+    return V::STARTING && s.kept == infinite<S>();
 }
-template <typename S> __device__ __forceinline__ bool is_lost(const Summary<S>& s) { return s.gone != s.gone; }
-template <typename V, typename S> __device__ __forceinline__ Summary<S> settled(const Summary<S>& s, bool anew) {
-    const bool lost = !finite(s.sum) || !(anew || finite(s.gone));
-    return {lost ? not_a_number<S>() : anew ? infinite<S>() : s.gone, s.sum};
+template <typename S> __device__ __forceinline__ bool is_lost(const Summary<S>& s) { return s.kept != s.kept; }
+template <typename S> __device__ __forceinline__ Summary<S> settled(const Product<S>& p, S sum, bool anew) {
+    const bool whole = p.gone > S(0.75);
+    const S kept = with_last_bit(whole ? p.product : -p.gone, whole);
+    const bool lost = !finite(sum) || !(anew || finite(p.gone));
+    return {lost ? not_a_number<S>() : anew ? infinite<S>() : kept, sum};
 }
 // The end of a stretch that begins at `start`.
 template <typename V, typename S> __device__ __forceinline__ S end_of(const Summary<S>& s, S start) {
-    return starts_anew<V>(s) ? s.sum : fma(-s.gone, start, start) + s.sum;
+    return starts_anew<V>(s) ? s.sum : s.factor().times(start) + s.sum;
 }
 // A stretch, and then another.
 template <typename V, typename S>
 __device__ __forceinline__ Summary<S> both(const Summary<S>& first, const Summary<S>& second) {
     if (starts_anew<V>(second)) return second;
-    const bool anew = starts_anew<V>(first) && !is_lost(second);
-    return settled<V>(Summary<S>{fma(second.gone, S(1) - first.gone, first.gone), end_of<V>(second, first.sum)}, anew);
+    const Factor<S> f = first.factor();
+    Product<S> p = {f.whole ? f.keep : S(1) + f.keep, f.gone()};
+    p.times(second.factor(), second.factor().gone());
+    return settled(p, end_of<V>(second, first.sum), starts_anew<V>(first) && !is_lost(second));
 }
 
 // What the stretches of a block's span, in the order of processing, and the spans tell one another. One warp talks,
@@ -84,7 +97,7 @@ template <typename V, bool BACKWARD> struct Exchange {
     __device__ __forceinline__ void put(int stretch, const Summary<S> (&summary)[N]) const {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            summaries[(2 * (stretch * N + i)) * 32] = summary[i].gone;
+            summaries[(2 * (stretch * N + i)) * 32] = summary[i].kept;
             summaries[(2 * (stretch * N + i) + 1) * 32] = summary[i].sum;
         }
     }
@@ -98,7 +111,7 @@ template <typename V, bool BACKWARD> struct Exchange {
                            chunk * lane.columns + (lane.active ? threadIdx.x % 32 % lane.columns : lane.columns - 1));
     }
     __device__ __forceinline__ Summary<S> of_chunk(int chunk, const Summary<S>& s) const {
-        return {of_chunk(chunk, s.gone), of_chunk(chunk, s.sum)};
+        return {of_chunk(chunk, s.kept), of_chunk(chunk, s.sum)};
     }
     // One after the other.
     __device__ __forceinline__ Summary<S> of_all_chunks(const Summary<S>& own) const {
@@ -116,8 +129,9 @@ template <typename V, bool BACKWARD> struct Exchange {
     }
     __device__ __forceinline__ S* word(Kind kind, long long span, int which) const {
         const long long rows = kind == SUMMARY ? 2 * span + which
-                               : kind == END   ? 2 * args.spans + span
-                                               : 3 * args.spans + static_cast<unsigned>(span) / static_cast<unsigned>(args.anchor);
+                               : kind == END
+                                   ? 2 * args.spans + span
+                                   : 3 * args.spans + static_cast<unsigned>(span) / static_cast<unsigned>(args.anchor);
         return reinterpret_cast<S*>(args.words) + (rows * args.batch + lane.row) * args.width + lane.column;
     }
     __device__ __forceinline__ void wait(Kind kind, long long span) const {
@@ -138,10 +152,10 @@ template <typename V, bool BACKWARD> struct Exchange {
         for (int i = 0; i < N; ++i) workspace_load<sizeof(S)>(&value[i], word(kind, span, which) + i);
     }
     __device__ __forceinline__ void hear(long long span, Summary<S> (&summary)[N]) const {
-        S gone[N], sum[N];
-        hear(SUMMARY, span, 0, gone), hear(SUMMARY, span, 1, sum);
+        S kept[N], sum[N];
+        hear(SUMMARY, span, 0, kept), hear(SUMMARY, span, 1, sum);
 #pragma unroll
-        for (int i = 0; i < N; ++i) summary[i] = {gone[i], sum[i]};
+        for (int i = 0; i < N; ++i) summary[i] = {kept[i], sum[i]};
     }
     __device__ __forceinline__ unsigned take_span() const {
         return atomicAdd(reinterpret_cast<unsigned*>(args.signals) + group, 1u);
@@ -160,7 +174,7 @@ template <typename V, bool BACKWARD> struct Exchange {
         const int some = (static_cast<int>(anchor) + chunks - 1) / chunks, first = lane.chunk * some;
         Summary<S> since[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i) since[i] = {S(0), S(0)};
+        for (int i = 0; i < N; ++i) since[i] = {S(0), S(0)};  // changes nothing
 #pragma unroll 4
         for (int k = first; k < first + some && k < before; ++k) {
             Summary<S> one[N];
@@ -230,16 +244,16 @@ template <typename V, bool BACKWARD> struct Exchange {
                 lost |= is_lost(one);
                 own[i] = both<V>(own[i], one);
             }
-        S gone[N], sum[N], next[N];
+        S kept[N], sum[N], next[N];
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             all[i] = of_all_chunks(own[i]);
             lost |= is_lost(own[i]) || is_lost(all[i]);
-            gone[i] = all[i].gone, sum[i] = all[i].sum;
+            kept[i] = all[i].kept, sum[i] = all[i].sum;
         }
         put(stretches, own), put(stretches + 1, all);
         if (span + 1 < args.spans) {
-            tell(SUMMARY, span, 0, gone), tell(SUMMARY, span, 1, sum);
+            tell(SUMMARY, span, 0, kept), tell(SUMMARY, span, 1, sum);
             told(SUMMARY, span);
         }
         look_back(span, all, value, next);
@@ -357,15 +371,16 @@ template <typename V, int T> struct SplitForward : ForwardTile<V, T> {
                                            Summary<S> (&summary)[N]) const {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            S left = 0, sum = 0;
+            Product<S> product;
+            S sum = 0;
 #pragma unroll
             for (int t = 0; t < T; ++t) {
-                const S before = across<V>(bits, t, sum), g = gone<V>(prepared[t][i]);
+                const S before = across<V>(bits, t, sum);
                 const bool skip = skips<V>(straight, bits, t);
                 sum = skip ? before : advance<V>(prepared[t][i], before);
-                left = skip ? left : fma(g, S(1) - left, left);
+                if (!skip) product.times(factor<V>(prepared[t][i]), gone<V>(prepared[t][i]));
             }
-            summary[i] = settled<V>(Summary<S>{left, sum}, V::STARTING && bits.starts);
+            summary[i] = settled(product, sum, V::STARTING && bits.starts);
         }
     }
     template <typename Straight>
@@ -550,13 +565,15 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
             const bool anew = V::STARTING && (bits.starts >> group * GROUP & ((1u << GROUP) - 1));
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-                S left = 0, sum = 0, gc;
+                Product<S> product;
+                S sum = 0, gc;
 #pragma unroll
                 for (int t = (group + 1) * GROUP - 1; t >= group * GROUP; --t) {
                     sum = back(straight, bits, t, linear[t][i], sum, gc);
-                    left = skips<V>(straight, bits, t) ? left : fma(linear[t][i].keep.gone(), S(1) - left, left);
+                    const Factor<S>& keep = linear[t][i].keep;
+                    if (!skips<V>(straight, bits, t)) product.times(keep, keep.gone());
                 }
-                summary[i] = settled<V>(Summary<S>{left, sum}, anew);
+                summary[i] = settled(product, sum, anew);
             }
             if (stretch(group) >= 0) exchange.put(stretch(group), summary);
         }

@@ -209,7 +209,12 @@ template <typename V, typename S> __device__ __forceinline__ S advance(const Pre
     return advance(gate(fma(p.v_f, c, p.x_f)), p.z, c);
 }
 
-// 1 - factor, of a forward that is affine.
+// Of a forward that is affine: what c' is multiplied by, and 1 - it.
+template <typename V, typename S> __device__ __forceinline__ Factor<S> factor(const Prepared<V, S>& p) {
+    if constexpr (V::CELL != SRU) return p.factor;
+    const bool small = p.forget.e < S(1. / 3);
+    return {small ? p.forget.e * p.forget.g : -p.forget.g, small};
+}
 template <typename V, typename S> __device__ __forceinline__ S gone(const Prepared<V, S>& p) {
     return V::CELL == SRU ? p.forget.g : p.factor.gone();
 }

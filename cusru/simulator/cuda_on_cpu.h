@@ -193,11 +193,21 @@ inline void __threadfence() { cusru_simulator::fence(); }
 
 inline unsigned __float_as_uint(float value) { return cusru_simulator::float_bits(value); }
 inline float __uint_as_float(unsigned bits) { return cusru_simulator::bits_float(bits); }
+inline long long __double_as_longlong(double value) {
+    long long bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+inline double __longlong_as_double(long long bits) {
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
 
-// ---- cusru's names: device.cuh has the PTX versions (of the flags between blocks not yet: no kernel has such) ----
+// ---- cusru's names: device.cuh has the PTX versions ----
 
 // Every thread of a block gets the same memory from the same declaration. It is full of NaNs at first. The static
 // variable identifies the declaration, one per instantiation of a template as on a GPU.
