@@ -22,7 +22,8 @@ if remedy:
     assert source.count(remedy) >= 1, "the line to break is gone"
     raw_kernels.source = lambda: source.replace(remedy, fault)
 rng = np.random.default_rng(0)
-for simulator.multiprocessors in (0, 132):  # a warp a block, and several that take turns
+# A warp a block; several that take turns; spans of time, a block each.
+for simulator.multiprocessors, raw_kernels.split in ((0, ()), (132, ()), (132, (2, 2))):
     for length, batch, width, k, save_every in CASES:
         def normal(*shape):
             return rng.standard_normal(shape).astype("f4")
@@ -38,7 +39,7 @@ for simulator.multiprocessors in (0, 132):  # a warp a block, and several that t
         cusru.sru_backward(o.h, o.c_last, o.c, **arguments, workspace=workspace)
 """
 AFFINE = """
-for simulator.multiprocessors in (0, 132):
+for simulator.multiprocessors, raw_kernels.split in ((0, ()), (132, ()), (132, (2, 2))):
     for length, batch, width, save_every in ((70, 3, 24, 40), (33, 2, 7, 1)):
         def normal(*shape):
             return rng.standard_normal(shape).astype("f4")
@@ -80,7 +81,25 @@ FAULTS = {  # sanitizer, the line, the line broken, what the sanitizer says
         "barrier_arrive(BARRIER + to, 64), slot(to, 0) = value[0];",
         "data race",
     ),
-    "warps that do not wait for one another": ("thread", "__syncthreads();", "", "data race"),
+    "warps that do not wait for one another": ("thread", "__syncthreads();", ";", "data race"),
+    "a flag stored without release": (
+        "thread",
+        "store_release(flag(kind, span), 1u);",
+        "store_relaxed(flag(kind, span), 1u);",
+        "data race",
+    ),
+    "a flag read without acquire": (
+        "thread",
+        "while (!load_acquire(flag(kind, span)))",
+        "while (!load_relaxed(flag(kind, span)))",
+        "data race",
+    ),
+    "a flag stored before the whole warp has written": (
+        "thread",
+        "        __syncwarp();\n        if (threadIdx.x % 32 == 0) store",
+        "        if (threadIdx.x % 32 == 0) store",
+        "data race",
+    ),
 }
 LIBRARIES = {"address": "asan", "undefined": "ubsan", "thread": "tsan"}
 
