@@ -181,7 +181,7 @@ def blocks_per_sm(architecture: int, threads: int, registers: int, shared: int, 
 def bytes_per_step(kernel: Specialisation) -> int:
     """That a thread reads for a step of one column."""
     item, state = ITEMSIZES[kernel.dtype], ITEMSIZES[STATES[kernel.dtype]]
-    if kernel.direction == "reduce":
+    if kernel.direction in ("reduce", "clear"):
         return state
     u, x = kernel.k * item * kernel.reads_u, item * (kernel.skip == "x") + kernel.zoneout
     weight = kernel.gates * {"step": item, "step_state": state}.get(kernel.weight, 0)
@@ -192,7 +192,7 @@ def bytes_per_step(kernel: Specialisation) -> int:
 
 def _ahead(kernel: Specialisation) -> int:
     """Steps that a warp has in flight: the reduction's are unrolled by 8, a recomputing warp has its share of a block's."""
-    if kernel.direction == "reduce":
+    if kernel.direction in ("reduce", "clear"):
         return 8
     return specialisation.UNIT // kernel.warps if kernel.recompute else kernel.tile
 
@@ -200,7 +200,7 @@ def _ahead(kernel: Specialisation) -> int:
 def row(kernel: Specialisation, architecture: int, sass: bool = False) -> dict[str, Any]:
     used = usage(kernel, architecture)
     used = used._replace(shared_bytes=used.shared_bytes + kernel.shared(kernel.warps))
-    barriers = 1 if kernel.alone or kernel.direction == "reduce" else 16
+    barriers = 1 if kernel.alone or kernel.direction in ("reduce", "clear") else 16
     blocks = blocks_per_sm(architecture, kernel.threads, used.registers, used.shared_bytes, barriers)
     in_flight = blocks * kernel.threads * kernel.columns * _ahead(kernel) * bytes_per_step(kernel)
     return {
@@ -223,9 +223,9 @@ def covering(kernels: Iterable[Specialisation]) -> list[Specialisation]:
     registers, with every dtype."""
 
     def pairs(kernel: Specialisation) -> set[tuple[object, ...]]:
-        shape = (kernel.direction, kernel.recompute, kernel.columns, kernel.packed, kernel.alone)
+        shape = (kernel.direction, kernel.recompute, kernel.columns, kernel.packed, kernel.alone, kernel.split)
         options = (kernel.skip, kernel.activation, kernel.candidate, kernel.weight, kernel.marks, kernel.cell, kernel.zoneout)
-        registers = (kernel.dtype, *shape[:3], kernel.alone, kernel.weight)
+        registers = (kernel.dtype, *shape[:3], kernel.alone, kernel.split, kernel.weight)
         of_cell = {(kernel.cell, *shape[:3]), (kernel.cell, kernel.marks, kernel.zoneout), (kernel.cell, kernel.weight)}
         return {(kernel.dtype, shape), registers} | of_cell | {(kernel.dtype, i, option) for i, option in enumerate(options)}
 
@@ -255,7 +255,7 @@ def rows(kernels: Iterable[Specialisation], architectures: Iterable[int], sass: 
 
 COLUMNS = (
     ("direction", 10), ("dtype", 9), ("skip", 10), ("activation", 11), ("candidate", 10), ("weight", 11), ("columns", 8),
-    ("packed", 7), ("recompute", 10), ("alone", 6), ("marks", 8), ("cell", 11), ("zoneout", 8),
+    ("packed", 7), ("recompute", 10), ("alone", 6), ("split", 6), ("marks", 8), ("cell", 11), ("zoneout", 8),
     ("architecture", 13), ("threads", 8), ("ahead", 6), ("registers", 10), ("spill_bytes", 12),
     ("shared_bytes", 13), ("blocks_per_sm", 14), ("bytes_in_flight_per_sm", 23),
 )  # fmt: skip

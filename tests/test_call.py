@@ -359,7 +359,7 @@ def test_two_columns_a_thread_ask_for_alignment_and_rows_without_gaps() -> None:
 def test_a_block_has_as_many_warps_as_its_device_leaves_room_for_and_its_time_has_turns(direction: str) -> None:
     def warps(length: int, batch: int, width: int, save_every: int = 1, multiprocessors: int = 132) -> int:
         problem = described(direction, length, batch, width, save_every=save_every)
-        chosen = plan.plan(problem, Limits(multiprocessors))
+        chosen = plan.plan(problem, Limits(multiprocessors, split=()))  # by turns
         assert chosen.kernel.alone == (chosen.launches[0].block == (32,))
         assert chosen.launches[0].shared == chosen.kernel.shared(chosen.launches[0].block[0] // 32)
         return chosen.launches[0].block[0] // 32
