@@ -197,13 +197,13 @@ def plan(problem: Problem, device: Limits) -> Plan:
         grid *= max(1, min(split.spans, -(-device.multiprocessors // groups)))
     units = -(-min(problem.block or 1, problem.length) // UNIT)
     checkpoints = max(units - 2, 0) * problem.batch * problem.width * state_bytes if recompute else 0
-    signals = 4 * most_groups * (1 + 3 * split.spans) if split else 0
+    signals = 4 * most_groups * (1 + split.spans) if split else 0
     words = state_bytes * problem.batch * problem.width * (3 * split.spans + split.spans // split.anchor + 1) if split else 0
 
     launches = []
     if grid:
         if split:
-            clear = -(-groups * (1 + 3 * split.spans) // CLEAR_THREADS)
+            clear = -(-groups * (1 + split.spans) // CLEAR_THREADS)
             launches.append(Launch(Specialisation("clear", "float32"), (min(clear, 1024),), (CLEAR_THREADS,), 0))
         launches.append(Launch(kernel, (grid,), (32 * warps,), kernel.shared(warps)))
     reduced = rows != 1 and (not of_batches or split is not None)

@@ -65,7 +65,7 @@ class Backend:
         return bool(self.split)
 
     @contextmanager
-    def _selected(self) -> Iterator[None]:
+    def selected(self) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("CUSRU_SIMULATE", raising=False)
             patch.setattr(raw_kernels, "split", self.split)
@@ -77,7 +77,7 @@ class Backend:
             yield
 
     def _call(self, function: Any, kind: type, args: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> Any:
-        with self._selected():
+        with self.selected():
             if self.name != "gpu":
                 return function(**keywords, out=out)
             moved = _Mover()

@@ -106,7 +106,7 @@ def test_a_misaligned_array_of_a_known_shape_is_no_aligned_one(monkeypatch: pyte
         start = -memory.ctypes.data % 16 // 4 + offset
         u = memory[start : start + L * B * D * 3].reshape(L, B, D, 3)
         u[...] = 1
-        with backend._selected():
+        with backend.selected():
             cusru.sru_forward(u)
     assert seen == [2, 1, 2, 2, 1, 2, 2]
 

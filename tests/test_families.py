@@ -300,7 +300,8 @@ def test_a_workspace_of_the_size_that_is_said_serves(backend, row, save_every):
     first = [problem.inputs[n] for n in ("a", "b", "u") if n in problem.inputs]
     output, g = backend.both(problem)
     for direction, wanted in (("forward", output), ("backward", g)):
-        size = cusru.workspace_size(f"{problem.family}_{direction}", *first, **given)
+        with backend.selected():
+            size = cusru.workspace_size(f"{problem.family}_{direction}", *first, **given)
         workspace = np.full(size, 0xAB, np.uint8)
         got = backend.forward(problem, workspace=workspace) if direction == "forward" else backend.backward(
             problem, output.c, workspace=workspace

@@ -106,7 +106,8 @@ def test_the_workspace_is_at_most_a_twentieth_of_the_floor() -> None:
                 size = cusru.workspace_size("backward", view, bias=rows, weight_c=rows, save_every=save_every)
                 twentieth = length * batch * width * floor // 20
                 assert size <= max(twentieth, 4 * width * 8 + 32), (length, batch, width, dtype, save_every)
-            assert cusru.workspace_size("forward", view) == 0
+            size = cusru.workspace_size("forward", view)  # none but where time is split
+            assert size <= (length * batch * width * floor // 40 if batch * width <= 2048 and length >= 512 else 0)
 
 
 @pytest.mark.usefixtures("backend")
@@ -233,13 +234,13 @@ def test_the_struct_of_arguments_is_the_kernels_own() -> None:
     assert arguments.ARGS.itemsize <= 4096, "more than a kernel may take by value"
 
     names, strides = list(arguments.ARRAYS), {"u": ("LBDK", (1, 2, 3, 4), 2), "c0": ("BD", (5, 6), 4)}
-    numbers = {n: 50 + i for i, n in enumerate(arguments.ARGS.names[len(names) + 2 : -2])}
+    numbers = {n: 50 + i for i, n in enumerate(arguments.ARGS.names[len(names) + 4 : -2])}
     frame = arguments.frame(strides, numbers, 99)
-    (filled,) = arguments.fill(frame, range(1000, 1000 + len(names)), 7, 8, 0.5).view(arguments.ARGS)
+    (filled,) = arguments.fill(frame, range(1000, 1000 + len(names)), (7, 8, 9, 10), 0.5).view(arguments.ARGS)
     assert [int(filled[n]["data"]) for n in names] == list(range(1000, 1000 + len(names)))
     in_bytes = {"u": (2, 4, 6, 8), "c0": (0, 20, 24, 0)}
     assert all(filled[n].tolist()[1:] == in_bytes.get(n, (0, 0, 0, 0)) for n in names)
-    assert filled.tolist()[len(names) :] == (7, 8, *numbers.values(), 0.5, 99)
+    assert filled.tolist()[len(names) :] == (7, 8, 9, 10, *numbers.values(), 0.5, 99)
 
     def enum(name: str) -> dict[str, int]:
         return {key: int(value) for key, value in re.findall(r"(\w+) = (\d+)", braces(f"enum {name}"))}

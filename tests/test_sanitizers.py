@@ -84,14 +84,14 @@ FAULTS = {  # sanitizer, the line, the line broken, what the sanitizer says
     "warps that do not wait for one another": ("thread", "__syncthreads();", ";", "data race"),
     "a flag stored without release": (
         "thread",
-        "store_release(flag(kind, span), 1u);",
-        "store_relaxed(flag(kind, span), 1u);",
+        "store_release(flag(span), before | kind);",
+        "store_relaxed(flag(span), before | kind);",
         "data race",
     ),
     "a flag read without acquire": (
         "thread",
-        "while (!load_acquire(flag(kind, span)))",
-        "while (!load_relaxed(flag(kind, span)))",
+        "while (!(load_acquire(flag(span)) & kind))",
+        "while (!(load_relaxed(flag(span)) & kind))",
         "data race",
     ),
     "a flag stored before the whole warp has written": (

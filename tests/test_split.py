@@ -138,7 +138,7 @@ FAULTS = {  # the line, and the line broken
         "const S next = exchange.start(thread.warp + 1, i);", "S next = state[T][i];",
     ),
     "an end that is not walked": ("is_lost(one) ? end[i] : end_of<V>(one, start(e, i))", "end_of<V>(one, start(e, i))"),
-    "a span that does not tell its walked end": ("tell(END, span, 0, end), told(END, span);", "told(END, span);"),
+    "a span that does not tell its walked end": ("tell(END, span, 0, end), told(END", "told(END"),
     "counters and flags left as they were": ("workspace_store<4>(args.signals + 4 * i, &none);", ""),
 }  # fmt: skip
 

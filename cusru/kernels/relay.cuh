@@ -31,7 +31,8 @@ struct Args {
     Array grad_h, grad_c_last, grad_u, grad_x, grad_bias, grad_weight_c, grad_c0;
     char* partials;     // [rows][sums][D] in the state's type: parameter gradients summed over time and `group` batches
     char* checkpoints;  // [unit][B][D] in the state's type: states inside a saved block longer than two units
-    char *signals, *words;  // where time is split (split.cuh): counters and flags; what spans tell one another
+    char* signals;      // where time is split (split.cuh): counters and flags
+    char* words;        // and what spans tell one another
     long long length, batch, width, save_every;
     long long group, rows, sums;      // batches a block walks, blocks along the batch, parameter gradients per column
     long long spans, anchor, groups;  // of time, spans from one anchor to the next, groups of columns

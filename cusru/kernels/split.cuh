@@ -66,7 +66,7 @@ template <typename V, bool BACKWARD> struct Exchange {
     using S = typename V::S;
     static constexpr int N = V::COLUMNS;
     static constexpr unsigned ALL = 0xffffffffu;
-    enum Kind { SUMMARY, START, END };  // that a span has told
+    enum Kind { SUMMARY = 1, START = 2, END = 4 };  // that a span has told: bits of its flag
     const Args& args;
     const Lane lane;  // its own: a reference to another part of the kernel's state would keep all of it in memory
     const unsigned group;
@@ -124,8 +124,8 @@ template <typename V, bool BACKWARD> struct Exchange {
 
     // ---- between blocks ----
 
-    __device__ __forceinline__ unsigned* flag(Kind kind, long long span) const {
-        return reinterpret_cast<unsigned*>(args.signals) + args.groups * (1 + kind * args.spans + span) + group;
+    __device__ __forceinline__ unsigned* flag(long long span) const {
+        return reinterpret_cast<unsigned*>(args.signals) + args.groups * (1 + span) + group;
     }
     __device__ __forceinline__ S* word(Kind kind, long long span, int which) const {
         const long long rows = kind == SUMMARY ? 2 * span + which
@@ -136,11 +136,12 @@ template <typename V, bool BACKWARD> struct Exchange {
     }
     __device__ __forceinline__ void wait(Kind kind, long long span) const {
 #pragma unroll 1
-        while (!load_acquire(flag(kind, span))) {}
+        while (!(load_acquire(flag(span)) & kind)) {}
     }
-    __device__ __forceinline__ void told(Kind kind, long long span) const {
+    // In this order; `before`: what the span has told already.
+    __device__ __forceinline__ void told(Kind kind, long long span, unsigned before) const {
         __syncwarp();
-        if (threadIdx.x % 32 == 0) store_release(flag(kind, span), 1u);
+        if (threadIdx.x % 32 == 0) store_release(flag(span), before | kind);
     }
     __device__ __forceinline__ void tell(Kind kind, long long span, int which, const S (&value)[N]) const {
         if (lane.active && lane.chunk == 0)
@@ -225,7 +226,7 @@ template <typename V, bool BACKWARD> struct Exchange {
                 if (anchored ? lost[i] : with_lost[i]) next[i] = end_of<V>(all[i], begin[i]);
             }
         }
-        if (anchored && span) tell(START, span, 0, value), told(START, span);
+        if (anchored && span) tell(START, span, 0, value), told(START, span, SUMMARY);
     }
     // When all have put their summaries.
     __device__ __forceinline__ void find_starts(unsigned span, S (&value)[N]) const {
@@ -254,7 +255,7 @@ template <typename V, bool BACKWARD> struct Exchange {
         put(stretches, own), put(stretches + 1, all);
         if (span + 1 < args.spans) {
             tell(SUMMARY, span, 0, kept), tell(SUMMARY, span, 1, sum);
-            told(SUMMARY, span);
+            told(SUMMARY, span, 0);
         }
         look_back(span, all, value, next);
 #pragma unroll
@@ -311,7 +312,7 @@ template <typename V, bool BACKWARD> struct Exchange {
         S end[N];
 #pragma unroll
         for (int i = 0; i < N; ++i) end[i] = of_chunk(chunks - 1, start(stretches, i));
-        tell(END, span, 0, end), told(END, span);
+        tell(END, span, 0, end), told(END, span, SUMMARY | (span % static_cast<unsigned>(args.anchor) ? 0 : START));
     }
 
     // ---- span after span ----
@@ -362,6 +363,9 @@ template <typename V, int T> struct SplitForward : ForwardTile<V, T> {
         if (!left) return;
         const long long p = beginning(span);
         plain ? in.move(Bool<true>(), p) : in.move(Bool<false>(), p);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // copies pass through registers: not all at once
+        if constexpr (V::LINEAR) return Tile::load_tile(Bool<false>(), left);
+#endif
         Tile::load(left);
     }
 
@@ -685,7 +689,7 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
 
 // No counter has counted, no flag is set. By itself, before: workspaces come with arbitrary contents.
 __device__ __forceinline__ void clear(const Args& args) {
-    const long long count = args.groups * (1 + 3 * args.spans);
+    const long long count = args.groups * (1 + args.spans);
     for (long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
          i += static_cast<long long>(gridDim.x) * blockDim.x) {
         const unsigned none = 0;
