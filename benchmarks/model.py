@@ -3,14 +3,18 @@
 `predict` is pure. A pass is a `Walk`: blocks of warps that walk so many steps, at a `Cost` a step. Blocks run in waves, as many
 as a multiprocessor holds; a wave takes as long as the longest of its terms, and somewhat more, for they overlap imperfectly:
 their power mean with the exponent OVERLAP. `benchmarks/test_plan.py` says what each constant was fitted to, and holds the model
-against every measurement that there is. It knows nothing of caches, of the banks of shared memory, or of what padding costs."""
+against every measurement that there is. It knows nothing of caches, of the banks of shared memory, or of what padding costs.
+
+Where time is split a pass is `Spans`. **No device has run that path**: its terms are counted or come from elsewhere, as the
+comment at each constant says, and nothing here was held against a time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from cusru.arguments import ITEMSIZES
-from cusru.specialisation import Specialisation
+from cusru.specialisation import FORMS, Specialisation
 
 
 class Device(NamedTuple):
@@ -59,6 +63,27 @@ class Walk(NamedTuple):
     reducers: int = 0  #: its blocks
 
 
+class Spans(NamedTuple):
+    """Of one pass whose time is split (`cusru/kernels/split.cuh`). Before it a launch clears the flags."""
+
+    cost: Cost  #: of a warp's step; `chain`: of a step in whose turn other warps wait
+    spans: int
+    anchor: int
+    groups: int  #: of columns
+    columns: int  #: of a thread
+    warps: int  #: of a block, that work
+    tile: int  #: steps, one after the other, that a warp has of a span
+    stretches: int  #: of a lane's time in a span
+    chunks: int  #: of a span, that lanes have
+    relayed: int  #: steps of a span that are handed from warp to warp
+    blocks: int
+    resident: int
+    bytes: float
+    words: float  #: bytes that spans tell one another, through the second cache
+    partials: float = 0
+    reducers: int = 0
+
+
 class Prediction(NamedTuple):
     seconds: float
     terms: dict[str, float]  #: seconds of each by itself
@@ -75,22 +100,90 @@ def cycles(cost: Cost, warps: int, blocks: int) -> dict[str, float]:
     }
 
 
-def predict(walk: Walk, device: Device) -> Prediction:
-    totals, waves = {"ramp": RAMP}, []
+def predict(walk: Walk | Spans, device: Device) -> Prediction:
+    totals = {"ramp": RAMP}
+    seconds, waves = _spans(walk, device, totals) if isinstance(walk, Spans) else _waves(walk, device, totals)
+    if walk.reducers:
+        totals["second kernel"] = LAUNCH + walk.partials / min(walk.reducers * REDUCE_BANDWIDTH, device.bandwidth)
+        seconds += totals["second kernel"]
+    return Prediction(seconds, totals, waves)
+
+
+def _together(terms: Iterable[float]) -> float:
+    return sum(t**OVERLAP for t in terms) ** (1 / OVERLAP)
+
+
+def _waves(walk: Walk, device: Device, totals: dict[str, float]) -> tuple[float, list[int]]:
+    waves = []
     seconds, left = RAMP, walk.blocks
     while left:
         here = min(left, walk.resident * device.multiprocessors)
         waves.append(-(-here // device.multiprocessors))
         wave = {name: n * walk.steps / device.clock for name, n in cycles(walk.cost, walk.warps, waves[-1]).items()}
         wave["bytes"] = walk.bytes * here / walk.blocks / device.bandwidth
-        seconds += sum(t**OVERLAP for t in wave.values()) ** (1 / OVERLAP)
+        seconds += _together(wave.values())
         for name, t in wave.items():
             totals[name] = totals.get(name, 0) + t
         left -= here
-    if walk.reducers:
-        totals["second kernel"] = LAUNCH + walk.partials / min(walk.reducers * REDUCE_BANDWIDTH, device.bandwidth)
-        seconds += totals["second kernel"]
-    return Prediction(seconds, totals, waves)
+    return seconds, waves
+
+
+# ---- time split: no time of it was ever measured -----------------------------------------------------------------------------
+
+HOP = 461e-6 / 512  # seconds from what a block has to tell to another's having it: a chain of 512 tiles, simulated at 461 us
+L2_LATENCY = 270  # cycles; published microbenchmarks of Hopper and its like find 220 to 340
+L2_BANDWIDTH = 5.5e12  # bytes a second; likewise
+BARRIER = 40  # cycles of a __syncthreads for which nobody is late: an estimate
+# Instructions of the warp that talks, each GAP cycles: FOLDED and HEARD counted in the machine code of two columns a thread,
+# bfloat16 (NVRTC 13.5, sm_90; a test counts the first again), TALK an estimate.
+FOLDED = (81 + 21) / 2  # of a stretch's column: into the span's summary, and where it starts
+HEARD = 81 / 2  # of a column of a span that has told
+TALK = 150  # all others of a span
+ABREAST = 4  # spans whose words are on their way together
+HIDDEN = 0.5  # of the turns' chain, by what warps do that have had their turn or wait for it: an estimate
+
+
+def heard(anchor: int, chunks: int) -> float:
+    """Spans since the last anchor that a lane asks; of several chunks the first has its whole share soonest."""
+    return anchor / chunks if chunks > 1 else (anchor + 1) / 2
+
+
+def _exchange(of: Spans, device: Device) -> float:
+    """Cycles from a block's first barrier of a span to its second, during which no warp computes."""
+    asked = heard(of.anchor, of.chunks)
+    trips = 2 + asked // ABREAST  # the anchor's flag, its start; words of spans, but for the first, which are HOP's
+    folded = of.stretches + (3 * of.chunks if of.chunks > 1 else 0)  # of chunks three times: by shuffles
+    instructions = of.columns * (folded * FOLDED + asked * HEARD) + TALK
+    return instructions * GAP + HOP * device.clock + trips * L2_LATENCY + 2 * BARRIER
+
+
+def _spans(of: Spans, device: Device, totals: dict[str, float]) -> tuple[float, list[int]]:
+    """A block's span: all its warps compute, exchange, compute; other blocks of the multiprocessor compute meanwhile, where there
+    are any. Bytes are on their way all the time. And a span's start comes from anchor to anchor."""
+    here = min(of.blocks, of.resident * device.multiprocessors)
+    per_sm = -(-here // device.multiprocessors)
+    if of.blocks == of.groups:  # each of which has one block
+        turns = -(-of.groups // here) * of.spans
+    else:
+        turns = max(-(-of.spans * of.groups // here), -(-of.spans // (of.blocks // of.groups)))
+    rate = min(per_sm * of.warps / of.cost.gap, SCHEDULERS * ISSUE)
+    slots = -(-per_sm * of.warps // SCHEDULERS) * SCHEDULERS  # the scheduler that has most warps is waited for
+    busy = slots * of.tile * of.cost.instructions / rate
+    alone = busy / per_sm + _exchange(of, device) + (1 - HIDDEN) * of.relayed * of.cost.chain
+    special = per_sm * of.warps * of.tile * of.cost.special * 32 / SPECIAL_LANES
+    terms = {
+        "issue": turns * busy / device.clock,
+        "special functions": turns * special / device.clock,
+        "exchange": turns * _exchange(of, device) / device.clock,
+        "turns": turns * of.relayed * of.cost.chain / device.clock,
+        "anchors": of.spans / of.anchor * HOP,
+        "words": of.words / L2_BANDWIDTH,
+        "bytes": of.bytes / device.bandwidth,
+    }
+    totals |= {"clear": LAUNCH, **terms}
+    overlapping = ("special functions", "anchors", "words", "bytes")
+    seconds = _together([turns * max(busy, alone) / device.clock, *(terms[name] for name in overlapping)])
+    return RAMP + LAUNCH + seconds, [per_sm] * -(-of.blocks // (of.resident * device.multiprocessors))
 
 
 def yardstick(bytes: float, device: Device) -> float:
@@ -106,53 +199,121 @@ class Known(NamedTuple):
     registers: int  #: of a thread
 
 
-# By pass, weights, bytes of a value and columns of a thread: instructions a step of a column, and registers of a thread, each
-# where warps take turns and where a block is one warp. From `python -m benchmarks.resources --kernels plain --architecture 90
-# --sass --json`, NVRTC 13.5: k values side by side, whole tiles, weights of a step in the state's dtype. A test counts some anew.
-KERNELS: dict[tuple[str, str, int, int], tuple[float, float, int, int]] = {
-    ("forward", "none", 8, 1): (193.0, 183.2, 158, 164),
-    ("forward", "none", 4, 2): (49.3, 46.8, 168, 168),
-    ("forward", "none", 4, 1): (71.1, 61.0, 151, 148),
-    ("forward", "none", 2, 2): (53.0, 52.6, 168, 168),
-    ("forward", "none", 2, 1): (85.5, 82.9, 168, 168),
-    ("forward", "column", 8, 1): (238.5, 227.5, 128, 134),
-    ("forward", "column", 4, 2): (42.8, 42.1, 168, 166),
-    ("forward", "column", 4, 1): (66.6, 60.5, 143, 142),
-    ("forward", "column", 2, 2): (48.6, 48.4, 142, 128),
-    ("forward", "column", 2, 1): (81.2, 76.5, 163, 168),
-    ("forward", "step", 4, 2): (48.0, 45.1, 224, 218),
-    ("forward", "step", 4, 1): (70.5, 70.9, 168, 168),
-    ("forward", "step", 2, 2): (53.1, 50.6, 190, 182),
-    ("forward", "step", 2, 1): (102.8, 86.9, 210, 212),
-    ("backward", "none", 8, 1): (275.2, 258.2, 198, 198),
-    ("backward", "none", 4, 2): (99.1, 89.4, 208, 204),
-    ("backward", "none", 4, 1): (134.0, 107.2, 174, 164),
-    ("backward", "none", 2, 2): (107.6, 99.8, 210, 205),
-    ("backward", "none", 2, 1): (146.0, 128.8, 199, 167),
-    ("backward", "column", 8, 1): (289.8, 284.5, 218, 224),
-    ("backward", "column", 4, 2): (115.4, 101.9, 222, 220),
-    ("backward", "column", 4, 1): (133.2, 121.2, 178, 176),
-    ("backward", "column", 2, 2): (124.6, 110.5, 207, 215),
-    ("backward", "column", 2, 1): (166.0, 145.8, 200, 184),
-    ("backward", "step", 4, 2): (112.6, 100.2, 240, 236),
-    ("backward", "step", 4, 1): (146.5, 130.8, 214, 204),
-    ("backward", "step", 2, 2): (122.8, 109.4, 240, 238),
-    ("backward", "step", 2, 1): (170.5, 160.2, 218, 213),
-    ("recompute", "none", 8, 1): (372.2, 359.2, 184, 196),
-    ("recompute", "none", 4, 2): (99.2, 108.4, 232, 178),
-    ("recompute", "none", 4, 1): (127.5, 136.0, 185, 156),
-    ("recompute", "none", 2, 2): (110.4, 120.0, 255, 192),
-    ("recompute", "none", 2, 1): (144.5, 155.8, 210, 163),
-    ("recompute", "column", 8, 1): (395.2, 374.5, 184, 216),
-    ("recompute", "column", 4, 2): (113.8, 119.8, 242, 206),
-    ("recompute", "column", 4, 1): (140.5, 151.8, 190, 164),
-    ("recompute", "column", 2, 2): (124.2, 131.8, 255, 211),
-    ("recompute", "column", 2, 1): (159.0, 169.0, 223, 168),
-    ("recompute", "step", 4, 2): (136.9, 118.9, 198, 230),
-    ("recompute", "step", 4, 1): (174.8, 157.8, 178, 186),
-    ("recompute", "step", 2, 2): (149.1, 131.4, 210, 228),
-    ("recompute", "step", 2, 1): (211.5, 180.0, 178, 205),
+SIZES = (8, 1), (4, 2), (4, 1), (2, 2), (2, 1)  # bytes of a value, columns of a thread
+# By pass, cell (of SRU with skip input), weights, and whether warps take turns, a block is one warp, or time is split; for each
+# of SIZES: instructions a step of a column, and registers of a thread. By `benchmarks.resources.row(kernel, 90, sass=True)`,
+# NVRTC 13.5: k values side by side, whole tiles, weights of a step in the state's dtype (SRU: in u's). A test counts some anew.
+KERNELS: dict[tuple[str, str, str, str], tuple[tuple[float, ...], tuple[int, ...]]] = {
+    ("forward", "sru", "none", "turns"): ((188.5, 48.5, 71.2, 53.5, 88.4), (166, 168, 128, 168, 168)),
+    ("forward", "sru", "none", "alone"): ((183.2, 46.8, 63.5, 51.7, 83.1), (174, 168, 146, 168, 162)),
+    ("forward", "sru", "none", "split"): ((283.8, 69.3, 103.0, 74.4, 111.8), (144, 167, 136, 168, 167)),
+    ("forward", "f", "none", "turns"): ((251.8, 48.6, 63.5, 52.2, 68.2), (98, 136, 118, 126, 109)),
+    ("forward", "f", "none", "alone"): ((242.8, 44.5, 57.5, 48.6, 61.5), (101, 128, 109, 123, 107)),
+    ("forward", "f", "none", "split"): ((313.2, 74.1, 101.6, 77.1, 105.4), (103, 155, 106, 151, 102)),
+    ("forward", "fo", "none", "turns"): ((325.2, 62.9, 72.1, 67.8, 90.2), (131, 162, 108, 148, 128)),
+    ("forward", "fo", "none", "alone"): ((306.8, 55.1, 69.2, 61.3, 83.8), (130, 156, 107, 148, 128)),
+    ("forward", "fo", "none", "split"): ((379.0, 81.4, 113.0, 85.3, 123.8), (126, 147, 132, 146, 128)),
+    ("forward", "ifo", "none", "turns"): ((390.0, 67.4, 81.2, 74.4, 90.8), (98, 163, 115, 156, 113)),
+    ("forward", "ifo", "none", "alone"): ((374.0, 61.8, 71.5, 69.7, 78.9), (110, 165, 111, 164, 115)),
+    ("forward", "ifo", "none", "split"): ((453.0, 91.4, 110.4, 95.1, 115.1), (128, 161, 113, 164, 114)),
+    ("forward", "affine", "column", "turns"): ((47.0, 16.9, 30.2, 20.4, 38.8), (98, 102, 90, 87, 90)),
+    ("forward", "affine", "column", "alone"): ((38.0, 14.8, 28.9, 16.3, 37.9), (94, 88, 86, 95, 87)),
+    ("forward", "affine", "column", "split"): ((104.8, 36.3, 64.8, 39.1, 70.4), (96, 104, 114, 104, 112)),
+    ("forward", "affine", "step", "turns"): ((51.5, 17.3, 38.2, 19.4, 50.0), (110, 128, 122, 128, 118)),
+    ("forward", "affine", "step", "alone"): ((45.5, 16.3, 30.0, 18.9, 43.9), (108, 118, 112, 110, 120)),
+    ("forward", "affine", "step", "split"): ((120.8, 37.2, 72.1, 40.3, 81.6), (104, 126, 112, 156, 101)),
+    ("forward", "complement", "column", "turns"): ((47.0, 16.9, 29.6, 20.4, 38.4), (96, 100, 96, 87, 90)),
+    ("forward", "complement", "column", "alone"): ((38.0, 14.8, 25.8, 16.3, 39.6), (94, 88, 88, 95, 84)),
+    ("forward", "complement", "column", "split"): ((105.0, 36.3, 64.8, 38.9, 70.6), (92, 104, 116, 104, 110)),
+    ("forward", "complement", "step", "turns"): ((51.5, 17.3, 38.2, 19.4, 50.0), (110, 128, 122, 128, 118)),
+    ("forward", "complement", "step", "alone"): ((45.5, 16.3, 32.8, 18.9, 43.8), (108, 118, 112, 110, 120)),
+    ("forward", "complement", "step", "split"): ((115.8, 36.2, 71.6, 39.4, 81.0), (106, 122, 112, 152, 108)),
+    ("forward", "blend", "column", "turns"): ((48.0, 18.8, 30.6, 20.9, 39.4), (98, 100, 96, 87, 90)),
+    ("forward", "blend", "column", "alone"): ((39.0, 16.4, 28.6, 17.3, 40.6), (94, 88, 92, 96, 87)),
+    ("forward", "blend", "column", "split"): ((106.0, 37.5, 65.8, 38.9, 72.6), (92, 104, 116, 104, 114)),
+    ("forward", "blend", "step", "turns"): ((57.2, 21.9, 39.2, 25.8, 51.0), (110, 128, 122, 128, 118)),
+    ("forward", "blend", "step", "alone"): ((50.0, 20.6, 33.8, 23.2, 44.8), (108, 120, 112, 110, 120)),
+    ("forward", "blend", "step", "split"): ((116.8, 38.4, 72.6, 40.2, 82.0), (106, 118, 112, 152, 109)),
+    ("forward", "sru", "column", "turns"): ((235.2, 43.8, 67.0, 47.9, 81.1), (130, 166, 159, 132, 168)),
+    ("forward", "sru", "column", "alone"): ((227.5, 43.4, 60.5, 48.4, 76.4), (138, 164, 140, 138, 167)),
+    ("forward", "sru", "step", "turns"): ((254.5, 49.3, 69.4, 56.7, 104.2), (156, 224, 168, 168, 214)),
+    ("forward", "sru", "step", "alone"): ((237.2, 45.1, 66.2, 53.9, 88.5), (168, 216, 168, 166, 239)),
+    ("backward", "sru", "none", "turns"): ((272.8, 97.0, 130.2, 106.9, 146.5), (186, 196, 163, 202, 179)),
+    ("backward", "sru", "none", "alone"): ((270.0, 88.8, 107.5, 98.4, 138.8), (192, 208, 166, 202, 168)),
+    ("backward", "sru", "none", "split"): ((323.0, 138.1, 158.0, 146.1, 189.8), (200, 201, 176, 197, 168)),
+    ("backward", "sru", "column", "turns"): ((286.8, 115.5, 144.0, 124.8, 164.0), (193, 204, 169, 202, 200)),
+    ("backward", "sru", "column", "alone"): ((289.8, 101.2, 119.0, 110.1, 145.2), (212, 218, 172, 214, 194)),
+    ("backward", "sru", "column", "split"): ((356.0, 139.9, 187.2, 149.9, 220.2), (212, 203, 182, 192, 168)),
+    ("backward", "sru", "step", "turns"): ((304.0, 111.1, 143.0, 124.4, 173.2), (228, 234, 208, 232, 226)),
+    ("backward", "sru", "step", "alone"): ((296.0, 99.5, 129.0, 111.1, 161.8), (244, 238, 206, 234, 222)),
+    ("backward", "sru", "step", "split"): ((349.0, 154.0, 179.0, 163.4, 215.5), (240, 218, 204, 208, 201)),
+    ("backward", "f", "none", "turns"): ((317.0, 67.8, 88.5, 75.4, 104.8), (182, 180, 136, 167, 128)),
+    ("backward", "f", "none", "alone"): ((305.8, 62.2, 80.2, 70.8, 94.8), (166, 168, 132, 168, 124)),
+    ("backward", "f", "none", "split"): ((343.5, 91.9, 108.2, 95.5, 125.0), (188, 176, 157, 173, 141)),
+    ("backward", "fo", "none", "turns"): ((400.5, 84.6, 107.0, 94.6, 131.2), (202, 186, 150, 194, 166)),
+    ("backward", "fo", "none", "alone"): ((403.8, 79.9, 95.5, 89.4, 124.8), (190, 178, 140, 180, 161)),
+    ("backward", "fo", "none", "split"): ((436.0, 106.2, 133.2, 115.1, 154.2), (198, 192, 157, 189, 168)),
+    ("backward", "ifo", "none", "turns"): ((497.5, 94.5, 110.0, 102.9, 133.2), (204, 204, 162, 199, 152)),
+    ("backward", "ifo", "none", "alone"): ((488.8, 90.4, 105.8, 99.6, 127.8), (194, 187, 152, 185, 140)),
+    ("backward", "ifo", "none", "split"): ((519.5, 117.6, 138.2, 122.5, 154.8), (206, 209, 166, 197, 160)),
+    ("backward", "affine", "column", "turns"): ((95.2, 56.0, 93.2, 58.6, 133.5), (136, 140, 118, 136, 126)),
+    ("backward", "affine", "column", "alone"): ((83.5, 45.2, 81.5, 49.9, 110.5), (125, 136, 112, 132, 103)),
+    ("backward", "affine", "column", "split"): ((80.0, 49.2, 77.8, 52.5, 94.8), (156, 132, 138, 128, 113)),
+    ("backward", "affine", "step", "turns"): ((113.5, 62.4, 112.8, 68.1, 135.5), (140, 153, 128, 152, 128)),
+    ("backward", "affine", "step", "alone"): ((98.8, 53.6, 99.0, 59.5, 128.5), (146, 148, 131, 136, 110)),
+    ("backward", "affine", "step", "split"): ((73.5, 44.1, 69.8, 46.9, 85.0), (164, 144, 143, 140, 126)),
+    ("backward", "complement", "column", "turns"): ((95.2, 55.6, 93.8, 58.6, 133.5), (136, 140, 118, 136, 124)),
+    ("backward", "complement", "column", "alone"): ((83.5, 45.0, 81.8, 50.9, 110.5), (125, 136, 111, 132, 96)),
+    ("backward", "complement", "column", "split"): ((81.2, 51.2, 79.2, 54.1, 97.0), (156, 135, 139, 128, 112)),
+    ("backward", "complement", "step", "turns"): ((116.0, 63.2, 113.8, 69.1, 136.5), (140, 153, 128, 152, 128)),
+    ("backward", "complement", "step", "alone"): ((99.8, 54.6, 99.5, 61.5, 129.8), (146, 150, 133, 138, 110)),
+    ("backward", "complement", "step", "split"): ((72.5, 46.1, 69.2, 48.4, 84.5), (162, 144, 143, 143, 125)),
+    ("backward", "blend", "column", "turns"): ((121.2, 76.5, 121.8, 82.9, 148.0), (152, 144, 131, 140, 141)),
+    ("backward", "blend", "column", "alone"): ((111.8, 59.9, 102.8, 63.5, 145.8), (150, 148, 133, 142, 118)),
+    ("backward", "blend", "column", "split"): ((82.5, 70.1, 80.5, 74.2, 109.8), (158, 144, 138, 139, 119)),
+    ("backward", "blend", "step", "turns"): ((139.5, 80.2, 142.8, 82.0, 172.8), (174, 164, 158, 156, 143)),
+    ("backward", "blend", "step", "alone"): ((122.0, 72.8, 128.2, 77.1, 164.0), (160, 157, 144, 150, 128)),
+    ("backward", "blend", "step", "split"): ((82.0, 51.8, 80.2, 55.6, 102.8), (173, 167, 159, 158, 148)),
+    ("recompute", "sru", "none", "turns"): ((370.8, 98.8, 119.5, 110.2, 142.2), (166, 216, 172, 255, 210)),
+    ("recompute", "sru", "none", "alone"): ((357.0, 105.4, 134.5, 117.6, 155.8), (188, 180, 148, 189, 155)),
+    ("recompute", "sru", "none", "split"): ((419.5, 154.9, 178.2, 166.2, 208.8), (200, 204, 177, 198, 167)),
+    ("recompute", "sru", "column", "turns"): ((400.0, 113.2, 137.6, 122.9, 156.6), (182, 239, 190, 255, 221)),
+    ("recompute", "sru", "column", "alone"): ((391.8, 119.1, 151.2, 130.6, 167.8), (212, 204, 158, 206, 167)),
+    ("recompute", "sru", "column", "split"): ((455.8, 155.8, 207.8, 167.8, 243.2), (208, 199, 168, 189, 168)),
+    ("recompute", "sru", "step", "turns"): ((416.0, 135.8, 172.8, 152.9, 215.0), (202, 188, 168, 207, 178)),
+    ("recompute", "sru", "step", "alone"): ((400.2, 117.5, 156.2, 132.8, 186.8), (231, 224, 180, 220, 202)),
+    ("recompute", "sru", "step", "split"): ((448.0, 171.5, 201.8, 183.9, 236.5), (228, 222, 192, 204, 195)),
+    ("recompute", "f", "none", "turns"): ((533.2, 98.7, 114.2, 106.2, 130.1), (180, 184, 164, 194, 149)),
+    ("recompute", "f", "none", "alone"): ((510.0, 100.2, 120.5, 110.8, 140.5), (184, 165, 147, 153, 113)),
+    ("recompute", "f", "none", "split"): ((548.8, 126.1, 147.5, 132.8, 165.5), (184, 183, 161, 171, 147)),
+    ("recompute", "fo", "none", "turns"): ((615.2, 121.2, 132.0, 131.4, 154.9), (200, 218, 160, 230, 168)),
+    ("recompute", "fo", "none", "alone"): ((595.5, 119.1, 137.5, 129.9, 163.8), (198, 158, 133, 164, 128)),
+    ("recompute", "fo", "none", "split"): ((643.0, 143.5, 172.8, 153.5, 191.0), (196, 187, 154, 187, 160)),
+    ("recompute", "ifo", "none", "turns"): ((798.0, 136.7, 146.0, 145.9, 166.2), (204, 246, 181, 246, 164)),
+    ("recompute", "ifo", "none", "alone"): ((774.8, 136.5, 148.2, 147.8, 179.5), (206, 168, 146, 168, 125)),
+    ("recompute", "ifo", "none", "split"): ((812.2, 159.9, 186.2, 168.0, 203.8), (208, 217, 168, 203, 164)),
+    ("recompute", "affine", "column", "turns"): ((122.5, 46.6, 77.5, 49.9, 94.9), (148, 128, 128, 128, 127)),
+    ("recompute", "affine", "column", "alone"): ((108.0, 57.8, 105.0, 65.2, 129.8), (128, 116, 116, 106, 106)),
+    ("recompute", "affine", "column", "split"): ((87.5, 60.8, 86.2, 63.6, 114.0), (162, 136, 145, 137, 118)),
+    ("recompute", "affine", "step", "turns"): ((145.0, 50.8, 89.6, 54.2, 117.5), (164, 164, 158, 148, 130)),
+    ("recompute", "affine", "step", "alone"): ((117.8, 69.1, 116.2, 71.8, 149.2), (148, 136, 126, 128, 118)),
+    ("recompute", "affine", "step", "split"): ((94.5, 55.1, 91.0, 56.5, 106.2), (164, 150, 152, 146, 126)),
+    ("recompute", "complement", "column", "turns"): ((122.5, 46.6, 77.4, 49.8, 94.8), (148, 128, 128, 128, 128)),
+    ("recompute", "complement", "column", "alone"): ((107.5, 57.8, 105.0, 64.0, 129.8), (128, 116, 114, 106, 109)),
+    ("recompute", "complement", "column", "split"): ((87.8, 61.0, 86.8, 65.4, 115.0), (162, 136, 142, 137, 118)),
+    ("recompute", "complement", "step", "turns"): ((140.2, 52.1, 90.6, 55.2, 118.4), (164, 164, 158, 148, 130)),
+    ("recompute", "complement", "step", "alone"): ((121.5, 70.1, 117.2, 72.9, 150.5), (148, 136, 126, 128, 121)),
+    ("recompute", "complement", "step", "split"): ((85.0, 56.8, 82.5, 61.0, 105.5), (164, 158, 153, 146, 125)),
+    ("recompute", "blend", "column", "turns"): ((126.5, 51.9, 83.4, 56.8, 100.1), (150, 142, 128, 150, 128)),
+    ("recompute", "blend", "column", "alone"): ((111.5, 61.1, 112.0, 70.2, 135.0), (128, 118, 112, 120, 110)),
+    ("recompute", "blend", "column", "split"): ((94.2, 74.0, 91.8, 79.1, 119.5), (162, 135, 142, 137, 118)),
+    ("recompute", "blend", "step", "turns"): ((142.0, 53.7, 93.5, 62.2, 122.1), (168, 168, 154, 160, 162)),
+    ("recompute", "blend", "step", "alone"): ((122.8, 69.4, 127.0, 83.9, 154.2), (152, 138, 128, 124, 125)),
+    ("recompute", "blend", "step", "split"): ((92.5, 58.9, 92.2, 64.2, 112.8), (173, 164, 154, 154, 128)),
 }
+
+# Special functions a step of a column: forward, backward, recompute.
+SPECIAL = {"sru": (4, 4, 6), "f": (4, 4, 8), "fo": (6, 6, 10), "ifo": (8, 8, 14)}
 
 # The forward's are fitted (benchmarks/test_plan.py); the backward's are those fitted before the parameter sums were grouped,
 # times 0.80 to 0.88, which a simulation of the machine code says that this gained.
@@ -164,15 +325,35 @@ CHAINS = {
 CALLS = 150  # instructions a step of float64's exponentials and divisions, calls that are not counted. Fitted to one row
 
 
+# Cycles a step that the states' turns take in the recomputing backward, and the turns of two parameter sums: parts of CHAINS, by
+# a simulation of the machine code (docs/performance.md, "What limits S = 32"); that of SRU without weights is CHAINS' difference.
+STATES = {"none": 85, "column": 95}
+SUMS = 33
+
+
 def kernel(of: Specialisation) -> Known:
     """What is known of a kernel: of one with other options, what is known of the plain one."""
     which = "recompute" if of.recompute else of.direction
     weight = "step" if of.weight.startswith("step") else of.weight
+    way = "split" if of.split else "alone" if of.alone else "turns"
     size = ITEMSIZES[of.dtype]
-    turns, alone, of_turns, of_alone = (
-        KERNELS.get((which, weight, size, of.columns)) or KERNELS[which, "column", size, of.columns]
-    )
-    instructions = (alone if of.alone else turns) + CALLS * (size == 8)
-    chain = 0 if of.alone else CHAINS[which, "column" if weight == "column" else "none"]
-    special = (6 if of.recompute else 4) * of.columns
-    return Known(Cost(instructions * of.columns, special, chain), of_alone if of.alone else of_turns)
+    at = SIZES.index((size, of.columns))
+    counted, registers = KERNELS[which, of.cell, weight, way]
+    special = SPECIAL.get(of.cell, (0, 0, 0))[("forward", "backward", "recompute").index(which)]
+    instructions = counted[at] + CALLS * (size == 8 and special > 0)
+    return Known(Cost(instructions * of.columns, special * of.columns, _chain(of, which)), registers[at])
+
+
+def _chain(of: Specialisation, which: str) -> float:
+    """Cells other than SRU were not measured: theirs is SRU's without the parts that they have not."""
+    kind = "column" if of.cell == "sru" and of.weight == "column" else "none"
+    step = CHAINS["forward", "none"]
+    states = step if of.cell in FORMS else STATES[kind]  # no gate waits for its turn
+    sums = SUMS if of.sums else 0
+    if of.alone:
+        return 0
+    if of.split:
+        return step if which == "forward" else sums + (states if of.recompute else 0)
+    if which == "forward":
+        return CHAINS[which, kind]
+    return CHAINS[which, kind] - (SUMS - sums) - (STATES[kind] - states if of.recompute else 0)

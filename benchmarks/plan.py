@@ -1,7 +1,7 @@
 """`python -m benchmarks.plan L B D`: how a shape is laid out on a GPU, in words, and how long that should take. No GPU needed.
 
-The call is one with contiguous arrays, bias and skip input; `--k 4` brings its own skip. The plan is the one that cusru makes
-(`cusru.plan.plan`), the time `benchmarks.model`'s. With --json one object a line, for each pass and device."""
+The call is one with contiguous arrays, of SRU one with bias and skip input; `--k 4` brings its own skip. The plan is the one that
+cusru makes (`cusru.plan.plan`), the time `benchmarks.model`'s. With --json one object a line, for each pass and device."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from benchmarks import model, resources
 from benchmarks.cases import DTYPES, Case
 from benchmarks.workload import PASSES
 from cusru import dlpack, measuring
-from cusru.arguments import BACKWARD, FORWARD, STATES, STRAIGHT
+from cusru.arguments import ITEMSIZES, OPERATORS, STATES, STRAIGHT
 from cusru.measuring import Floor
-from cusru.plan import RESIDENT, Plan, Problem
+from cusru.plan import ANCHOR, RESIDENT, Plan, Problem
 from cusru.plan import plan as make_plan
 from cusru.problem import Options, check, layout, wanted_results
-from cusru.specialisation import UNIT, Limits
+from cusru.specialisation import FORMS, POOLINGS, SPLIT_BACKWARD, SPLIT_FORWARD, UNIT, Launch, Limits
 
 
 def problem(case: Case, direction: str, dtype: str) -> Problem:
     """What a call with this case's arrays asks for, without their memory."""
-    operator = FORWARD if direction == "forward" else BACKWARD
+    operator = OPERATORS[f"{case.family}_{direction}"]
     given = dict.fromkeys(operator.inputs, STATES[dtype])  # parameters have the state's
-    given |= {"u": dtype, "x": dtype, "grad_h": dtype, "mask_pad": "bool"}
-    absent = {"x": case.skip != "x", "bias": case.bias is None, "weight_c": case.weight_c == "none", "c0": not case.c0}
-    absent |= {"mask_c": case.mask_c is None, "mask_pad": case.padding == "none", "starts": True}
+    given |= {"u": dtype, "x": dtype, "grad_h": dtype, "mask_pad": "bool", "starts": "bool", "zoneout": "bool"}
+    sru = case.family == "sru"
+    absent = {"x": case.skip != "x", "bias": case.bias is None, "weight_c": sru and case.weight_c == "none", "c0": not case.c0}
+    absent |= {"mask_c": case.mask_c is None, "mask_pad": case.padding == "none", "starts": not case.starts}
     blocks = -(-case.L // case.save_every) if case.save_every else 0
     sizes = {"L": case.L, "S": blocks, "B": case.B, "D": case.D, "K": case.k, "R": 2, "F": 2 * case.D}
     of_u = (0, 1, 3, 2) if case.layout == "d_inner" else None
@@ -37,13 +38,20 @@ def problem(case: Case, direction: str, dtype: str) -> Problem:
         strides = dlpack.blank(shape, dtype, of_u if name.endswith("u") else None).strides
         return dlpack.Array(name, 0, shape, strides, dtype, dlpack.CPU, False, "other", None, None)
 
-    inputs: dict[str, Any] = {"scale_x": case.scale_x}
-    for name in operator.inputs[:-1]:
+    numbers: dict[str, Any] = {"scale_x": case.scale_x, "zoneout": 0 if case.zoneout is None else None}
+    ranks = {
+        "bias": 2,
+        "weight_c": (4 if case.weight_c == "step" else 2) if sru else {"step": 3, "batch": 2, "column": 1}[case.a],
+    }
+    inputs: dict[str, Any] = {}
+    for name in operator.inputs:
         shapes = operator.allowed_shapes(name, sizes)
-        rank = 4 if name == "weight_c" and case.weight_c == "step" else min(rank for rank in shapes if rank > 1)
-        inputs[name] = None if absent.get(name) else array(name, shapes[rank], given[name])
-    inputs = {name: inputs[name] for name in operator.inputs}
-    options = Options((case.activation, case.candidate, case.mask_target), case.bidirectional, case.save_every)
+        inputs[name] = numbers.get(name)
+        if inputs[name] is None and not absent.get(name):
+            inputs[name] = array(name, shapes[ranks.get(name) or max(shapes)], given[name])
+    choices = {"pooling": case.cell, "gate": "forget", "form": case.cell, "activation": case.activation}
+    choices |= {"candidate": case.candidate, "mask_target": case.mask_target}
+    options = Options(tuple(choices[name] for name in operator.choices), case.bidirectional, case.save_every)
     checked = check(operator, inputs, options, 0)
     for name, wanted in wanted_results(checked).items():
         if wanted is not None:
@@ -58,35 +66,79 @@ def _bytes(arrays: Any) -> int:
 
 
 def floor(asked: Problem) -> Floor:
-    return Floor(_bytes(asked.inputs.values()), _bytes(asked.results.values()))
+    read = dict(asked.inputs)
+    if asked.direction == "backward" and asked.block == 1 and asked.choices.get("form") in ("affine", "complement"):
+        del read["u"]  # b, on which no gradient depends
+    return Floor(_bytes(read.values()), _bytes(asked.results.values()))
 
 
 class Planned(NamedTuple):
+    case: Case
     problem: Problem
     plan: Plan
     floor: Floor
-    walk: model.Walk
+    walk: model.Walk | model.Spans
+    main: Launch
 
     @property
     def warps(self) -> int:
-        return self.plan.launches[0].block[0] // 32
+        return self.main.block[0] // 32
 
 
-def planned(case: Case, direction: str, dtype: str, multiprocessors: int, cost: model.Cost | None = None) -> Planned:
-    """cost: of other kernels than the present ones."""
+def planned(
+    case: Case, direction: str, dtype: str, multiprocessors: int, cost: model.Cost | None = None,
+    split: tuple[int, ...] | None = None,
+) -> Planned:  # fmt: skip
+    """cost: of other kernels than the present ones. split: as `Limits` has it."""
     asked = problem(case, direction, dtype)
-    made, must = make_plan(asked, Limits(multiprocessors)), floor(asked)
-    kernel, main, *second = made.kernel, *made.launches
-    warps = main.block[0] // 32
-    about = model.kernel(kernel)
+    made, must = make_plan(asked, Limits(multiprocessors, split=split)), floor(asked)
+    kernel, time = made.kernel, made.split
+    main = next(launch for launch in made.launches if launch.kernel == kernel)
+    reducers = sum(launch.grid[0] for launch in made.launches if launch.kernel.direction == "reduce")
+    warps, about = main.block[0] // 32, model.kernel(kernel)
     resident = resources.blocks_per_sm(90, 32 * warps, about.registers, main.shared, 1 if kernel.alone else 16)
+    cost = cost or about.cost
+    if time:
+        forward = kernel.direction == "forward"
+        stretches = time.units if forward else time.units * -(-time.steps // kernel.group)
+        directions = 2 if asked.bidirectional else 1
+        groups = directions * -(-asked.batch * asked.width // (directions * kernel.columns * 32))
+        values = 3 + 2 * model.heard(time.anchor, time.chunks) * time.chunks  # told, and heard, of a column
+        words = ITEMSIZES[asked.state] * asked.batch * asked.width * time.spans * values
+        relayed = (time.slice - 1) * time.steps if forward else time.steps
+        spans = model.Spans(
+            cost, time.spans, time.anchor, groups, kernel.columns, time.warps(kernel) - forward, kernel.tile, stretches,
+            time.chunks, relayed, main.grid[0], resident, must.bytes + made.partial_bytes, words, made.partial_bytes, reducers,
+        )  # fmt: skip
+        return Planned(case, asked, made, must, spans, main)
     pieces = -(-min(asked.block or 1, asked.length) // UNIT) if kernel.recompute else 1
     twice = _bytes([asked.inputs["u"]]) * (pieces - 1) // pieces + 2 * made.checkpoint_bytes + made.partial_bytes
     walk = model.Walk(
-        cost or about.cost, asked.length * made.group, main.grid[0], warps, resident, must.bytes + twice,
-        made.partial_bytes, sum(launch.grid[0] for launch in second),
-    )  # fmt: skip
-    return Planned(asked, made, must, walk)
+        cost, asked.length * made.group, main.grid[0], warps, resident, must.bytes + twice, made.partial_bytes, reducers
+    )
+    return Planned(case, asked, made, must, walk, main)
+
+
+def both(case: Case, direction: str, dtype: str, multiprocessors: int) -> tuple[Planned, Planned | None]:
+    """By turns; and with time split, where that can be."""
+    forced = SPLIT_FORWARD if direction == "forward" else SPLIT_BACKWARD, ANCHOR
+    turns, split = (planned(case, direction, dtype, multiprocessors, split=split) for split in ((), forced))
+    return turns, split if split.plan.split else None
+
+
+def path(one: Planned, device: model.Device) -> str:
+    """How time is walked, and what the other way would take."""
+    turns, split = both(one.case, one.problem.direction, one.problem.dtype, device.multiprocessors)
+    if split is None:
+        not_so = "a block has no room for its slices" if one.plan.kernel.affine else "it is not affine in what goes on"
+        return f"by turns: {not_so}"
+    of_turns, of_split = (f"{model.predict(each.walk, device).seconds * 1e6:.1f} us" for each in (turns, split))
+    if (time := one.plan.split) is None:
+        return f"by turns: {of_turns}, and split {of_split}"
+    chunks = f"{time.chunks} chunks of " * (time.chunks > 1)
+    length = f"{chunks}{time.units * time.steps} steps"
+    spans = f"{time.spans} spans of {length}, of which every {time.anchor}th tells its start"
+    return f"split: {of_split}, and by turns {of_turns}; {spans}"
 
 
 def lines(one: Planned, device: model.Device) -> list[str]:
@@ -95,20 +147,27 @@ def lines(one: Planned, device: model.Device) -> list[str]:
     kernel, per_sm, said = made.kernel, walk.blocks / device.multiprocessors, model.predict(walk, device)
     if kernel.columns == 2:
         columns = "D and every address allow vectors of two"
+    elif made.split and made.split.chunks > 1:
+        columns = "lanes have chunks of time"
     elif kernel.dtype == "float64":
         columns = "registers hold no more of float64"
     else:
         columns = "two need a D that is even in each direction, and room in shared memory"
-    if walk.warps > 1:
+    if made.split:
+        warps = "each has a tile of a span" + ", but one that talks" * (kernel.direction == "forward")
+    elif walk.warps > 1:
         room = f"{RESIDENT} have room on a multiprocessor, which has {per_sm:.2f} blocks"
         warps = f"{room}; {kernel.warps} at most take turns" + (" at the tiles of a saved block" if kernel.recompute else "")
     else:
         warps = f"{per_sm:.1f} blocks a multiprocessor leave no room for more, or all time is one turn"
     straight = "whole tiles without a branch"
     general = "far strides, gradients unwanted or laid otherwise than u, or saved blocks shorter than a tile"
-    ahead = UNIT if kernel.recompute else walk.warps * kernel.tile
+    ahead = UNIT if kernel.recompute and not made.split else walk.warps * kernel.tile
     in_flight = said.waves[0] * ahead * 32 * kernel.columns * resources.bytes_per_step(kernel)
-    second = f"the second adds up {made.rows} rows of {made.sums} sums a column" if walk.reducers else "it does all"
+    which = "third" if made.split else "second"
+    second = f"the {which} adds up {made.rows} rows of {made.sums} sums a column" if walk.reducers else "it does all"
+    if made.split:
+        second = "the first clears what spans tell" + f"; {second}" * bool(walk.reducers)
     of_stream = model.yardstick(must.bytes, device) / said.seconds
     by_size = sorted(said.terms.items(), key=lambda term: -term[1])
     found = {
@@ -116,10 +175,11 @@ def lines(one: Planned, device: model.Device) -> list[str]:
         + ("side by side" if kernel.packed else "in planes")
         + ", states recomputed" * kernel.recompute,
         "columns": f"{kernel.columns} a thread: {columns}",
-        "warps": f"{walk.warps} a block: {warps}",
+        "time": path(one, device),
+        "warps": f"{one.warps} a block: {warps}",
         "blocks": f"{walk.blocks}, {per_sm:.2f} a multiprocessor, where {walk.resident} fit together: waves of {said.waves}",
         "tile": f"{kernel.tile} steps, unrolled" + f"; {made.group} batches one after the other" * (made.group > 1),
-        "shared memory": f"{made.launches[0].shared:,} bytes a block",
+        "shared memory": f"{one.main.shared:,} bytes a block",
         "in flight": f"up to {in_flight:,} bytes a multiprocessor: {ahead} steps of each block",
         "path": f"straight: {straight}" if made.frame[-1] & STRAIGHT else f"general: {general}",
         "launches": f"{len(made.launches)}: {second}",
@@ -135,8 +195,9 @@ def row(one: Planned, device: model.Device) -> dict[str, Any]:
     asked, said = one.problem, model.predict(one.walk, device)
     return {
         "pass": asked.direction, "shape": [asked.length, asked.batch, asked.width], "device": device.name,
-        "kernel": one.plan.kernel._asdict(), "tile": one.plan.kernel.tile, "warps": one.warps, "blocks": one.walk.blocks,
-        "resident": one.walk.resident, "waves": said.waves, "shared_bytes": one.plan.launches[0].shared,
+        "kernel": one.plan.kernel._asdict(), "tile": one.plan.kernel.tile,
+        "split": one.plan.split and one.plan.split._asdict(), "warps": one.warps, "blocks": one.walk.blocks,
+        "resident": one.walk.resident, "waves": said.waves, "shared_bytes": one.main.shared,
         "straight": bool(one.plan.frame[-1] & STRAIGHT), "launches": len(one.plan.launches),
         "workspace_bytes": one.plan.workspace, "floor_bytes": one.floor.bytes, "bytes": one.walk.bytes, "terms": said.terms,
         "seconds": said.seconds,
@@ -155,12 +216,17 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("L", "B", "D"):
         parser.add_argument(name, type=int)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--k", type=int, choices=[3, 4], default=3)
+    parser.add_argument("--family", choices=["sru", "qrnn", "linear_recurrence"], default="sru")
+    parser.add_argument("--pooling", choices=POOLINGS, default="fo", help="of the QRNN (default: fo)")
+    parser.add_argument("--form", choices=FORMS, default="affine", help="of the linear recurrence (default: affine)")
+    parser.add_argument("--a", choices=["step", "batch", "column"], default="step", help="of the linear recurrence")
+    parser.add_argument("--k", type=int, choices=[3, 4], default=3, help="of SRU")
     parser.add_argument("--weight", choices=["none", "column", "step"], default="none", help="SRU v1, v2, or per step")
     parser.add_argument(
         "--every", type=_every, default=1, metavar="N", help="save_every, or none: the forward alone (default: 1)"
     )
     parser.add_argument("--bidirectional", action="store_true")
+    parser.add_argument("--padding", action="store_true", help="a mask_pad")
     parser.add_argument("--device", choices=list(model.DEVICES), default="h100")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of words")
     options = parser.parse_args(arguments)
@@ -168,7 +234,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("L, B and D must be at least 1")
     case = Case(
         "asked", options.L, options.B, options.D, skip="projected" if options.k == 4 else "x", weight_c=options.weight,
-        bidirectional=options.bidirectional, save_every=options.every,
+        bidirectional=options.bidirectional, save_every=options.every, padding="lengths" if options.padding else "none",
+        family=options.family, cell={"qrnn": options.pooling, "linear_recurrence": options.form}.get(options.family, ""),
+        a=options.a,
     )  # fmt: skip
     device = model.DEVICES[options.device]
     for direction in PASSES[: 1 if options.every is None else 2]:

@@ -2,13 +2,18 @@
 
 Fitted, by a grid: RAMP, STREAM_RAMP, LAUNCH, OVERLAP and ISSUE to the rows of `short` and `square` in the three tables; to
 `narrow` and `narrow-v2` in h200-2026-11-26-turns CHAINS, to `double` there CALLS; to kernels.jsonl REDUCE_BANDWIDTH, GAP, and
-GAPS of kernels that are no more, at (512, 32, 512). All other rows are predictions."""
+GAPS of kernels that are no more, at (512, 32, 512). All other rows are predictions. The reports' kernels walked time by turns: no
+device has run one that splits it, and of those the tests say only what must hold of any time."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import re
 import statistics
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +22,12 @@ import pytest
 
 from benchmarks import cases, model, plan, resources
 from benchmarks.cases import Case
-from benchmarks.model import Cost, Walk
+from benchmarks.model import Cost, Spans, Walk
+from benchmarks.plan import Planned
+from benchmarks.workload import PASSES, Workload
+from cusru import measuring, raw_kernels
 from cusru.arguments import ITEMSIZES
-from cusru.specialisation import Specialisation, specialisations
+from cusru.specialisation import FORMS, POOLINGS, Specialisation, specialisations
 
 RESULTS = Path(__file__).parent / "results"
 H200 = model.DEVICES["h200"]
@@ -45,6 +53,11 @@ def read(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
 
 
+def by_turns(one: Planned) -> Walk:
+    assert isinstance(one.walk, Walk)
+    return one.walk
+
+
 def of_kind(kernel: Specialisation) -> tuple[str, str]:
     return "recompute" if kernel.recompute else kernel.direction, "column" if kernel.weight == "column" else "none"
 
@@ -66,12 +79,12 @@ def turns() -> Iterator[Row]:
     for row in read("h200-2026-11-26-turns/table.jsonl"):
         if row["cache"] == "cold":
             case = cases.CASES[row["case"]]
-            one = plan.planned(case, row["pass"], row["dtype"], 132)
+            one = plan.planned(case, row["pass"], row["dtype"], 132, split=())
             kernel, cost = one.plan.kernel, one.walk.cost
             if (found := TURNS.get(of_kind(kernel))) and kernel.dtype != "float64":
                 instructions = found[ITEMSIZES[kernel.dtype] == 2][kernel.alone] * kernel.columns
                 cost = cost._replace(instructions=instructions, chain=0 if kernel.alone else found[2])
-            walk = one.walk._replace(cost=cost)
+            walk = by_turns(one)._replace(cost=cost)
             yield Row("turns", case, row["pass"], row["dtype"], row["times"]["cusru"]["seconds"], walk)
 
 
@@ -104,7 +117,8 @@ COUNTED = counted()
 
 
 def before_turns(case: Case, direction: str, dtype: str) -> Walk:
-    one = plan.planned(case, direction, dtype, 132)
+    one = plan.planned(case, direction, dtype, 132, split=())
+    walk = by_turns(one)
     which, weight = of_kind(one.plan.kernel)
     all_columns = one.problem.width * one.plan.rows
     columns = 4 if which != "recompute" and all_columns >= 4 * 4 * 32 * 132 else 1
@@ -112,10 +126,10 @@ def before_turns(case: Case, direction: str, dtype: str) -> Walk:
     size = ITEMSIZES[dtype]
     instructions, registers = next(COUNTED[key] for w in weights if (key := (which, w, size, columns)) in COUNTED)
     cost = Cost(instructions, 4 * columns, 0, GAPS[which] if columns == 1 else model.GAP)
-    partials, sums = one.walk.partials, one.plan.sums * one.problem.width
+    sums = one.plan.sums * one.problem.width
     return Walk(
-        cost, one.walk.steps, -(-all_columns // columns // 32), 1, resources.blocks_per_sm(90, 32, registers, 0),
-        one.walk.bytes, partials, -(-sums // 32) if one.walk.reducers else 0,
+        cost, walk.steps, -(-all_columns // columns // 32), 1, resources.blocks_per_sm(90, 32, registers, 0),
+        walk.bytes, walk.partials, -(-sums // 32) if walk.reducers else 0,
     )  # fmt: skip
 
 
@@ -255,13 +269,39 @@ def test_the_floor_of_a_shape_is_that_of_its_arrays() -> None:
         assert plan.floor(plan.problem(cases.CASES[row["case"]], row["pass"], row["dtype"])).bytes == row["floor_bytes"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+@pytest.mark.parametrize("name", [case.name for case in cases.SMALL])
+def test_a_call_of_any_family_is_described_as_it_is_made(name: str, dtype: str) -> None:
+    """Its bytes, counted from a description and from arrays."""
+    case = cases.CASES[name]
+    work = Workload(measuring.find("numpy"), case, dtype)
+    for direction in PASSES:
+        asked = plan.problem(case, direction, dtype)
+        assert plan.floor(asked) == work.floor(direction)
+        assert (asked.operator.family, asked.k) == (case.family, 1 if case.family == "linear_recurrence" else case.k)
+        assert ("starts" in asked.inputs, "zoneout" in asked.inputs) == (case.starts, case.zoneout is not None)
+
+
 def test_every_kernel_is_known() -> None:
     for kernel in specialisations():
-        if kernel.direction != "reduce":
+        if kernel.direction not in ("reduce", "clear"):
             cost, registers = model.kernel(kernel)
-            assert 40 * kernel.columns < cost.instructions < 600 * kernel.columns
+            least = 40 if kernel.cell == "sru" else 14
+            most = 600 if kernel.cell == "sru" and not kernel.split else 1000
+            assert least * kernel.columns < cost.instructions < most * kernel.columns
             assert 0 < registers < 256
-            assert (cost.chain == 0) == kernel.alone
+            assert kernel.split or (cost.chain == 0) == kernel.alone
+
+
+def test_what_splits_time_takes_more_instructions() -> None:
+    """A summary and a second walk of the chain, in each family and forward above all."""
+    found = 0
+    for (which, cell, weight, way), (split, _) in model.KERNELS.items():
+        if way == "split" and which == "forward":
+            turns, _ = model.KERNELS[which, cell, weight, "turns"]
+            assert all(one > other for one, other in zip(split, turns, strict=True)), (which, cell, weight)
+            found += 1
+    assert found == 1 + len(POOLINGS) + 2 * len(FORMS)  # of SRU with weights no forward is affine
 
 
 @pytest.mark.parametrize(
@@ -271,8 +311,14 @@ def test_every_kernel_is_known() -> None:
         Specialisation("forward", "float32", "x", weight="column", columns=2, packed=True, alone=True),
         Specialisation("backward", "float32", "x", weight="column", columns=2, packed=True),
         Specialisation("backward", "bfloat16", "x", weight="column", columns=2, packed=True, recompute=True),
+        Specialisation("forward", "float32", "x", columns=2, packed=True, split=True),
+        Specialisation("backward", "bfloat16", "x", columns=2, packed=True, recompute=True, split=True),
+        Specialisation("forward", "bfloat16", cell="ifo", columns=2, packed=True),
+        Specialisation("backward", "float32", cell="f", columns=2, packed=True, recompute=True),
+        Specialisation("forward", "float32", cell="affine", weight="step", columns=2, split=True),
+        Specialisation("backward", "bfloat16", cell="blend", weight="column", columns=2, alone=True),
     ],
-    ids=lambda kernel: f"{kernel.direction}-{kernel.dtype}-{kernel.weight}",
+    ids=lambda kernel: "-".join(f"{value}" for value in kernel if value not in ("none", "identity", False)),
 )
 def test_the_table_of_instructions_is_what_ptxas_makes(kernel: Specialisation) -> None:
     pytest.importorskip("cupy", reason='needs CuPy and NVRTC: pip install "cusru[cuda13]"')
@@ -284,11 +330,168 @@ def test_the_table_of_instructions_is_what_ptxas_makes(kernel: Specialisation) -
     assert row["instructions"] * kernel.columns == pytest.approx(cost.instructions, rel=0.1), (
         "make KERNELS of benchmarks/model.py again"
     )
-    assert row["special_functions"] * kernel.columns == pytest.approx(cost.special, rel=0.05)
+    # Split, a division of integers takes one of a tile more.
+    assert row["special_functions"] * kernel.columns == pytest.approx(cost.special, rel=0.05, abs=3 / kernel.tile * kernel.split)
     assert row["registers"] == pytest.approx(registers, abs=16)
     counted, known = (resources.blocks_per_sm(90, row["threads"], n, kernel.shared(kernel.warps), 1 if kernel.alone else 16)
                       for n in (row["registers"], registers))  # fmt: skip
     assert counted == known, "blocks that fit together"
+
+
+def test_what_it_takes_to_add_up_a_stretch_is_what_ptxas_makes() -> None:
+    """The two loops of the warp that talks over a span's stretches: two columns' summaries are read, and their starts written."""
+    pytest.importorskip("cupy", reason='needs CuPy and NVRTC: pip install "cusru[cuda13]"')
+    kernel = Specialisation("forward", "bfloat16", "x", columns=2, packed=True, split=True)
+    try:
+        disassemble = resources.find_nvdisasm()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    _, cubin = resources.build(raw_kernels.source(), raw_kernels.options(kernel), 90)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin + b"\0")
+        file.flush()
+        sass = subprocess.run([disassemble, file.name], capture_output=True, text=True, check=True).stdout
+    lines = [line.strip() for line in sass.splitlines()]
+    found: dict[bool, int] = {}
+    for last, line in enumerate(lines):
+        if jump := re.search(r"\bBRA\b.*?(\.L_x_\d+)", line):
+            loop = [line for line in lines[lines.index(f"{jump[1]}:") : last + 1] if re.match(r"/\*[0-9a-f]{4,}\*/\s", line)]
+            if sum(" LDS" in line for line in loop) == 4 and not any(" LDG" in line or " BAR" in line for line in loop):
+                found[any(" STS" in line for line in loop)] = len(loop)
+    assert found[False] + found[True] == pytest.approx(2 * model.FOLDED, rel=0.15), (
+        "make FOLDED and HEARD of benchmarks/model.py again"
+    )
+
+
+# ---- time split: what must hold of any time, and the planner's choice --------------------------------------------------------
+
+SPLIT = [
+    Case("", 16384, 1, 1024, save_every=32),
+    Case("", 65536, 1, 512, save_every=1),
+    Case("", 1 << 20, 1, 8),
+    Case("", 1500, 4, 512, bidirectional=True, padding="lengths", save_every=32),
+    Case("", 16384, 1, 1024, family="linear_recurrence", cell="affine"),
+    Case("", 2000, 3, 99, family="qrnn", cell="ifo", save_every=5),
+]
+
+
+def spans_of(case: Case, direction: str, dtype: str) -> Spans:
+    _, one = plan.both(case, direction, dtype, 132)
+    assert one
+    assert isinstance(one.walk, Spans)
+    return one.walk
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize("case", SPLIT, ids=lambda case: f"{case.family}-{case.L}-{case.B}-{case.D}")
+def test_of_spans_too_more_work_takes_longer(case: Case, direction: str, dtype: str) -> None:
+    walk = spans_of(case, direction, dtype)
+    of = model.predict(walk, H200).seconds
+    cost = walk.cost
+    for more in (
+        {"spans": 2 * walk.spans}, {"bytes": 2 * walk.bytes}, {"words": walk.words + walk.bytes},
+        {"stretches": walk.stretches + 1}, {"cost": cost._replace(instructions=1.1 * cost.instructions)},
+        {"relayed": walk.relayed + 8, "cost": cost._replace(chain=cost.chain + 1)},
+    ):  # fmt: skip
+        assert model.predict(walk._replace(**more), H200).seconds > of, more
+    assert model.predict(walk, H200._replace(bandwidth=2 * H200.bandwidth)).seconds < of
+    # A second block of each multiprocessor computes while the first waits for what others tell.
+    assert model.predict(walk._replace(blocks=2 * walk.blocks, resident=2), H200).seconds < of
+    assert model.predict(walk, H200).terms["exchange"] > 0
+
+
+def test_no_time_is_less_than_any_of_its_terms() -> None:
+    for case in SPLIT:
+        for direction in PASSES:
+            said = model.predict(spans_of(case, direction, "float32"), H200)
+            assert said.seconds > max(said.terms.values())
+            assert said.seconds < sum(said.terms.values()) + said.terms["issue"]  # of what overlaps no less than the longest
+
+
+def test_a_chain_of_anchors_bounds_a_group_that_has_all_blocks() -> None:
+    """Many spans, and little to do in each: what is left is HOP from anchor to anchor."""
+    walk = spans_of(Case("", 1 << 20, 1, 512, save_every=None), "forward", "bfloat16")._replace(bytes=0, words=0)
+    said = model.predict(walk._replace(cost=Cost(1, 0, 0), anchor=1), model.DEVICES["h100"]._replace(multiprocessors=100_000))
+    assert said.terms["anchors"] == pytest.approx(walk.spans * model.HOP)
+    assert said.seconds >= said.terms["anchors"]
+
+
+CELLS = (
+    *(dict(weight_c=weight) for weight in ("none", "column", "step")),
+    *(dict(family="qrnn", cell=pooling) for pooling in POOLINGS),
+    *(dict(family="linear_recurrence", cell=form, a=a) for form in FORMS for a in ("step", "column")),
+)
+LENGTHS = (64, 200, 330, 512, 650, 700, 1024, 1600, 2048, 5200, 16384, 65536)
+COLUMNS = (
+    (1, 8),
+    (1, 64),
+    (16, 17),
+    (1, 512),
+    (8, 128),
+    (1, 1025),
+    (3, 512),
+    (1, 2048),
+    (16, 160),
+    (8, 448),
+    (4, 1024),
+    (8, 2048),
+)
+
+
+@functools.cache
+def compared(dtype: str, direction: str, save_every: int | None) -> list[tuple[Case, bool, dict[str, float]]]:
+    """Of each case whose time can be split: whether it is, and by device the time of a walk by turns over that of spans."""
+    found = []
+    for L, (B, D), cell in ((L, size, cell) for L in LENGTHS for size in COLUMNS for cell in CELLS):
+        for bidirectional in (False, True)[: 1 + (D % 2 == 0)]:
+            case = Case("", L, B, D, save_every=save_every, bidirectional=bidirectional, **cell)  # type: ignore[arg-type]
+            turns, split = plan.both(case, direction, dtype, 132)
+            if split:
+                chosen = plan.planned(case, direction, dtype, 132).plan.split is not None
+                times = {name: [model.predict(one.walk, device).seconds for one in (turns, split)]
+                         for name, device in model.DEVICES.items()}  # fmt: skip
+                found.append((case, chosen, {name: by_turns / split for name, (by_turns, split) in times.items()}))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    ("direction", "save_every"),
+    [("forward", None), ("forward", 1), ("forward", 32), ("backward", 1), ("backward", 16), ("backward", 32)],
+)
+def test_the_planner_never_splits_time_where_the_model_calls_that_slower(
+    direction: str, save_every: int | None, dtype: str
+) -> None:
+    """The choice knows no device: it holds on each of them, within 2%."""
+    found = compared(dtype, direction, save_every)
+    assert {chosen for _, chosen, _ in found} == {False, True}
+    assert [(case, ratios) for case, chosen, ratios in found if chosen and min(ratios.values()) < 0.98] == []
+
+
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("", 16384, 1, 1024, save_every=32),
+        Case("", 65536, 1, 512, save_every=32),
+        Case("", 1 << 20, 1, 8, save_every=1),
+        Case("", 16384, 1, 1024, family="linear_recurrence", cell="affine"),
+        Case("", 16384, 1, 1024, family="qrnn", cell="fo", save_every=32),
+    ],
+    ids=lambda case: f"{case.family}-{case.L}-{case.B}-{case.D}",
+)
+def test_nor_does_it_walk_by_turns_where_time_must_be_split(case: Case, direction: str) -> None:
+    turns, split = plan.both(case, direction, "float32", 132)
+    assert split
+    assert plan.planned(case, direction, "float32", 132).plan.split
+    assert model.predict(turns.walk, H200).seconds > model.predict(split.walk, H200).seconds
+
+
+def test_what_is_short_or_wide_keeps_its_one_launch() -> None:
+    for shape in ((32, 1, 256), (128, 32, 512), (2048, 16, 1024), (64, 4096, 64)):
+        made = plan.planned(Case("", *shape), "forward", "float32", 132).plan
+        assert (made.split, len(made.launches)) == (None, 1)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------------
@@ -323,6 +526,48 @@ def test_a_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     for row in (forward, backward):
         assert row["seconds"] > max(row["terms"].values())
         assert 0.5 < row["of_yardstick"] <= 1
+
+
+def test_a_plan_that_splits_time_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    words = run(capsys, "16384", "1", "1024", "--dtype", "bfloat16", "--every", "32")
+    forward, backward = words.split("backward\n")
+    assert "spans of 64 steps, of which every 8th tells its start" in forward
+    assert "each has a tile of a span, but one that talks" in forward
+    assert "launches        2: the first clears what spans tell\n" in forward
+    assert "launches        3: the first clears what spans tell; the third adds up" in backward
+    for said in (forward, backward):
+        assert "time            split: " in said
+        assert "and by turns" in said
+        assert "exchange" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("512", "32", "512", "--weight", "column", "--every", "none"), "by turns: it is not affine in what goes on"),
+        (("512", "32", "512", "--every", "1024"), "by turns: a block has no room for its slices"),
+        (("64", "32", "512"), "us, and split "),
+    ],
+)
+def test_a_plan_says_why_time_is_not_split(arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in run(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "entry"),
+    [
+        (("--family", "qrnn", "--pooling", "ifo"), {"cell": "ifo", "weight": "none"}),
+        (("--family", "linear_recurrence", "--form", "blend", "--a", "column"), {"cell": "blend", "weight": "column"}),
+        (("--family", "linear_recurrence", "--dtype", "bfloat16"), {"cell": "affine", "weight": "step_state"}),
+        (("--padding",), {"cell": "sru", "marks": "padding"}),
+    ],
+)
+def test_every_family_has_a_plan(arguments: tuple[str, ...], entry: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    for line in run(capsys, "700", "4", "66", "--every", "32", "--json", *arguments).splitlines():
+        row = json.loads(line)
+        assert entry.items() <= row["kernel"].items()
+        assert row["split"] is None or row["split"]["spans"] > 1
+        assert 0 < row["of_yardstick"] < 1
 
 
 def test_without_saved_states_there_is_a_forward_only(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from cusru.arguments import (
 )  # fmt: skip
 from cusru.specialisation import (
     CLEAR_THREADS,
+    FORMS,
     REDUCE_COLUMNS,
     REDUCE_THREADS,
     SPLIT_BACKWARD,
@@ -40,6 +41,8 @@ from cusru.specialisation import (
 
 ALIGNMENT = 16  # bytes: the widest access
 ANCHOR = 8  # spans; of those with several chunks twice as many chunks
+#: Least steps, most columns, and most columns a step, for time to be split
+WORTH = {"thin": (1536, 1024, 0.2), "forward": (640, 1536, 1), "backward": (320, 2048, 2), "recompute": (192, 3584, 6)}
 RESIDENT = 8  # warps, two a scheduler: as many as registers allow where a thread has 255
 
 
@@ -294,12 +297,16 @@ def _split(problem: Problem, kernel: Specialisation, device: Limits) -> Split | 
 
 
 def _worth_it(problem: Problem) -> bool:
-    """Whether splitting time is faster, as the model of `benchmarks/model.py` has it for a device of 132 multiprocessors; on any
+    """Whether splitting time is faster, as the model of `benchmarks/model.py` has it for devices of 132 multiprocessors; on any
     device, so that results do not depend on it. docs/performance.md has the figures."""
-    columns, recomputes = problem.batch * problem.width, problem.direction == "backward" and problem.block != 1
-    if recomputes and columns <= 2048:
-        return problem.length >= 256
-    return problem.length >= 512 and columns <= (4096 if recomputes else 2048)
+    one = problem.dtype == "float64" or problem.width % (4 if problem.bidirectional else 2)  # column a thread, or two
+    columns = problem.batch * problem.width * (2.5 if one else 1)
+    if problem.direction == "backward":
+        kind = "backward" if problem.block == 1 else "recompute"
+    else:  # a step of few instructions is walked fast by turns
+        kind = "thin" if problem.cell.get("cell") in ("f", *FORMS) else "forward"
+    least, most, a_step = WORTH[kind]
+    return problem.length >= least and columns <= min(most, a_step * problem.length)
 
 
 def _by_spans(layouts: _Layouts, split: Split, device: Limits) -> tuple[Specialisation, int, bool]:

@@ -107,7 +107,7 @@ def test_the_workspace_is_at_most_a_twentieth_of_the_floor() -> None:
                 twentieth = length * batch * width * floor // 20
                 assert size <= max(twentieth, 4 * width * 8 + 32), (length, batch, width, dtype, save_every)
             size = cusru.workspace_size("forward", view)  # none but where time is split
-            assert size <= (length * batch * width * floor // 40 if batch * width <= 2048 and length >= 512 else 0)
+            assert size <= (length * batch * width * floor // 40 if batch * width <= 1024 and length >= 640 else 0)
 
 
 @pytest.mark.usefixtures("backend")
