@@ -1,7 +1,7 @@
 // How time is split where columns are few. Whatever is affine in what goes from step to step (step.cuh has the list)
 // need not be walked to be known: a stretch of time takes every c to factor c + sum, and a stretch after another is a
 // stretch. So time is cut into spans. A block takes a span, the next that nobody has, and each of its warps a tile of
-// it; where there are fewer than 16 columns a warp's lanes have several such chunks of time. A warp loads its tile once
+// it; where there are 16 columns or fewer a warp's lanes have several such chunks of time. A warp loads its tile once
 // and finds out, in registers, what the tile does to any state. From what its tiles do the block knows what its span
 // does, and tells; from what the spans before have told it knows where its own begins, and so where each tile does.
 // Then all tiles are walked at once, and what follows is stored. The inputs of the block's next span are on their way
