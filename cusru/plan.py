@@ -277,7 +277,7 @@ def _split(problem: Problem, kernel: Specialisation, device: Limits) -> Split | 
         of_slice = math.lcm(every, steps) // steps
         units = max(most // of_slice, 1) * of_slice
         if every > 1 and (problem.bidirectional or problem.reverse):
-            lead = -problem.length % (of_slice * steps)
+            lead = -problem.length % every
         time = problem.length + lead
     else:  # of as many stretches as there are warps, at most
         steps = min(most, SPLIT_BACKWARD) * kernel.group if every == 1 else every

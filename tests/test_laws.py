@@ -99,7 +99,7 @@ def test_splitting_time_and_carrying_the_state_gives_the_whole(backend, row, at)
 
 
 @on_every_panel
-@pytest.mark.parametrize(("length", "every"), [(37, None), (37, 1), (64, 16)])
+@pytest.mark.parametrize(("length", "every"), [(37, None), (37, 1), (64, 16), (70, 2)])
 def test_reversed_columns_are_forward_ones_on_flipped_time(backend, row, length, every):
     """Bit for bit, but where time is split and the last saved block is short: slices begin where states are saved."""
     problem = typical(row, length=length)

@@ -531,7 +531,7 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
     }
     __device__ __forceinline__ void load(const Place& place) {
         if (!steps(place)) return;
-        plain ? in.move(Bool<true>(), place.first + row) : in.move(Bool<false>(), place.first + row);
+        in.move(Bool<false>(), place.first + row);  // the first move may be all of time
         Tile::load(place, row, at());
     }
     __device__ __forceinline__ int stretch(int group) const {  // of the tile's groups; < 0: it has no such
