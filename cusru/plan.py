@@ -125,7 +125,7 @@ class Split(NamedTuple):
     units: int  #: of a chunk, whole tiles each: forward tiles, backward saved blocks
     steps: int  #: of a unit
     slice: int = 1  #: forward: tiles from one whose start is known to the next; saved states are among those
-    lead: int = 0  #: forward: steps that a reversed column's first slice is short
+    lead: int = 0  #: forward: steps that a reversed column's first saved block is short
 
     def warps(self, kernel: Specialisation) -> int:
         return self.units * -(-self.steps // kernel.tile) + (kernel.direction == "forward")  # one talks
@@ -134,7 +134,7 @@ class Split(NamedTuple):
 class Plan(NamedTuple):
     kernel: Specialisation
     group: int  #: numeric: batches whose parameter gradients one block of the backward sums
-    rows: int  #: numeric: blocks along the batch, ceil(B / group)
+    rows: int  #: numeric: of parameter sums, one for `group` batches; where time is split one for each batch of a span's chunk
     sums: int  #: parameter gradients per column, 0, 2 or 4; of several rows they go through the workspace
     grad_u_packed: bool  #: memory: grad_u is written as vectors of k values
     partial_bytes: int
@@ -158,7 +158,8 @@ def plan(problem: Problem, device: Limits) -> Plan:
     given, wanted = problem.inputs, problem.results
     backward = problem.direction == "backward"
     recompute = backward and problem.block != 1
-    # Partial sums take rows * sums states for L * B * 10 values of traffic; 32 steps or more a thread keep them under 5%.
+    # Partial sums take rows * sums states for L * B * 10 values of traffic; 32 steps or more a thread keep them under 5%. (Where
+    # time is split and save_every leaves a span fewer steps, down to 16, they and the spans' words take up to 10%.)
     of_batches = "grad_weight_c" in wanted and problem.axes("grad_weight_c") == "BD"  # each has sums of its own
     group = max(1, min(-(-32 // max(problem.length, 1)), problem.batch)) if backward and not of_batches else 1
     rows = -(-problem.batch // group)
@@ -270,7 +271,11 @@ def _split(problem: Problem, kernel: Specialisation, device: Limits) -> Split | 
     if device.split == () or not kernel.affine or not problem.length * problem.batch * problem.width:
         return None
     kernel, forward, every = kernel._replace(split=True), problem.direction == "forward", problem.block or 1
-    most, anchor = device.split or (SPLIT_FORWARD if forward else SPLIT_BACKWARD, ANCHOR)
+    columns = problem.batch * problem.width // (2 if problem.bidirectional else 1)
+    chunks = 32 // columns if columns <= 16 else 1
+    most, anchor = device.split or (
+        SPLIT_FORWARD if forward else SPLIT_BACKWARD, ANCHOR * (2 * chunks if chunks > 1 else 1)
+    )  # fmt: skip
     of_slice, lead = 1, 0
     if forward:
         steps = kernel.tile
@@ -279,26 +284,19 @@ def _split(problem: Problem, kernel: Specialisation, device: Limits) -> Split | 
         if every > 1 and (problem.bidirectional or problem.reverse):
             lead = -problem.length % every
         time = problem.length + lead
-    else:  # of as many stretches as there are warps, at most
-        steps = min(most, SPLIT_BACKWARD) * kernel.group if every == 1 else every
-        units = max(min(most, SPLIT_BACKWARD) // -(-steps // kernel.group), 1)
+    else:
+        steps = min(most, SPLIT_BACKWARD) * kernel.tile if every == 1 else every
+        units = max(min(most, SPLIT_BACKWARD) // -(-steps // kernel.tile), 1)
         time = problem.length
-    columns = problem.batch * problem.width // (2 if problem.bidirectional else 1)
-    chunks = 32 // columns if columns <= 16 else 1
-    spans = -(-time // (units * steps * chunks))
-    split = Split(spans, anchor * (2 * chunks if chunks > 1 else 1), chunks, units, steps, of_slice, lead)
-    if split.warps(kernel) > kernel.warps or not (forward or units * -(-steps // kernel.group) <= SPLIT_BACKWARD):
-        return None
-    if kernel.shared(split.warps(kernel)) > device.shared:
-        return None
-    if device.split or _worth_it(problem):
-        return split
-    return None
+    split = Split(-(-time // (units * steps * chunks)), anchor, chunks, units, steps, of_slice, lead)
+    warps = split.warps(kernel)
+    possible = warps <= kernel.warps and kernel.shared(warps) <= device.shared
+    return split if possible and (device.split or _worth_it(problem)) else None
 
 
 def _worth_it(problem: Problem) -> bool:
     """Whether splitting time is faster, as the model of `benchmarks/model.py` has it for devices of 132 multiprocessors; on any
-    device, so that results do not depend on it. docs/performance.md has the figures."""
+    device that has the shared memory, so that results do not depend on it. docs/performance.md has the figures."""
     one = problem.dtype == "float64" or problem.width % (4 if problem.bidirectional else 2)  # column a thread, or two
     columns = problem.batch * problem.width * (2.5 if one else 1)
     if problem.direction == "backward":
@@ -310,9 +308,9 @@ def _worth_it(problem: Problem) -> bool:
 
 
 def _by_spans(layouts: _Layouts, split: Split, device: Limits) -> tuple[Specialisation, int, bool]:
-    fewest = 1 if split.chunks > 1 else 2  # columns a thread: chunks leave no lane for others
+    most = 1 if split.chunks > 1 else 2  # columns a thread: chunks are in lanes that would have no columns
     choices = [
-        (k := kernel._replace(split=True), split.warps(k), of_grad) for kernel, of_grad in layouts if kernel.columns <= fewest
+        (k := kernel._replace(split=True), split.warps(k), of_grad) for kernel, of_grad in layouts if kernel.columns <= most
     ]
     return next(c for c in choices if c[0].shared(c[1]) <= device.shared)
 

@@ -130,10 +130,10 @@ class Specialisation(NamedTuple):
         if self.direction in ("reduce", "clear"):
             return 0
         state = ITEMSIZES[STATES[self.dtype]]
-        if self.split:  # what a stretch does to the state, where it starts, what a warp hands on; and two numbers
+        if self.split:  # what a tile does to any state, where it starts, what its warp hands on; and two numbers
             warps -= self.direction == "forward"  # one talks
-            stretches, of_warp = (warps, 1) if self.direction == "forward" else (SPLIT_BACKWARD, 2 * self.sums + self.recompute)
-            values = 3 * stretches + 5 + warps * of_warp
+            of_warp = 3 + (1 if self.direction == "forward" else 2 * self.sums + self.recompute)
+            values = warps * of_warp + 5
             return values * 32 * self.columns * state + 16 + warps * self.tile * self.step_bytes
         sums = 0 if self.direction == "forward" else self.sums
         values = 0  # of each column: what each warp is given (carry, sums with what they lost, state), and a group's sum

@@ -27,10 +27,14 @@ def split():
     return BACKENDS["split"]
 
 
-@pytest.fixture(params=ROWS, ids="-".join)
+def narrow(row, width):
+    """300 steps, of so many columns in two directions: with 10 a warp's lanes have chunks of time, with 40 none."""
+    return typical(row, length=300, batch=1, width=width, save_every=8 if "recompute" in row else 1)
+
+
+@pytest.fixture(params=[(row, width) for row in ROWS for width in (10, 40)], ids=lambda p: f"{'-'.join(p[0])}-{p[1]}")
 def problem(request):
-    """Of few columns: lanes have chunks of time. Its spans are 9 forward, more backward."""
-    return typical(request.param, length=300, batch=1, width=10, save_every=8 if "recompute" in request.param else 1)
+    return narrow(*request.param)
 
 
 def both_bits(results):
@@ -77,6 +81,15 @@ def test_the_path_and_the_workspace_do_not_depend_on_the_device(monkeypatch):
 # ---- blocks -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("width", "chunks"), [(10, 6), (40, 1)])
+def test_the_problems_here_have_chunks_or_not_and_spans_enough_for_an_anchor(split, monkeypatch, width, chunks):
+    u = narrow(ROWS[0], width).inputs["u"]
+    monkeypatch.setattr(raw_kernels, "split", split.split)
+    made = planned(monkeypatch, cusru.sru_forward, u, bidirectional=True).split
+    assert made.chunks == chunks
+    assert made.spans > made.anchor + 1
+
+
 @pytest.mark.parametrize("multiprocessors", [0, 1, 132])
 def test_no_bit_depends_on_how_many_blocks_there_are_or_who_is_late(split, problem, monkeypatch, multiprocessors):
     wanted = both_bits(split.planned_for(132).both(problem))
@@ -103,13 +116,14 @@ def test_a_workspace_may_hold_anything_and_be_used_again(split, problem, monkeyp
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_is_walked_and_stays_in_its_column_and_its_future(split, problem, value):
+    split = split.planned_for(132)  # several blocks
     clean = split.both(problem)
     first = next(name for name in ("u", "b") if name in problem.inputs)
     spoiled = np.array(problem.inputs[first])
     spoiled[(141, 0, 3, 0)[: spoiled.ndim]] = value
     spoiled = problem.replace(**{first: spoiled})
     output, gradients = split.both(spoiled)
-    others = [d for d in range(10) if d != 3]
+    others = [d for d in range(problem.shape[2]) if d != 3]
     assert output.h[:, :, others].tobytes() == clean[0].h[:, :, others].tobytes()
     for name, a in gradients._asdict().items():
         if a is not None:
@@ -123,8 +137,9 @@ def test_what_is_not_finite_is_walked_and_stays_in_its_column_and_its_future(spl
     np.testing.assert_array_equal(np.isfinite(output.c), np.isfinite(by_turns.c))
 
 
-def test_a_summary_that_overflows_says_nothing_of_a_state_of_0(split):
-    overflowing(split, typical(ROWS[2], length=300, batch=1, width=10, save_every=8))
+@pytest.mark.parametrize("width", [10, 40])
+def test_a_summary_that_overflows_says_nothing_of_a_state_of_0(split, width):
+    overflowing(split.planned_for(132), narrow(ROWS[2], width))
 
 
 # ---- faults -----------------------------------------------------------------------------------------------------------
@@ -139,6 +154,7 @@ FAULTS = {  # the line, and the line broken
     ),
     "an end that is not walked": ("is_lost(one) ? end[i] : end_of<V>(one, start(e, i))", "end_of<V>(one, start(e, i))"),
     "a span that does not tell its walked end": ("tell(END, span, 0, end), told(END", "told(END"),
+    "an anchor that the next span's start does not come from": ("anchored ? value[i] : begin[i]", "begin[i]"),
     "counters and flags left as they were": ("workspace_store<4>(args.signals + 4 * i, &none);", ""),
 }  # fmt: skip
 
@@ -167,7 +183,8 @@ def run_all(split, problem):
             part = problem.map_arrays(lambda name, a, steps=steps: np.array(a[steps]) if len(a) == 300 else a)
             walked = split.by_turns().forward(part.replace(c0=output.c[j - 1]), save_every=None)
             last = slice(0, -1) if (j + 1) * every < 300 else slice(None)
-            assert walked.h[last, :, :5].tobytes() == output.h[steps][last, :, :5].tobytes()
+            half = problem.shape[2] // 2
+            assert walked.h[last, :, :half].tobytes() == output.h[steps][last, :, :half].tobytes()
     first = next(name for name in ("u", "b") if name in problem.inputs)
     spoiled = np.array(problem.inputs[first])
     spoiled[(141, 0, 3, 0)[: spoiled.ndim]] = np.inf
@@ -180,7 +197,8 @@ def run_all(split, problem):
 
 def run_both(split):
     for row in ROWS[1:]:
-        run_all(split, typical(row, length=300, batch=1, width=10, save_every=8))
+        for width in (10, 40):
+            run_all(split.planned_for(132), narrow(row, width))
 
 
 def overflowing(split, problem):
@@ -220,9 +238,15 @@ def test_flags_are_stored_with_release_and_read_with_acquire(direction):
     ptx = nvrtc.getPTX(program)
     nvrtc.destroyProgram(program)
     ptx = ptx.decode() if isinstance(ptx, bytes) else ptx
-    assert re.search(r"st\.release\.gpu\.global\.u32", ptx)
-    assert re.search(r"ld\.acquire\.gpu\.global\.u32", ptx)
+    assert "ld.acquire.gpu.global.u32" in ptx
     assert re.search(r"atom\.global\.add\.u32", ptx)
-    # A flag is stored after a barrier of the warp that has written the words, and read before one.
-    for one in re.finditer(r"st\.release", ptx):
-        assert "bar.warp.sync" in ptx[max(0, one.start() - 2000) : one.start()]
+    releases, acquires = (
+        [m.start() for m in re.finditer(what, ptx)] for what in (r"st\.release\.gpu\.global\.u32", r"ld\.acquire")
+    )
+    assert len(releases) >= 3  # a summary, a start, an end
+    for at in releases:  # after a barrier of the warp that has written the words,
+        words = max(m.end() for m in re.finditer(r"st\.global", ptx[:at]))
+        assert "bar.warp.sync" in ptx[words:at]
+    for at in acquires:  # and read before one, and the words behind that
+        words = at + re.search(r"ld\.global", ptx[at:]).start()
+        assert "bar.warp.sync" in ptx[at:words]

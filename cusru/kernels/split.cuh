@@ -189,19 +189,21 @@ template <typename V, bool BACKWARD> struct Exchange {
             hear(START, from, 0, value);
         }
         const bool anchored = span % anchor == 0;
-        bool lost[N], with_lost[N], any = false;
+        bool lost[N], next_lost[N], any = false;
         S begin[N];
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             const Summary<S> past = of_all_chunks(since[i]);
-            // As the next span will find its own.
-            const bool mine = !anchored && first <= before && before < first + some;
-            const Summary<S> with = of_all_chunks(mine ? both<V>(since[i], all[i]) : since[i]);
             begin[i] = value[i];
             value[i] = end_of<V>(past, begin[i]);
-            next[i] = anchored ? end_of<V>(all[i], value[i]) : end_of<V>(with, begin[i]);
-            lost[i] = is_lost(past), with_lost[i] = is_lost(with);
-            any |= lost[i] || with_lost[i];
+            // As the next span will find its own: from this one on, if it tells its start.
+            const bool mine = anchored ? lane.chunk == 0 : first <= before && before < first + some;
+            const Summary<S> told_before = anchored ? Summary<S>{S(0), S(0)} : since[i];
+            const Summary<S> with = of_all_chunks(mine ? both<V>(told_before, all[i]) : told_before);
+            next[i] = end_of<V>(with, anchored ? value[i] : begin[i]);
+            lost[i] = is_lost(past), next_lost[i] = anchored ? lost[i] : is_lost(with);
+            any |= lost[i] || next_lost[i];
+            since[i] = with;
         }
         if (__any_sync(ALL, any)) {
 #pragma unroll 1
@@ -223,7 +225,7 @@ template <typename V, bool BACKWARD> struct Exchange {
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 if (lost[i]) value[i] = begin[i];
-                if (anchored ? lost[i] : with_lost[i]) next[i] = end_of<V>(all[i], begin[i]);
+                if (next_lost[i]) next[i] = end_of<V>(anchored ? since[i] : all[i], begin[i]);
             }
         }
         if (anchored && span) tell(START, span, 0, value), told(START, span, SUMMARY);
@@ -350,7 +352,7 @@ template <typename V, int T> struct SplitForward : ForwardTile<V, T> {
     __device__ __forceinline__ long long chunk(unsigned span) const {
         return static_cast<long long>(span) * exchange.chunks + lane.chunk;
     }
-    __device__ __forceinline__ long long place(unsigned span) const {  // of the tile, as if there were no lead
+    __device__ __forceinline__ long long place(unsigned span) const {  // of the tile; negative within the lead
         return (chunk(span) * warps() + thread.warp) * T - (lane.reversed ? args.lead : 0);
     }
     __device__ __forceinline__ long long beginning(unsigned span) const { return place(span) < 0 ? 0 : place(span); }
@@ -478,17 +480,17 @@ template <typename V, int T> struct SplitForward : ForwardTile<V, T> {
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward. A span is some saved blocks, or where every state was saved one stretch of time, in either case in units,
 // and spans are taken from the last on. From the saved state before it a unit's states are found first, tile after
-// tile. Stretches are the GROUPs of steps whose parameter sums are added up plainly: their number, and so every bit, is
-// the same whether a tile has one of them or two.
+// tile. A tile's steps are a group whose parameter sums are added up plainly.
 
 template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : BackwardTile<V, T, UNIT, RECOMPUTE> {
     using Tile = BackwardTile<V, T, UNIT, RECOMPUTE>;
     using In = typename Tile::In;
     using S = typename V::S;
-    static constexpr int N = V::COLUMNS, SUMS = V::SUMS, TERMS = Tile::TERMS, GROUP = Tile::GROUP;
+    static constexpr int N = V::COLUMNS, SUMS = V::SUMS, TERMS = Tile::TERMS;
+    static_assert(T == Tile::GROUP, "see Specialisation.tile");
     using Tile::args, Tile::lane, Tile::thread, Tile::plain, Tile::every, Tile::blocks, Tile::in, Tile::active;
-    const int units, stretches;  // of a chunk; of a unit
-    const int unit, row;         // of the warp's tile
+    const int units;      // of a chunk
+    const int unit, row;  // of the warp's tile
     const Exchange<V, true> exchange;
     Relay<S, TERMS * 2, !SUMS, 1> sums;
     Relay<S, N, !RECOMPUTE, 8> states;  // the first warp is given none, the last no sums: 15 barriers are enough
@@ -497,33 +499,27 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
     static __device__ __forceinline__ int of_unit(const Args& args) {  // steps
         return RECOMPUTE ? static_cast<int>(args.save_every) : warps() * T;
     }
-    static __device__ __forceinline__ int of_chunk(const Args& args) {  // stretches
-        return static_cast<int>(args.units) * ((of_unit(args) + GROUP - 1) / GROUP);
-    }
     static __device__ __forceinline__ int handed_on() { return warps() * 32 * (2 * SUMS + RECOMPUTE) * N * sizeof(S); }
     __device__ __forceinline__ SplitBackward(const Args& args, char* shared)
         : Tile(args, Lane(args, args.batch, N, blockIdx.x % args.groups, args.groups, args.chunks), of_unit(args),
-               shared, shared + Exchange<V, true>::bytes(of_chunk(args)) + handed_on()),
+               shared, shared + Exchange<V, true>::bytes(warps()) + handed_on()),
           units(static_cast<int>(args.units)),
-          stretches(of_chunk(args) / units),
           unit(thread.warp / (warps() / units)),
           row(thread.warp % (warps() / units) * T),
-          exchange(args, lane, blockIdx.x % args.groups, of_chunk(args), shared),
-          sums(shared += Exchange<V, true>::bytes(of_chunk(args)), warps()),
+          exchange(args, lane, blockIdx.x % args.groups, warps(), shared),
+          sums(shared += Exchange<V, true>::bytes(warps()), warps()),
           states(shared, warps()) {
         active = lane.active, this->in_batch = 0, this->out_batch = -1;
         in.point(thread, 0, thread.b);
     }
     __device__ __forceinline__ char* at() const { return this->record(thread.warp * T); }
 
-    // Where the warp's unit is; its steps are 0 where there is none. (As enter() has it, of one unit a block.)
+    // Where the warp's unit is; its steps are 0 where there is none.
     __device__ __forceinline__ Place place(unsigned span) const {
-        const long long chunk = (args.spans - span) * exchange.chunks - 1 - lane.chunk, block = chunk * units + unit;
-        if (span >= args.spans || block >= blocks) return {0, block, 0, 0, 0, true};
-        const bool flipped = RECOMPUTE && lane.reversed;
-        const long long begin = (flipped ? blocks - 1 - block : block) * every, rest = args.length - begin;
-        const int steps = static_cast<int>(rest < every ? rest : every);
-        return {0, block, flipped ? rest - steps : begin, 0, steps, true};
+        const long long chunk = (args.spans - span) * exchange.chunks - 1 - lane.chunk;
+        Place one = {0, chunk * units + unit, 0, 0, 0, true};
+        if (span < args.spans && one.block < blocks) this->enter(one);
+        return one;
     }
     __device__ __forceinline__ int steps(const Place& place) const {  // of the tile
         const int left = place.steps - row;
@@ -534,10 +530,7 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
         in.move(Bool<false>(), place.first + row);  // the first move may be all of time
         Tile::load(place, row, at());
     }
-    __device__ __forceinline__ int stretch(int group) const {  // of the tile's groups; < 0: it has no such
-        const int of_unit = row / GROUP + group;
-        return of_unit < stretches ? (units - unit) * stretches - 1 - of_unit : -1;
-    }
+    __device__ __forceinline__ int stretch() const { return warps() - 1 - thread.warp; }  // which the tile is
 
     template <typename Straight>
     __device__ __forceinline__ void find_states(Straight straight, const Place& place, const Bits& bits) {
@@ -561,40 +554,41 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
         const S before = retreat<V>(linear, carry, gc);
         return across<V>(bits, t, skips<V>(straight, bits, t) ? carry : before);
     }
+    // What a tile does to any carry.
     template <typename Straight>
     __device__ __forceinline__ void sum_up(Straight straight, const Bits& bits, const Linear<S> (&linear)[T][N]) const {
+        Summary<S> summary[N];
 #pragma unroll
-        for (int group = 0; group < T / GROUP; ++group) {
-            Summary<S> summary[N];
-            const bool anew = V::STARTING && (bits.starts >> group * GROUP & ((1u << GROUP) - 1));
+        for (int i = 0; i < N; ++i) {
+            Product<S> product;
+            S sum = 0, gc;
 #pragma unroll
-            for (int i = 0; i < N; ++i) {
-                Product<S> product;
-                S sum = 0, gc;
-#pragma unroll
-                for (int t = (group + 1) * GROUP - 1; t >= group * GROUP; --t) {
-                    sum = back(straight, bits, t, linear[t][i], sum, gc);
-                    const Factor<S>& keep = linear[t][i].keep;
-                    if (!skips<V>(straight, bits, t)) product.times(keep, keep.gone());
-                }
-                summary[i] = settled(product, sum, anew);
+            for (int t = T - 1; t >= 0; --t) {
+                sum = back(straight, bits, t, linear[t][i], sum, gc);
+                const Factor<S>& keep = linear[t][i].keep;
+                if (!skips<V>(straight, bits, t)) product.times(keep, keep.gone());
             }
-            if (stretch(group) >= 0) exchange.put(stretch(group), summary);
+            summary[i] = settled(product, sum, V::STARTING && bits.starts);
         }
+        exchange.put(stretch(), summary);
+    }
+    // From the tile's start to its end.
+    template <typename Straight>
+    __device__ __forceinline__ void follow(Straight straight, const Bits& bits, const Linear<S> (&linear)[T][N],
+                                           S (&carry)[N], S (&gc)[T][N]) const {
+#pragma unroll
+        for (int i = 0; i < N; ++i) carry[i] = exchange.start(stretch(), i);
+#pragma unroll
+        for (int t = T - 1; t >= 0; --t)
+#pragma unroll
+            for (int i = 0; i < N; ++i) carry[i] = back(straight, bits, t, linear[t][i], carry[i], gc[t][i]);
     }
     template <typename Straight>
     __device__ __forceinline__ void walk(Straight straight, const Place& place, const Bits& bits,
                                          const Linear<S> (&linear)[T][N], S (&sum)[TERMS * 2]) {
         const int left = straight ? T : steps(place);
         S carry[N], gc[T][N];
-#pragma unroll
-        for (int t = T - 1; t >= 0; --t)
-#pragma unroll
-            for (int i = 0; i < N; ++i) {
-                if ((t + 1) % GROUP == 0)
-                    carry[i] = stretch(t / GROUP) < 0 ? S(0) : exchange.start(stretch(t / GROUP), i);
-                carry[i] = back(straight, bits, t, linear[t][i], carry[i], gc[t][i]);
-            }
+        follow(straight, bits, linear, carry, gc);
         if (place.first + row == 0 && left) this->end(carry);
         S terms[T][TERMS];
         this->store_gradients(straight, left, bits, linear, gc, terms);
@@ -602,18 +596,15 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
 #pragma unroll
         for (int t = T - 2; t >= 0; --t)
 #pragma unroll
-            for (int i = 0; i < N * SUMS; ++i)
-                if ((t + 1) % GROUP) terms[t][i] = terms[t + 1][i] + terms[t][i];
+            for (int i = 0; i < N * SUMS; ++i) terms[t][i] = terms[t + 1][i] + terms[t][i];
         if (thread.warp + 1 < warps()) sums.take(sum);
+        if (left)
 #pragma unroll
-        for (int t = (T / GROUP - 1) * GROUP; t >= 0; t -= GROUP)
-            if (straight || t < left)
-#pragma unroll
-                for (int i = 0; i < N * SUMS; ++i) {
-                    Sum<S> one = {sum[2 * i], sum[2 * i + 1]};
-                    one.add(terms[t][i]);
-                    sum[2 * i] = one.total, sum[2 * i + 1] = one.lost;
-                }
+            for (int i = 0; i < N * SUMS; ++i) {
+                Sum<S> one = {sum[2 * i], sum[2 * i + 1]};
+                one.add(terms[0][i]);
+                sum[2 * i] = one.total, sum[2 * i + 1] = one.lost;
+            }
         if (thread.warp) sums.give(thread.warp - 1, sum);
     }
 
@@ -655,22 +646,10 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
             }
             exchange.meet();
             exchange.mend(span, [&](int which, S(&end)[N]) {
-                bool mine = false;
-                S carry[N], gc;
-#pragma unroll
-                for (int t = T - 1; t >= 0; --t)
-                    if (stretch(t / GROUP) == which) {
-                        mine = true;
-#pragma unroll
-                        for (int i = 0; i < N; ++i) {
-                            if ((t + 1) % GROUP == 0) carry[i] = exchange.start(which, i);
-                            carry[i] = back(Bool<false>(), bits, t, linear[t][i], carry[i], gc);
-                        }
-                    }
-                if (mine)
-#pragma unroll
-                    for (int i = 0; i < N; ++i) end[i] = carry[i];
-                return mine;
+                if (which != stretch()) return false;
+                S gc[T][N];
+                follow(Bool<false>(), bits, linear, end, gc);
+                return true;
             });
             S sum[TERMS * 2] = {};
             if (whole)
