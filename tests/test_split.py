@@ -145,15 +145,15 @@ def test_a_summary_that_overflows_says_nothing_of_a_state_of_0(split, width):
 # ---- faults -----------------------------------------------------------------------------------------------------------
 
 FAULTS = {  # the line, and the line broken
-    "a tile that starts where the one before does": ("end_of<V>(summary(e - 1, i), value[i])", "value[i]"),
-    "summaries out of order": ("own[i] = both<V>(own[i], one);", "own[i] = both<V>(one, own[i]);"),
-    "a span's summary left out": ("since[i] = both<V>(since[i], one[i]);", "if (k) since[i] = both<V>(since[i], one[i]);"),
+    "a tile that starts where the one before does": ("value[i] = end_of<V>(one[i], value[i]);", "value[i];"),
+    "summaries out of order": ("get(e, one);", "get(stretches - 1 - e, one);"),
+    "a span's summary left out": ("since[i].add(one[j][i]);", "if (k + j) since[i].add(one[j][i]);"),
     "a span that starts at the anchor": ("value[i] = end_of<V>(past, begin[i]);", "value[i] = begin[i];"),
     "a saved state that is not the next slice's start": (
         "const S next = exchange.start(thread.warp + 1, i);", "S next = state[T][i];",
     ),
     "an end that is not walked": ("is_lost(one) ? end[i] : end_of<V>(one, start(e, i))", "end_of<V>(one, start(e, i))"),
-    "a span that does not tell its walked end": ("tell(END, span, 0, end), told(END", "told(END"),
+    "a span that does not tell its walked end": ("tell(END, span, end), told(END", "told(END"),
     "an anchor that the next span's start does not come from": ("anchored ? value[i] : begin[i]", "begin[i]"),
     "counters and flags left as they were": ("workspace_store<4>(args.signals + 4 * i, &none);", ""),
 }  # fmt: skip

@@ -27,7 +27,7 @@ template <typename S> struct Product {
 
 // c -> factor c + sum. `kept` is the one of the two, which its last bit says. Where a sequence starts in the stretch
 // nothing comes across: `kept` is then infinite. And it is NaN where the end must be walked.
-template <typename S> struct Summary {
+template <typename S> struct alignas(2 * sizeof(S)) Summary {
     S kept, sum;
     __device__ __forceinline__ Factor<S> factor() const { return {kept, last_bit(kept)}; }
 };
@@ -48,15 +48,21 @@ template <typename S> __device__ __forceinline__ Summary<S> settled(const Produc
 template <typename V, typename S> __device__ __forceinline__ S end_of(const Summary<S>& s, S start) {
     return starts_anew<V>(s) ? s.sum : s.factor().times(start) + s.sum;
 }
-// A stretch, and then another.
-template <typename V, typename S>
-__device__ __forceinline__ Summary<S> both(const Summary<S>& first, const Summary<S>& second) {
-    if (starts_anew<V>(second)) return second;
-    const Factor<S> f = first.factor();
-    Product<S> p = {f.whole ? f.keep : S(1) + f.keep, f.gone()};
-    p.times(second.factor(), second.factor().gone());
-    return settled(p, end_of<V>(second, first.sum), starts_anew<V>(first) && !is_lost(second));
-}
+// Stretches, one after the other. What is lost stays not finite.
+template <typename V, typename S> struct Sequence {
+    Product<S> product;
+    S sum = 0;
+    bool anew = false;
+    __device__ __forceinline__ void add(const Summary<S>& s) {
+        if (starts_anew<V>(s)) {
+            product = {}, sum = s.sum, anew = true;
+            return;
+        }
+        sum = end_of<V>(s, sum);
+        product.times(s.factor(), s.factor().gone());
+    }
+    __device__ __forceinline__ Summary<S> whole() const { return settled(product, sum, anew); }
+};
 
 // What the stretches of a block's span, in the order of processing, and the spans tell one another. One warp talks,
 // whose lanes have the columns that all the warps' have: forward the last, which does nothing else, so that none keeps
@@ -66,12 +72,14 @@ template <typename V, bool BACKWARD> struct Exchange {
     using S = typename V::S;
     static constexpr int N = V::COLUMNS;
     static constexpr unsigned ALL = 0xffffffffu;
+    static constexpr int ABREAST = 4;  // spans whose words are on their way together
     enum Kind { SUMMARY = 1, START = 2, END = 4 };  // that a span has told: bits of its flag
     const Args& args;
     const Lane lane;  // its own: a reference to another part of the kernel's state would keep all of it in memory
     const unsigned group;
     const int stretches, chunks;  // of a chunk; of a span
-    S *const summaries, *const starts;
+    Summary<S>* const summaries;  // those of a thread's columns lie side by side, as they do in the workspace
+    S* const starts;
     unsigned* const notes;  // the span that the block takes next; whether an end must be walked
 
     static __device__ __forceinline__ int bytes(int stretches) {
@@ -83,8 +91,8 @@ template <typename V, bool BACKWARD> struct Exchange {
           group(group),
           stretches(stretches),
           chunks(N == 1 ? static_cast<int>(args.chunks) : 1),  // of two columns a thread there are lanes enough
-          summaries(reinterpret_cast<S*>(room) + threadIdx.x % 32),
-          starts(summaries + (stretches + 2) * 64 * N),
+          summaries(reinterpret_cast<Summary<S>*>(room) + threadIdx.x % 32 * N),
+          starts(reinterpret_cast<S*>(room) + (stretches + 2) * 64 * N + threadIdx.x % 32 * N),
           notes(reinterpret_cast<unsigned*>(room + (3 * stretches + 5) * 32 * N * sizeof(S))) {}
 
     static __device__ __forceinline__ int workers() { return blockDim.x / 32 - !BACKWARD; }
@@ -95,16 +103,15 @@ template <typename V, bool BACKWARD> struct Exchange {
 
     // Of a stretch; then of the chunk and of the span, which the talking warp puts there.
     __device__ __forceinline__ void put(int stretch, const Summary<S> (&summary)[N]) const {
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            summaries[(2 * (stretch * N + i)) * 32] = summary[i].kept;
-            summaries[(2 * (stretch * N + i) + 1) * 32] = summary[i].sum;
-        }
+        copy<sizeof(summary)>(summaries + stretch * 32 * N, summary);
     }
-    __device__ __forceinline__ Summary<S> summary(int stretch, int i) const {
-        return {summaries[(2 * (stretch * N + i)) * 32], summaries[(2 * (stretch * N + i) + 1) * 32]};
+    __device__ __forceinline__ void get(int stretch, Summary<S> (&summary)[N]) const {
+        copy<sizeof(summary)>(summary, summaries + stretch * 32 * N);
     }
-    __device__ __forceinline__ S& start(int stretch, int i) const { return starts[(stretch * N + i) * 32]; }
+    __device__ __forceinline__ const Summary<S>& summary(int stretch, int i) const {
+        return summaries[stretch * 32 * N + i];
+    }
+    __device__ __forceinline__ S& start(int stretch, int i) const { return starts[stretch * 32 * N + i]; }
     // The column's, of another chunk.
     __device__ __forceinline__ S of_chunk(int chunk, S value) const {
         return __shfl_sync(ALL, value,
@@ -116,10 +123,10 @@ template <typename V, bool BACKWARD> struct Exchange {
     // One after the other.
     __device__ __forceinline__ Summary<S> of_all_chunks(const Summary<S>& own) const {
         if (chunks == 1) return own;
-        Summary<S> all = of_chunk(0, own);
+        Sequence<V, S> all;
 #pragma unroll 1
-        for (int chunk = 1; chunk < chunks; ++chunk) all = both<V>(all, of_chunk(chunk, own));
-        return all;
+        for (int chunk = 0; chunk < chunks; ++chunk) all.add(of_chunk(chunk, own));
+        return all.whole();
     }
 
     // ---- between blocks ----
@@ -127,36 +134,33 @@ template <typename V, bool BACKWARD> struct Exchange {
     __device__ __forceinline__ unsigned* flag(long long span) const {
         return reinterpret_cast<unsigned*>(args.signals) + args.groups * (1 + span) + group;
     }
-    __device__ __forceinline__ S* word(Kind kind, long long span, int which) const {
-        const long long rows = kind == SUMMARY ? 2 * span + which
+    __device__ __forceinline__ S* word(Kind kind, long long span) const {
+        const long long rows = kind == SUMMARY ? 2 * span
                                : kind == END
                                    ? 2 * args.spans + span
                                    : 3 * args.spans + static_cast<unsigned>(span) / static_cast<unsigned>(args.anchor);
-        return reinterpret_cast<S*>(args.words) + (rows * args.batch + lane.row) * args.width + lane.column;
+        return reinterpret_cast<S*>(args.words) + rows * args.batch * args.width +
+               (lane.row * args.width + lane.column) * (kind == SUMMARY ? 2 : 1);
     }
-    __device__ __forceinline__ void wait(Kind kind, long long span) const {
+    __device__ __forceinline__ unsigned wait(Kind kind, long long span) const {  // what the span has told by then
+        unsigned kinds;
 #pragma unroll 1
-        while (!(load_acquire(flag(span)) & kind)) {}
+        do kinds = load_acquire(flag(span));
+        while (!(kinds & kind));
+        return kinds;
     }
     // In this order; `before`: what the span has told already.
     __device__ __forceinline__ void told(Kind kind, long long span, unsigned before) const {
         __syncwarp();
         if (threadIdx.x % 32 == 0) store_release(flag(span), before | kind);
     }
-    __device__ __forceinline__ void tell(Kind kind, long long span, int which, const S (&value)[N]) const {
-        if (lane.active && lane.chunk == 0)
-#pragma unroll
-            for (int i = 0; i < N; ++i) workspace_store<sizeof(S)>(word(kind, span, which) + i, &value[i]);
+    template <typename Value>
+    __device__ __forceinline__ void tell(Kind kind, long long span, const Value (&value)[N]) const {
+        if (lane.active && lane.chunk == 0) workspace_store<sizeof(value)>(word(kind, span), value);
     }
-    __device__ __forceinline__ void hear(Kind kind, long long span, int which, S (&value)[N]) const {
-#pragma unroll
-        for (int i = 0; i < N; ++i) workspace_load<sizeof(S)>(&value[i], word(kind, span, which) + i);
-    }
-    __device__ __forceinline__ void hear(long long span, Summary<S> (&summary)[N]) const {
-        S kept[N], sum[N];
-        hear(SUMMARY, span, 0, kept), hear(SUMMARY, span, 1, sum);
-#pragma unroll
-        for (int i = 0; i < N; ++i) summary[i] = {kept[i], sum[i]};
+    template <typename Value>
+    __device__ __forceinline__ void hear(Kind kind, long long span, Value (&value)[N]) const {
+        workspace_load<sizeof(value)>(value, word(kind, span));
     }
     __device__ __forceinline__ unsigned take_span() const {
         return atomicAdd(reinterpret_cast<unsigned*>(args.signals) + group, 1u);
@@ -168,48 +172,57 @@ template <typename V, bool BACKWARD> struct Exchange {
                                               S (&next)[N]) const {
         const unsigned anchor = static_cast<unsigned>(args.anchor), from = span ? (span - 1) / anchor * anchor : 0;
         const int before = static_cast<int>(span - from), lane_ = threadIdx.x % 32;
+        unsigned started = 0;
 #pragma unroll 1
-        for (int k = lane_; k < before; k += 32) wait(SUMMARY, from + k);
-        __syncwarp();
+        for (int k = lane_; k < before; k += 32) {
+            const unsigned kinds = wait(SUMMARY, from + k);
+            if (k == 0) started = kinds & START;
+        }
+        started = __shfl_sync(ALL, started, 0);
+        if (from && started) hear(START, from, value);
         // What spans have told since the anchor: each chunk's lanes add up some of them.
         const int some = (static_cast<int>(anchor) + chunks - 1) / chunks, first = lane.chunk * some;
-        Summary<S> since[N];
+        const int end_ = first + some < before ? first + some : before;
+        Sequence<V, S> since[N];
+#pragma unroll 1
+        for (int k = first; k < end_; k += ABREAST) {
+            Summary<S> one[ABREAST][N];
 #pragma unroll
-        for (int i = 0; i < N; ++i) since[i] = {S(0), S(0)};  // changes nothing
-#pragma unroll 4
-        for (int k = first; k < first + some && k < before; ++k) {
-            Summary<S> one[N];
-            hear(from + k, one);
+            for (int j = 0; j < ABREAST; ++j) hear(SUMMARY, from + (k + j < end_ ? k + j : k), one[j]);
 #pragma unroll
-            for (int i = 0; i < N; ++i) since[i] = both<V>(since[i], one[i]);
+            for (int j = 0; j < ABREAST; ++j)
+                if (k + j < end_)
+#pragma unroll
+                    for (int i = 0; i < N; ++i) since[i].add(one[j][i]);
         }
-        if (from) {
+        if (from && !started) {
             if (lane_ == 0) wait(START, from);
             __syncwarp();
-            hear(START, from, 0, value);
+            hear(START, from, value);
         }
         const bool anchored = span % anchor == 0;
         bool lost[N], next_lost[N], any = false;
         S begin[N];
+        Summary<S> with[N];
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            const Summary<S> past = of_all_chunks(since[i]);
+            const Summary<S> past = of_all_chunks(since[i].whole());
             begin[i] = value[i];
             value[i] = end_of<V>(past, begin[i]);
             // As the next span will find its own: from this one on, if it tells its start.
             const bool mine = anchored ? lane.chunk == 0 : first <= before && before < first + some;
-            const Summary<S> told_before = anchored ? Summary<S>{S(0), S(0)} : since[i];
-            const Summary<S> with = of_all_chunks(mine ? both<V>(told_before, all[i]) : told_before);
-            next[i] = end_of<V>(with, anchored ? value[i] : begin[i]);
-            lost[i] = is_lost(past), next_lost[i] = anchored ? lost[i] : is_lost(with);
+            if (anchored) since[i] = {};
+            if (mine) since[i].add(all[i]);
+            with[i] = of_all_chunks(since[i].whole());
+            next[i] = end_of<V>(with[i], anchored ? value[i] : begin[i]);
+            lost[i] = is_lost(past), next_lost[i] = anchored ? lost[i] : is_lost(with[i]);
             any |= lost[i] || next_lost[i];
-            since[i] = with;
         }
         if (__any_sync(ALL, any)) {
 #pragma unroll 1
             for (int k = 0; k < before; ++k) {
                 Summary<S> one[N];
-                hear(from + k, one);
+                hear(SUMMARY, from + k, one);
                 bool ask = false;
 #pragma unroll
                 for (int i = 0; i < N; ++i) ask |= is_lost(one[i]);
@@ -217,7 +230,7 @@ template <typename V, bool BACKWARD> struct Exchange {
                 if (__any_sync(ALL, ask)) {
                     if (lane_ == 0) wait(END, from + k);
                     __syncwarp();
-                    hear(END, from + k, 0, end);
+                    hear(END, from + k, end);
                 }
 #pragma unroll
                 for (int i = 0; i < N; ++i) begin[i] = is_lost(one[i]) ? end[i] : end_of<V>(one[i], begin[i]);
@@ -225,40 +238,35 @@ template <typename V, bool BACKWARD> struct Exchange {
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 if (lost[i]) value[i] = begin[i];
-                if (next_lost[i]) next[i] = end_of<V>(anchored ? since[i] : all[i], begin[i]);
+                if (next_lost[i]) next[i] = anchored ? end_of<V>(with[i], begin[i]) : end_of<V>(all[i], begin[i]);
             }
         }
-        if (anchored && span) tell(START, span, 0, value), told(START, span, SUMMARY);
+        if (anchored && span) tell(START, span, value), told(START, span, SUMMARY);
     }
     // When all have put their summaries.
     __device__ __forceinline__ void find_starts(unsigned span, S (&value)[N]) const {
         bool lost = false;
-        Summary<S> own[N], all[N];
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            own[i] = summary(0, i);
-            lost |= is_lost(own[i]);
-        }
-#pragma unroll 1
-        for (int e = 1; e < stretches; ++e)
+        Sequence<V, S> sequence[N];
+#pragma unroll 4
+        for (int e = 0; e < stretches; ++e) {
+            Summary<S> one[N];
+            get(e, one);
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-                const Summary<S> one = summary(e, i);
-                lost |= is_lost(one);
-                own[i] = both<V>(own[i], one);
+                lost |= V::STARTING && is_lost(one[i]);  // else the whole is
+                sequence[i].add(one[i]);
             }
-        S kept[N], sum[N], next[N];
+        }
+        Summary<S> own[N], all[N];
+        S next[N];
 #pragma unroll
         for (int i = 0; i < N; ++i) {
+            own[i] = sequence[i].whole();
             all[i] = of_all_chunks(own[i]);
             lost |= is_lost(own[i]) || is_lost(all[i]);
-            kept[i] = all[i].kept, sum[i] = all[i].sum;
         }
         put(stretches, own), put(stretches + 1, all);
-        if (span + 1 < args.spans) {
-            tell(SUMMARY, span, 0, kept), tell(SUMMARY, span, 1, sum);
-            told(SUMMARY, span, 0);
-        }
+        if (span + 1 < args.spans) tell(SUMMARY, span, all), told(SUMMARY, span, 0);
         look_back(span, all, value, next);
 #pragma unroll
         for (int i = 0; i < N; ++i) {
@@ -271,10 +279,13 @@ template <typename V, bool BACKWARD> struct Exchange {
             start(0, i) = value[i];
             start(stretches, i) = lane.chunk + 1 < chunks ? end_of<V>(own[i], value[i]) : next[i];
         }
-#pragma unroll 1
-        for (int e = 1; e < stretches; ++e)
+#pragma unroll 4
+        for (int e = 1; e < stretches; ++e) {
+            Summary<S> one[N];
+            get(e - 1, one);
 #pragma unroll
-            for (int i = 0; i < N; ++i) start(e, i) = value[i] = end_of<V>(summary(e - 1, i), value[i]);
+            for (int i = 0; i < N; ++i) start(e, i) = value[i] = end_of<V>(one[i], value[i]);
+        }
         lost = __any_sync(ALL, lost);
         if (threadIdx.x % 32 == 0) notes[1] = lost;
     }
@@ -314,7 +325,7 @@ template <typename V, bool BACKWARD> struct Exchange {
         S end[N];
 #pragma unroll
         for (int i = 0; i < N; ++i) end[i] = of_chunk(chunks - 1, start(stretches, i));
-        tell(END, span, 0, end), told(END, span, SUMMARY | (span % static_cast<unsigned>(args.anchor) ? 0 : START));
+        tell(END, span, end), told(END, span, SUMMARY | (span % static_cast<unsigned>(args.anchor) ? 0 : START));
     }
 
     // ---- span after span ----
