@@ -136,8 +136,8 @@ L2_BANDWIDTH = 5.5e12  # bytes a second; likewise
 BARRIER = 40  # cycles of a __syncthreads for which nobody is late: an estimate
 # Instructions of the warp that talks, each GAP cycles: FOLDED and HEARD counted in the machine code of two columns a thread,
 # bfloat16 (NVRTC 13.5, sm_90; a test counts the first again), TALK an estimate.
-FOLDED = (81 + 21) / 2  # of a stretch's column: into the span's summary, and where it starts
-HEARD = 81 / 2  # of a column of a span that has told
+FOLDED = (99 + 56) / 8  # of a stretch's column: into the span's summary, and where it starts
+HEARD = 168 / 8  # of a column of a span that has told
 TALK = 150  # all others of a span
 ABREAST = 4  # spans whose words are on their way together
 HIDDEN = 0.5  # of the turns' chain, by what warps do that have had their turn or wait for it: an estimate

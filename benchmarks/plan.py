@@ -16,10 +16,10 @@ from benchmarks.workload import PASSES
 from cusru import dlpack, measuring
 from cusru.arguments import ITEMSIZES, OPERATORS, STATES, STRAIGHT
 from cusru.measuring import Floor
-from cusru.plan import ANCHOR, RESIDENT, Plan, Problem
+from cusru.plan import RESIDENT, Plan, Problem
 from cusru.plan import plan as make_plan
 from cusru.problem import Options, check, layout, wanted_results
-from cusru.specialisation import FORMS, POOLINGS, SPLIT_BACKWARD, SPLIT_FORWARD, UNIT, Launch, Limits
+from cusru.specialisation import FORMS, POOLINGS, UNIT, Launch, Limits
 
 
 def problem(case: Case, direction: str, dtype: str) -> Problem:
@@ -121,8 +121,7 @@ def planned(
 
 def both(case: Case, direction: str, dtype: str, multiprocessors: int) -> tuple[Planned, Planned | None]:
     """By turns; and with time split, where that can be."""
-    forced = SPLIT_FORWARD if direction == "forward" else SPLIT_BACKWARD, ANCHOR
-    turns, split = (planned(case, direction, dtype, multiprocessors, split=split) for split in ((), forced))
+    turns, split = (planned(case, direction, dtype, multiprocessors, split=split) for split in ((), (UNIT,)))
     return turns, split if split.plan.split else None
 
 

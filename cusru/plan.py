@@ -30,8 +30,7 @@ from cusru.specialisation import (
     FORMS,
     REDUCE_COLUMNS,
     REDUCE_THREADS,
-    SPLIT_BACKWARD,
-    SPLIT_FORWARD,
+    SPLIT,
     UNIT,
     Launch,
     Limits,
@@ -126,6 +125,7 @@ class Split(NamedTuple):
     steps: int  #: of a unit
     slice: int = 1  #: forward: tiles from one whose start is known to the next; saved states are among those
     lead: int = 0  #: forward: steps that a reversed column's first saved block is short
+    resident: int = 2  #: blocks for which a multiprocessor has room (`Specialisation.split`)
 
     def warps(self, kernel: Specialisation) -> int:
         return self.units * -(-self.steps // kernel.tile) + (kernel.direction == "forward")  # one talks
@@ -198,7 +198,7 @@ def plan(problem: Problem, device: Limits) -> Plan:
     grid = groups = directions * -(-walked * problem.width // (directions * kernel.columns * 32))
     most_groups = directions * -(-walked * problem.width // (directions * 32))
     if split:
-        grid *= max(1, min(split.spans, -(-device.multiprocessors // groups)))
+        grid *= max(1, min(split.spans, -(-split.resident * device.multiprocessors // groups)))
     units = -(-min(problem.block or 1, problem.length) // UNIT)
     checkpoints = max(units - 2, 0) * problem.batch * problem.width * state_bytes if recompute else 0
     signals = 4 * most_groups * (1 + split.spans) if split else 0
@@ -270,28 +270,27 @@ def _split(problem: Problem, kernel: Specialisation, device: Limits) -> Split | 
     """None: time is walked by turns. kernel: that of one column a thread."""
     if device.split == () or not kernel.affine or not problem.length * problem.batch * problem.width:
         return None
-    kernel, forward, every = kernel._replace(split=True), problem.direction == "forward", problem.block or 1
+    forward, every = problem.direction == "forward", problem.block or 1
     columns = problem.batch * problem.width // (2 if problem.bidirectional else 1)
     chunks = 32 // columns if columns <= 16 else 1
-    most, anchor = device.split or (
-        SPLIT_FORWARD if forward else SPLIT_BACKWARD, ANCHOR * (2 * chunks if chunks > 1 else 1)
-    )  # fmt: skip
-    of_slice, lead = 1, 0
-    if forward:
-        steps = kernel.tile
-        of_slice = math.lcm(every, steps) // steps
-        units = max(most // of_slice, 1) * of_slice
-        if every > 1 and (problem.bidirectional or problem.reverse):
-            lead = -problem.length % every
-        time = problem.length + lead
-    else:
-        steps = min(most, SPLIT_BACKWARD) * kernel.tile if every == 1 else every
-        units = max(min(most, SPLIT_BACKWARD) // -(-steps // kernel.tile), 1)
-        time = problem.length
-    split = Split(-(-time // (units * steps * chunks)), anchor, chunks, units, steps, of_slice, lead)
-    warps = split.warps(kernel)
-    possible = warps <= kernel.warps and kernel.shared(warps) <= device.shared
-    return split if possible and (device.split or _worth_it(problem)) else None
+    limit, anchor = (*(device.split or (UNIT,)), ANCHOR * (2 * chunks if chunks > 1 else 1))[:2]
+    lead = -problem.length % every if forward and (problem.bidirectional or problem.reverse) else 0
+    for resident, most in SPLIT[problem.direction].items():  # two blocks, if one of them has room for slices
+        kernel = kernel._replace(split=resident)
+        most = min(most, limit)
+        of_slice, steps = 1, kernel.tile
+        if forward:
+            of_slice = math.lcm(every, steps) // steps
+            units = max(most // of_slice, 1) * of_slice
+        else:
+            steps = most * steps if every == 1 else every
+            units = max(most // -(-steps // kernel.tile), 1)
+        spans = -(-(problem.length + lead) // (units * steps * chunks))
+        split = Split(spans, anchor, chunks, units, steps, of_slice, lead, resident)
+        if (warps := split.warps(kernel)) <= kernel.warps:
+            possible = kernel.shared(warps) <= device.shared
+            return split if possible and (device.split or _worth_it(problem)) else None
+    return None
 
 
 def _worth_it(problem: Problem) -> bool:
@@ -310,7 +309,7 @@ def _worth_it(problem: Problem) -> bool:
 def _by_spans(layouts: _Layouts, split: Split, device: Limits) -> tuple[Specialisation, int, bool]:
     most = 1 if split.chunks > 1 else 2  # columns a thread: chunks are in lanes that would have no columns
     choices = [
-        (k := kernel._replace(split=True), split.warps(k), of_grad) for kernel, of_grad in layouts if kernel.columns <= most
+        (k := kernel._replace(split=split.resident), split.warps(k), of_grad) for kernel, of_grad in layouts if kernel.columns <= most
     ]
     return next(c for c in choices if c[0].shared(c[1]) <= device.shared)
 

@@ -29,7 +29,10 @@ PASSES = {"forward": 0, "backward": 1, "reduce": 2, "clear": 3}
 
 WARPS = 7  # of a block at most: they take turns
 UNIT = 32  # steps, at most, that the recomputing backward walks forward at a time
-SPLIT_FORWARD, SPLIT_BACKWARD = 11, 8  # warps of a block that work, at most, where time is split; forward one more talks
+# Warps of a block that work, at most, where time is split: of one of two blocks for which a multiprocessor's registers have room,
+# so that one computes while the other waits for what blocks tell one another, and of one that has all of them. (Forward one more
+# warp talks.)
+SPLIT = {"forward": {2: 5, 1: 11}, "backward": {2: 4, 1: 8}}
 REDUCE_THREADS, REDUCE_COLUMNS = 512, 8  # of a block of the reduction
 CLEAR_THREADS = 256
 
@@ -50,7 +53,7 @@ class Specialisation(NamedTuple):
     marks: str = "none"  #: whether there is a mask_pad or starts
     cell: str = "sru"
     zoneout: bool = False  #: of the QRNN: an array of them
-    split: bool = False  #: time is split over warps and blocks
+    split: int = 0  #: time is split over warps and blocks: of these a multiprocessor has room for so many
 
     @property
     def k(self) -> int:
@@ -87,7 +90,7 @@ class Specialisation(NamedTuple):
         if self.direction in ("reduce", "clear"):
             return (REDUCE_THREADS if self.direction == "reduce" else CLEAR_THREADS) // 32
         if self.split:
-            return SPLIT_FORWARD + 1 if self.direction == "forward" else SPLIT_BACKWARD
+            return SPLIT[self.direction][self.split] + (self.direction == "forward")
         return 1 if self.alone else 4 if self.recompute else WARPS
 
     @property
@@ -132,7 +135,7 @@ class Specialisation(NamedTuple):
         state = ITEMSIZES[STATES[self.dtype]]
         if self.split:  # what a tile does to any state, where it starts, what its warp hands on; and two numbers
             warps -= self.direction == "forward"  # one talks
-            of_warp = 3 + (1 if self.direction == "forward" else 2 * self.sums + self.recompute)
+            of_warp = 3 + (1 if self.direction == "forward" else self.tile // self.group * self.sums + self.recompute)
             values = warps * of_warp + 5
             return values * 32 * self.columns * state + 16 + warps * self.tile * self.step_bytes
         sums = 0 if self.direction == "forward" else self.sums
@@ -161,9 +164,9 @@ class Specialisation(NamedTuple):
                 "TILE": self.tile,
                 "UNIT": UNIT,
                 "STEP_BYTES": self.step_bytes,
-                "RESIDENT": 8 if self.alone else 1,
+                "RESIDENT": 8 if self.alone else max(self.split, 1),
                 "RECOMPUTE": str(self.recompute).lower(),
-                "SPLIT": int(self.split),
+                "SPLIT": int(self.split > 0),
             }
         return tuple(f"-DCUSRU_{name}={value}" for name, value in defines.items())
 
@@ -173,7 +176,7 @@ class Limits(NamedTuple):
 
     multiprocessors: int
     shared: int = 227 << 10  #: bytes of a block, at most
-    split: tuple[int, ...] | None = None  #: for tests: (warps of a block, spans from anchor to anchor), or () for never
+    split: tuple[int, ...] | None = None  #: for tests: (warps of a block[, spans from anchor to anchor]), or () for never
 
 
 class Launch(NamedTuple):
@@ -205,7 +208,7 @@ def specialisations() -> Iterator[Specialisation]:
         ]
         cells += [dict(cell=pooling, zoneout=zoneout) for pooling in POOLINGS for zoneout in both]
         cells += [dict(cell=form, weight=w) for form in FORMS for w in weights if w != "none"]
-        ways: list[dict[str, Any]] = [dict(alone=False), dict(alone=True), dict(split=True)]
+        ways: list[dict[str, Any]] = [dict(alone=False), dict(alone=True), dict(split=2), dict(split=1)]
         passes = (("forward", False), ("backward", False), ("backward", True))
         for (direction, recompute), cell, each, packed, way, marks in itertools.product(
             passes, cells, columns(dtype), both, ways, MARKS

@@ -276,15 +276,17 @@ template <typename V, bool BACKWARD> struct Exchange {
                 begin = end_of<V>(of_chunk(chunk - 1, own[i]), begin);
                 if (lane.chunk == chunk) value[i] = begin;
             }
-            start(0, i) = value[i];
             start(stretches, i) = lane.chunk + 1 < chunks ? end_of<V>(own[i], value[i]) : next[i];
         }
 #pragma unroll 4
-        for (int e = 1; e < stretches; ++e) {
+        for (int e = 0; e < stretches; ++e) {
             Summary<S> one[N];
-            get(e - 1, one);
+            get(e, one);
 #pragma unroll
-            for (int i = 0; i < N; ++i) start(e, i) = value[i] = end_of<V>(one[i], value[i]);
+            for (int i = 0; i < N; ++i) {
+                start(e, i) = value[i];
+                value[i] = end_of<V>(one[i], value[i]);
+            }
         }
         lost = __any_sync(ALL, lost);
         if (threadIdx.x % 32 == 0) notes[1] = lost;
@@ -497,20 +499,19 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
     using Tile = BackwardTile<V, T, UNIT, RECOMPUTE>;
     using In = typename Tile::In;
     using S = typename V::S;
-    static constexpr int N = V::COLUMNS, SUMS = V::SUMS, TERMS = Tile::TERMS;
-    static_assert(T == Tile::GROUP, "see Specialisation.tile");
+    static constexpr int N = V::COLUMNS, SUMS = V::SUMS, TERMS = Tile::TERMS, GROUP = Tile::GROUP;
     using Tile::args, Tile::lane, Tile::thread, Tile::plain, Tile::every, Tile::blocks, Tile::in, Tile::active;
     const int units;      // of a chunk
     const int unit, row;  // of the warp's tile
     const Exchange<V, true> exchange;
-    Relay<S, TERMS * 2, !SUMS, 1> sums;
-    Relay<S, N, !RECOMPUTE, 8> states;  // the first warp is given none, the last no sums: 15 barriers are enough
+    Relay<S, N, !RECOMPUTE, 1> states;
+    S* const sums;  // [warp][group of a tile][sum][lane]
 
     static __device__ __forceinline__ int warps() { return Exchange<V, true>::workers(); }
     static __device__ __forceinline__ int of_unit(const Args& args) {  // steps
         return RECOMPUTE ? static_cast<int>(args.save_every) : warps() * T;
     }
-    static __device__ __forceinline__ int handed_on() { return warps() * 32 * (2 * SUMS + RECOMPUTE) * N * sizeof(S); }
+    static __device__ __forceinline__ int handed_on() { return warps() * 32 * (T / GROUP * SUMS + RECOMPUTE) * N * sizeof(S); }
     __device__ __forceinline__ SplitBackward(const Args& args, char* shared)
         : Tile(args, Lane(args, args.batch, N, blockIdx.x % args.groups, args.groups, args.chunks), of_unit(args),
                shared, shared + Exchange<V, true>::bytes(warps()) + handed_on()),
@@ -518,8 +519,8 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
           unit(thread.warp / (warps() / units)),
           row(thread.warp % (warps() / units) * T),
           exchange(args, lane, blockIdx.x % args.groups, warps(), shared),
-          sums(shared += Exchange<V, true>::bytes(warps()), warps()),
-          states(shared, warps()) {
+          states(shared += Exchange<V, true>::bytes(warps()), warps()),
+          sums(reinterpret_cast<S*>(shared) + threadIdx.x % 32) {
         active = lane.active, this->in_batch = 0, this->out_batch = -1;
         in.point(thread, 0, thread.b);
     }
@@ -529,7 +530,8 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
     __device__ __forceinline__ Place place(unsigned span) const {
         const long long chunk = (args.spans - span) * exchange.chunks - 1 - lane.chunk;
         Place one = {0, chunk * units + unit, 0, 0, 0, true};
-        if (span < args.spans && one.block < blocks) this->enter(one);
+        if (span >= args.spans || one.block >= blocks) return one;
+        this->enter(one), one.unit = 0;  // no saved block is longer than a unit
         return one;
     }
     __device__ __forceinline__ int steps(const Place& place) const {  // of the tile
@@ -545,6 +547,14 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
 
     template <typename Straight>
     __device__ __forceinline__ void find_states(Straight straight, const Place& place, const Bits& bits) {
+        Prepared<V, S> prepared[T][N];
+#pragma unroll
+        for (int t = 0; t < T; ++t) {
+            Step<S> step[N];
+            In::get(thread.column, at() + t * In::BYTES, step);
+#pragma unroll
+            for (int i = 0; i < N; ++i) prepared[t][i] = prepare<V>(thread.column[i], step[i]);
+        }
         S state[N];  // even where the tile has no steps: the warps of a unit go together
         if (row) {
             states.take(state);
@@ -555,8 +565,18 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
 #pragma unroll
             for (int i = 0; i < N; ++i) state[i] = saved.get(i);
         }
-        this->recompute(straight, at(), bits, state);
+        Values<S, N> before[T];
+#pragma unroll
+        for (int t = 0; t < T; ++t)
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                state[i] = across<V>(bits, t, state[i]);
+                before[t].set(i, state[i]);
+                if (!skips<V>(straight, bits, t)) state[i] = advance<V>(prepared[t][i], state[i]);
+            }
         if (row + T < every) states.give(thread.warp + 1, state);
+#pragma unroll
+        for (int t = 0; t < T; ++t) In::C::set(at() + t * In::BYTES, before[t]);
     }
     // One step back, or none where there is padding.
     template <typename Straight>
@@ -596,7 +616,7 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
     }
     template <typename Straight>
     __device__ __forceinline__ void walk(Straight straight, const Place& place, const Bits& bits,
-                                         const Linear<S> (&linear)[T][N], S (&sum)[TERMS * 2]) {
+                                         const Linear<S> (&linear)[T][N]) {
         const int left = straight ? T : steps(place);
         S carry[N], gc[T][N];
         follow(straight, bits, linear, carry, gc);
@@ -605,24 +625,34 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
         this->store_gradients(straight, left, bits, linear, gc, terms);
         if constexpr (SUMS == 0) return;
 #pragma unroll
-        for (int t = T - 2; t >= 0; --t)
+        for (int t = T - 1; t >= 0; --t)
 #pragma unroll
-            for (int i = 0; i < N * SUMS; ++i) terms[t][i] = terms[t + 1][i] + terms[t][i];
-        if (thread.warp + 1 < warps()) sums.take(sum);
-        if (left)
+            for (int i = 0; i < N * SUMS; ++i) {
+                if ((t + 1) % GROUP) terms[t][i] = terms[t + 1][i] + terms[t][i];
+                if (t % GROUP == 0) sums[((thread.warp * T + t) / GROUP * TERMS + i) * 32] = terms[t][i];
+            }
+    }
+    // A span's groups, when all warps have theirs: in the order of one thread.
+    __device__ __forceinline__ void add_up(unsigned span) const {
+        S sum[TERMS * 2] = {};
+#pragma unroll 1
+        for (int group = warps() * T / GROUP - 1; group >= 0; --group)
 #pragma unroll
             for (int i = 0; i < N * SUMS; ++i) {
                 Sum<S> one = {sum[2 * i], sum[2 * i + 1]};
-                one.add(terms[0][i]);
+                one.add(sums[(group * TERMS + i) * 32]);
                 sum[2 * i] = one.total, sum[2 * i + 1] = one.lost;
             }
-        if (thread.warp) sums.give(thread.warp - 1, sum);
+        this->leave(sum, (static_cast<long long>(span) * exchange.chunks + lane.chunk) * args.batch + lane.row,
+                    args.rows > 1);
     }
 
     __device__ __forceinline__ void run() {
         unsigned span = exchange.first_span();
         Place here = place(span);
         load(here);
+        unsigned last = ~0u;  // whose sums are to be added up, by the warp that talks least
+        const bool adds = thread.warp + 1 == warps();
         while (span < args.spans) {
             unsigned taken = 0;
             if (threadIdx.x == 0) taken = exchange.take_span();
@@ -650,6 +680,7 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
             const unsigned next = exchange.notes[0];
             const Place there = place(next);
             load(there);
+            if (SUMS && adds && last < args.spans) add_up(last);
             if (GENERAL && exchange.talks()) {
                 S value[N];
                 if (span <= args.anchor) this->begin(value);
@@ -662,15 +693,16 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
                 follow(Bool<false>(), bits, linear, end, gc);
                 return true;
             });
-            S sum[TERMS * 2] = {};
             if (whole)
-                walk(Bool<true>(), here, bits, linear, sum);
+                walk(Bool<true>(), here, bits, linear);
             else if (GENERAL)
-                walk(Bool<false>(), here, bits, linear, sum);
-            if (SUMS && thread.warp == 0)
-                this->leave(sum, (static_cast<long long>(span) * exchange.chunks + lane.chunk) * args.batch + lane.row,
-                            args.rows > 1);
+                walk(Bool<false>(), here, bits, linear);
+            last = span;
             span = next, here = there;
+        }
+        if (SUMS && last < args.spans) {
+            exchange.meet();
+            if (adds) add_up(last);
         }
     }
 };
