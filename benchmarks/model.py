@@ -54,7 +54,7 @@ class Walk(NamedTuple):
     """Of one pass."""
 
     cost: Cost
-    steps: int
+    steps: float
     blocks: int
     warps: int  #: of a block
     resident: int  #: blocks that fit on a multiprocessor
@@ -84,6 +84,30 @@ class Spans(NamedTuple):
     reducers: int = 0
 
 
+class Guessed(NamedTuple):
+    """Of one pass whose time is guessed and mended (`cusru/kernels/guess.cuh`), two launches. What the second has to do depends
+    on the numbers."""
+
+    first: Walk
+    cost: Cost  #: of the second launch
+    resident: int  #: likewise
+    spans: int
+    merged: float  #: steps after which states that begin apart have the same bits; infinity: never
+
+    @property
+    def second(self) -> Walk:
+        """All spans but the first, each as far as it must be walked."""
+        steps = min(self.merged, self.first.steps)
+        part = (self.spans - 1) / self.spans
+        blocks, bytes = round(part * self.first.blocks), self.first.bytes * part * steps / self.first.steps
+        return self.first._replace(cost=self.cost, steps=steps, blocks=blocks, resident=self.resident, bytes=bytes)
+
+    @property
+    def in_order(self) -> float:
+        """Steps that the last block of a group walks after that."""
+        return (self.spans - 2) * self.first.steps if self.merged > self.first.steps else 0
+
+
 class Prediction(NamedTuple):
     seconds: float
     terms: dict[str, float]  #: seconds of each by itself
@@ -100,13 +124,24 @@ def cycles(cost: Cost, warps: int, blocks: int) -> dict[str, float]:
     }
 
 
-def predict(walk: Walk | Spans, device: Device) -> Prediction:
+def predict(walk: Walk | Spans | Guessed, device: Device) -> Prediction:
+    if isinstance(walk, Guessed):
+        return _guessed(walk, device)
     totals = {"ramp": RAMP}
     seconds, waves = _spans(walk, device, totals) if isinstance(walk, Spans) else _waves(walk, device, totals)
     if walk.reducers:
         totals["second kernel"] = LAUNCH + walk.partials / min(walk.reducers * REDUCE_BANDWIDTH, device.bandwidth)
         seconds += totals["second kernel"]
     return Prediction(seconds, totals, waves)
+
+
+def _guessed(of: Guessed, device: Device) -> Prediction:
+    """The second launch has a ramp of its own, for its blocks begin with loads."""
+    first, second = predict(of.first, device), predict(of.second, device)
+    in_order = of.in_order * max(cycles(of.second.cost, of.second.warps, 1).values()) / device.clock
+    terms = {name: seconds + second.terms[name] for name, seconds in first.terms.items()}
+    seconds = first.seconds + LAUNCH + second.seconds + in_order
+    return Prediction(seconds, terms | {"second launch": LAUNCH, "in order": in_order}, first.waves + second.waves)
 
 
 def _together(terms: Iterable[float]) -> float:
@@ -237,6 +272,10 @@ KERNELS: dict[tuple[str, str, str, str], tuple[tuple[float, ...], tuple[int, ...
     ("forward", "sru", "column", "turns"): ((235.2, 43.8, 67.0, 47.9, 81.1), (130, 166, 159, 132, 168)),
     ("forward", "sru", "column", "alone"): ((227.5, 43.4, 60.5, 48.4, 76.4), (138, 164, 140, 138, 167)),
     ("forward", "sru", "step", "turns"): ((254.5, 49.3, 69.4, 56.7, 104.2), (156, 224, 168, 168, 214)),
+    ("forward", "sru", "column", "guess"): ((240.0, 46.3, 68.5, 50.5, 81.5), (128, 168, 138, 146, 168)),
+    ("forward", "sru", "column", "mend"): ((254.4, 49.1, 72.6, 53.5, 86.4), (174, 168, 154, 164, 167)),
+    ("forward", "sru", "step", "guess"): ((265.0, 53.8, 79.2, 60.0, 96.5), (166, 213, 184, 164, 255)),
+    ("forward", "sru", "step", "mend"): ((280.9, 57.0, 84.0, 63.6, 102.3), (208, 234, 216, 190, 247)),
     ("forward", "sru", "step", "alone"): ((237.2, 45.1, 66.2, 53.9, 88.5), (168, 216, 168, 166, 239)),
     ("backward", "sru", "none", "turns"): ((272.8, 97.0, 130.2, 106.9, 146.5), (186, 196, 163, 202, 179)),
     ("backward", "sru", "none", "alone"): ((270.0, 88.8, 107.5, 98.4, 138.8), (192, 208, 166, 202, 168)),
@@ -335,7 +374,7 @@ def kernel(of: Specialisation) -> Known:
     """What is known of a kernel: of one with other options, what is known of the plain one."""
     which = "recompute" if of.recompute else of.direction
     weight = "step" if of.weight.startswith("step") else of.weight
-    way = "split" if of.split else "alone" if of.alone else "turns"
+    way = ("guess", "mend")[of.mend] if of.split and not of.affine else "split" if of.split else "alone" if of.alone else "turns"
     size = ITEMSIZES[of.dtype]
     at = SIZES.index((size, of.columns))
     counted, registers = KERNELS[which, of.cell, weight, way]
@@ -346,13 +385,13 @@ def kernel(of: Specialisation) -> Known:
 
 def _chain(of: Specialisation, which: str) -> float:
     """Cells other than SRU were not measured: theirs is SRU's without the parts that they have not."""
-    kind = "column" if of.cell == "sru" and of.weight == "column" else "none"
+    kind = "column" if of.cell == "sru" and of.weight != "none" else "none"
     step = CHAINS["forward", "none"]
     states = step if of.cell in FORMS else STATES[kind]  # no gate waits for its turn
     sums = SUMS if of.sums else 0
     if of.alone:
         return 0
-    if of.split:
+    if of.split and of.affine:
         return step if which == "forward" else sums + (states if of.recompute else 0)
     if which == "forward":
         return CHAINS[which, kind]

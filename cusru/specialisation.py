@@ -30,6 +30,7 @@ PASSES = {"forward": 0, "backward": 1, "reduce": 2, "clear": 3}
 WARPS = 7  # of a block at most: they take turns
 UNIT = 32  # steps, at most, that the recomputing backward walks forward at a time
 SPLIT_FORWARD, SPLIT_BACKWARD = 11, 8  # warps of a block that work, at most, where time is split; forward one more talks
+GUESS = 6  # likewise, where it is guessed with few registers: two blocks fit on a multiprocessor
 REDUCE_THREADS, REDUCE_COLUMNS = 512, 8  # of a block of the reduction
 CLEAR_THREADS = 256
 
@@ -51,6 +52,7 @@ class Specialisation(NamedTuple):
     cell: str = "sru"
     zoneout: bool = False  #: of the QRNN: an array of them
     split: bool = False  #: time is split over warps and blocks
+    mend: bool = False  #: what was guessed, where that is not affine
 
     @property
     def k(self) -> int:
@@ -86,9 +88,17 @@ class Specialisation(NamedTuple):
         """Per block, at most. There are 15 barriers; a warp has one forward, two backward, three where it recomputes."""
         if self.direction in ("reduce", "clear"):
             return (REDUCE_THREADS if self.direction == "reduce" else CLEAR_THREADS) // 32
+        if self.split and not self.affine:
+            return GUESS if self.lean else WARPS
         if self.split:
             return SPLIT_FORWARD + 1 if self.direction == "forward" else SPLIT_BACKWARD
         return 1 if self.alone else 4 if self.recompute else WARPS
+
+    @property
+    def lean(self) -> bool:
+        """Whether what is guessed takes so few registers that two blocks fit on a multiprocessor."""
+        simple = self.activation == self.candidate == "identity"
+        return simple and self.weight == "column" and self.dtype != "float64"
 
     @property
     def affine(self) -> bool:
@@ -130,6 +140,8 @@ class Specialisation(NamedTuple):
         if self.direction in ("reduce", "clear"):
             return 0
         state = ITEMSIZES[STATES[self.dtype]]
+        if self.split and not self.affine:  # the state that a warp is given; notes
+            return warps * (32 * self.columns * state + self.tile * self.step_bytes) + 16
         if self.split:  # what a tile does to any state, where it starts, what its warp hands on; and two numbers
             warps -= self.direction == "forward"  # one talks
             of_warp = 3 + (1 if self.direction == "forward" else 2 * self.sums + self.recompute)
@@ -161,9 +173,11 @@ class Specialisation(NamedTuple):
                 "TILE": self.tile,
                 "UNIT": UNIT,
                 "STEP_BYTES": self.step_bytes,
-                "RESIDENT": 8 if self.alone else 1,
+                "RESIDENT": 8 if self.alone else 2 if self.split and not self.affine and self.lean else 1,
                 "RECOMPUTE": str(self.recompute).lower(),
                 "SPLIT": int(self.split),
+                "AFFINE": int(self.affine),
+                "MEND": str(self.mend).lower(),
             }
         return tuple(f"-DCUSRU_{name}={value}" for name, value in defines.items())
 
@@ -173,7 +187,9 @@ class Limits(NamedTuple):
 
     multiprocessors: int
     shared: int = 227 << 10  #: bytes of a block, at most
-    split: tuple[int, ...] | None = None  #: for tests: (warps of a block, spans from anchor to anchor), or () for never
+    #: For tests: () for never; (warps of a block, spans from anchor to anchor), of which the first is where time is guessed the
+    #: least tiles of a span, a power of two
+    split: tuple[int, ...] | None = None
 
 
 class Launch(NamedTuple):
@@ -205,7 +221,7 @@ def specialisations() -> Iterator[Specialisation]:
         ]
         cells += [dict(cell=pooling, zoneout=zoneout) for pooling in POOLINGS for zoneout in both]
         cells += [dict(cell=form, weight=w) for form in FORMS for w in weights if w != "none"]
-        ways: list[dict[str, Any]] = [dict(alone=False), dict(alone=True), dict(split=True)]
+        ways: list[dict[str, Any]] = [dict(alone=False), dict(alone=True), dict(split=True), dict(split=True, mend=True)]
         passes = (("forward", False), ("backward", False), ("backward", True))
         for (direction, recompute), cell, each, packed, way, marks in itertools.product(
             passes, cells, columns(dtype), both, ways, MARKS
@@ -213,5 +229,5 @@ def specialisations() -> Iterator[Specialisation]:
             if packed and cell.get("cell") in FORMS:  # whose u has one value
                 continue
             one = Specialisation(direction, dtype, columns=each, packed=packed, recompute=recompute, marks=marks, **cell, **way)
-            if one.affine or not one.split:
+            if not (one.affine and one.mend):
                 yield one
