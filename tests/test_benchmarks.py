@@ -67,6 +67,24 @@ def test_every_pass_moves_its_floor_and_little_more(
         assert row["workspace_bytes"] <= 0.05 * row["floor_bytes"], row
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", traffic.SPANS, ids=lambda case: case.name)
+def test_where_time_is_split_data_moves_once_and_the_rest_is_what_spans_tell(
+    monkeypatch: pytest.MonkeyPatch, case: cases.Case, dtype: str
+) -> None:
+    monkeypatch.setenv("CUSRU_SIMULATE", "1")
+    ran, run = [], raw_kernels.run
+    monkeypatch.setattr(raw_kernels, "run", lambda launches, *rest: (ran.extend(launches), run(launches, *rest)))
+    for row in traffic.rows(case, dtype):
+        words = row["workspace_bytes"] / row["floor_bytes"]
+        assert 1 <= row["ratio"] - words <= 1.02, row
+        assert words <= 0.115, row
+        assert row["sector_efficiency"] >= 0.95, row
+    assert all(launch.kernel.split for launch in ran if launch.kernel.direction in PASSES)
+    assert {launch.kernel.direction for launch in ran} >= {"clear", "forward"}
+
+
 def test_the_floor_is_that_of_the_equations(simulated: measuring.Simulator) -> None:
     """By hand: k = 3 with x, v2, state float32 under float16 u."""
     case = cases.Case("floor", 24, 2, 8, weight_c="column", c0=True, save_every=5, padding="lengths")
