@@ -77,6 +77,10 @@ template <typename V, int T, bool MEND> struct GuessForward : ForwardTile<V, T> 
         this->prepare_all(prepared);
         in.move(straight, first + turn);
         this->load(rest - turn);
+        const bool compared = left == T && !((tile + 1) & (static_cast<unsigned>(args.slice) - 1));
+        S* const at = state_after(tile);
+        S there[N] = {};
+        if (MEND && compared && lane.active) get(at, there);  // by now: a turn is to be short
 
         S state[T + 1][N];
         relay.take(state[0]);
@@ -87,13 +91,8 @@ template <typename V, int T, bool MEND> struct GuessForward : ForwardTile<V, T> 
         }
         this->follow(straight, bits, prepared, state);
         bool merged = false;
-        if (left == T && !((tile + 1) & (static_cast<unsigned>(args.slice) - 1))) {
-            S* const at = state_after(tile);
-            if constexpr (MEND) {
-                S there[N];
-                if (lane.active) get(at, there);
-                merged = same(there, state[T]);
-            }
+        if (compared) {
+            merged = MEND && same(there, state[T]);
             if (!merged) put(at, state[T]);
         }
         if (rest <= T) {
