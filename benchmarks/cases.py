@@ -7,12 +7,14 @@ weight_c, gates that a forget bias may keep open, decays between 0 and 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+PERIOD = 4_194_301  # a prime
 PADDINGS = ("none", "lengths", "scattered", "all")
 
 
@@ -126,33 +128,56 @@ SMALL = (  # the same kinds of problem, for a CPU
 CASES = {case.name: case for case in (*BENCHMARKS, *SMALL)}
 
 
+Reach = float | tuple[float | None, float | None] | None  # in either pass, or forward and backward
+
+
 class Goal(NamedTuple):
-    """What a case is to reach on a device, in either pass."""
+    """What a case is to reach on a device."""
 
     row: str  #: of the table of goals; of two that one case serves
     case: Case  #: saves every 32nd state; forward also as inference, which saves none
     dtype: str
-    of_ceiling: float | None = None  #: of the faster of copy and stream
-    of_original: float | None = None  #: the original design's time over ours
-    of_plain: float | None = None  #: of what the plain v2 case of the same shape reaches of its own ceiling
-    launches: tuple[int, int] | None = None  #: forward, and at most backward
+    of_ceiling: Reach = None  #: of the faster of copy and stream
+    of_original: Reach = None  #: the original design's time over ours
+    of_plain: Reach = None  #: of what the plain case of the same shape reaches of its own ceiling
+    of_peer: Reach = None  #: the time of the fastest other package's linear recurrence over ours
+    launches: Reach = None  #: at most
+
+    def wanted(self, backward: bool) -> dict[str, float]:
+        named = {name: value for name, value in self._asdict().items() if name not in ("row", "case", "dtype")}
+        each = {name: value[backward] if isinstance(value, tuple) else value for name, value in named.items()}
+        return {name: value for name, value in each.items() if value is not None}
+
+
+def _goal(row: str, name: str, *shape: int, dtype: str = "bfloat16", options: dict[str, Any] | None = None, **goals: Any) -> Goal:
+    case = Case(f"{name}-{'x'.join(map(str, shape))}", *shape, save_every=32, **(options or {}))
+    return Goal(row, case, dtype, **goals)
 
 
 def _goals(row: str, *shape: int, dtype: str = "float32", **goals: Any) -> list[Goal]:
     """Of SRU v1 and v2."""
-    versions = [Case(f"{name}-{'x'.join(map(str, shape))}", *shape, weight_c=weight, save_every=32)
-                for name, weight in (("v1", "none"), ("v2", "column"))]  # fmt: skip
-    return [Goal(row, case, dtype, **goals) for case in versions]
+    versions = {"v1": "none", "v2": "column"}.items()
+    return [_goal(row, name, *shape, dtype=dtype, options=dict(weight_c=weight), **goals) for name, weight in versions]
 
 
 def _beside_plain(row: str, *shape: int, dtype: str = "float32") -> list[Goal]:
-    """What is to stay within a tenth of the plain case."""
-    *_, (_, plain, *_) = _goals(row, *shape)
+    """What is to stay within a tenth of the plain case, v2."""
     variants = {"padding": {"padding": "lengths"}, "k4": {"skip": "projected"}, "two-directions": {"bidirectional": True},
                 "step-weights": {"weight_c": "step"}}  # fmt: skip
-    return [Goal(row, plain._replace(name=plain.name.replace("v2", name), **options), dtype, of_plain=0.9)
+    return [_goal(row, name, *shape, dtype=dtype, options={"weight_c": "column", **options}, of_plain=0.9)
             for name, options in variants.items()]  # fmt: skip
 
+
+def _narrow_options(row: str, *shape: int) -> list[Goal]:
+    """Likewise of v1, whose forward is split too; but weights per step beside v2, since neither's forward is affine."""
+    variants: dict[str, dict[str, Any]] = {
+        "v1-padding": {"padding": "scattered"}, "v1-two-directions": {"bidirectional": True}, "v1-k4": {"skip": "projected"},
+        "v1-mask": {"mask_c": 0.2}, "v1-tanh": {"activation": "tanh"}, "step-weights": {"weight_c": "step"},
+    }  # fmt: skip
+    return [_goal(row, name, *shape, options=options, of_plain=0.9) for name, options in variants.items()]
+
+
+_V2, _LINEAR = {"weight_c": "column"}, {"family": "linear_recurrence", "cell": "affine"}
 
 GOALS = (
     *_goals("1", 512, 32, 512, dtype="bfloat16", of_ceiling=0.85),
@@ -165,6 +190,21 @@ GOALS = (
     *_goals("6", 128, 32, 512, launches=(1, 2)),
     *_beside_plain("1", 512, 32, 512, dtype="bfloat16"),
     *_beside_plain("3", 2048, 16, 1024),
+    # From here on columns are few, and time is long (docs/performance.md, "Time in parallel"). Row 9 is of v2's forward, by the
+    # forget gates' bias; what has no goal is only reported.
+    _goal("7", "v1", 16384, 1, 1024, of_ceiling=0.7),
+    _goal("7, 9", "v2", 16384, 1, 1024, options=_V2, of_ceiling=(0.4, 0.7)),
+    _goal("9", "v2-bias-2", 16384, 1, 1024, options={**_V2, "bias": 2.0}, of_ceiling=(0.4, None)),
+    _goal("9", "v2-bias-4", 16384, 1, 1024, options={**_V2, "bias": 4.0}),
+    _goal("8", "v1", 65536, 1, 512, of_ceiling=0.75),
+    _goal("8", "v2", 65536, 1, 512, options=_V2, of_ceiling=(None, 0.75)),
+    _goal("10", "v1", 1048576, 1, 8, dtype="float32", of_ceiling=0.5),
+    _goal("11", "v1-two-directions-padded", 1500, 4, 512, options=dict(bidirectional=True, padding="lengths"), of_ceiling=0.6),
+    _goal("12", "linear", 16384, 1, 1024, dtype="float32", options=_LINEAR, of_peer=1.2),
+    _goal("12", "linear", 8192, 8, 1536, dtype="float32", options=_LINEAR, of_peer=1.2),
+    _goal("13", "v1", 16384, 1, 1024, dtype="float32", of_original=40),
+    _goal("13", "v2", 16384, 1, 1024, dtype="float32", options=_V2, of_original=(4, None)),
+    *_narrow_options("7", 16384, 1, 1024),
 )
 
 
@@ -182,15 +222,15 @@ def make(case: Case, dtype: str, seed: int = 0, put: Callable[[np.ndarray], Any]
     storage = _dtype(dtype)
     length, batch, width, k = case.L, case.B, case.D, case.k
 
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, dtype=state)
+    def normal(*shape: int, dtype: Any = state) -> np.ndarray:
+        return _normal(rng, shape, state, dtype)
 
     of_all: dict[str, Any] = dict(bidirectional=case.bidirectional, save_every=case.save_every)
     if case.family != "sru":
         arrays: dict[str, np.ndarray | None] = dict(c0=normal(batch, width) if case.c0 else None, mask_pad=_padding(case, rng))
         if case.family == "qrnn":
             of_all["pooling"] = case.cell
-            arrays["u"] = normal(length, batch, width, k).astype(storage)
+            arrays["u"] = normal(length, batch, width, k, dtype=storage)
             if case.zoneout is not None:
                 arrays["zoneout"] = rng.random((length, batch, width)) < case.zoneout
         else:
@@ -198,14 +238,14 @@ def make(case: Case, dtype: str, seed: int = 0, put: Callable[[np.ndarray], Any]
             shape = {"step": (length, batch, width), "batch": (batch, width), "column": (width,)}[case.a]
             gate = 1 / (1 + np.exp(-normal(*shape) - 3))  # what is kept
             arrays["a"] = (gate if case.cell == "affine" else 1 - gate).astype(state)
-            arrays["b"] = normal(length, batch, width).astype(storage)
+            arrays["b"] = normal(length, batch, width, dtype=storage)
         arrays["starts"] = _starts(case, rng)
         return of_all | {name: a if a is None else put(a) for name, a in arrays.items()}
 
     if case.layout == "k_inner":
-        u = put(normal(length, batch, width, k).astype(storage))
+        u = put(normal(length, batch, width, k, dtype=storage))
     else:
-        u = put(normal(length, batch, k, width).astype(storage)).transpose(0, 1, 3, 2)
+        u = put(normal(length, batch, k, width, dtype=storage)).transpose(0, 1, 3, 2)
     weight_shape = {"none": None, "column": (2, width), "step": (length, batch, width, 2)}[case.weight_c]
     weight = bias = mask_c = None
     if weight_shape is not None:  # uniform of variance 1/2, as the sru package begins
@@ -213,7 +253,7 @@ def make(case: Case, dtype: str, seed: int = 0, put: Callable[[np.ndarray], Any]
     if case.bias is not None:
         bias = 0.1 * normal(2, width)
         bias[0] += case.bias
-    x = normal(length, batch, width).astype(storage) if case.skip == "x" else None
+    x = normal(length, batch, width, dtype=storage) if case.skip == "x" else None
     c0 = normal(batch, width) if case.c0 else None
     if case.mask_c is not None:
         mask_c = ((rng.random((batch, width)) >= case.mask_c) / (1 - case.mask_c)).astype(state)
@@ -233,8 +273,14 @@ def make_gradients(case: Case, dtype: str, seed: int = 0, put: Callable[[np.ndar
     """grad_h and grad_c_last for `cusru.sru_backward`, in u's dtype and the state's."""
     rng = np.random.default_rng([seed, 1])
     state = np.dtype("float64" if dtype == "float64" else "float32")
-    grad_h = rng.standard_normal((case.L, case.B, case.D), dtype=state).astype(_dtype(dtype))
+    grad_h = _normal(rng, (case.L, case.B, case.D), state, _dtype(dtype))
     return put(grad_h), put(rng.standard_normal((case.B, case.D), dtype=state))
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...], state: np.dtype, dtype: np.dtype) -> np.ndarray:
+    """Of more than PERIOD values these are repeated: to draw gigabytes takes longer than a GPU takes for all the rest."""
+    count = math.prod(shape)
+    return np.resize(rng.standard_normal(min(count, PERIOD), dtype=state).astype(dtype), shape)
 
 
 def _padding(case: Case, rng: np.random.Generator) -> np.ndarray | None:

@@ -56,7 +56,7 @@ from cusru.measuring import Floor, address
 ROOT = Path(__file__).parent.parent
 PARTS = {  # what one step leaves of its seconds, the next may use
     "correctness": {"tests": 190, "sanitizer": 80},
-    "speed": {"bandwidth": 10, "goals": 130, "profile": 60, "table": 90, "host": 30, "peers": 65},
+    "speed": {"bandwidth": 10, "goals": 150, "profile": 60, "table": 80, "host": 20, "peers": 68},
 }
 SECONDS = {**PARTS["correctness"], **PARTS["speed"]}
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
@@ -329,7 +329,8 @@ def _there(dtype: str) -> bool:
 
 
 def goals(simulate: bool, seconds: float) -> Iterator[Row]:
-    """What each case with a goal reaches, as inference and as training."""
+    """What each case with a goal reaches, as inference and as training. The original design runs where a goal names it: at a
+    million steps it takes seconds."""
     here = find(simulate)
     plain: dict[tuple[Any, ...], float] = {}
     for goal in _goals(simulate):
@@ -338,12 +339,15 @@ def goals(simulate: bool, seconds: float) -> Iterator[Row]:
             for work, counted in _inference_and_training(here, goal):
                 for direction in work.results:
                     about = _about(goal, work, direction)
-                    row = {**work.measure(direction, cache=here.caches[0]), **about, "launches": counted[direction]}
+                    original = "of_original" in about["goal"]
+                    row = {**work.measure(direction, cache=here.caches[0], original=original), **about}
+                    row["launches"] = counted[direction]
                     reached = row["times"]["cusru"]["of_ceiling"]
-                    key = (*about["shape"], goal.dtype, direction, about["save_every"])
+                    version = "v1" if work.case.weight_c == "none" else "v2"
+                    key = (version, *about["shape"], goal.dtype, direction, about["save_every"])
                     if goal.of_plain and key in plain:
                         row["of_plain"] = reached / plain[key]
-                    elif work.case.weight_c == "column":
+                    elif re.fullmatch(r"v[12]-[\dx]+", goal.case.name):
                         plain[key] = reached
                     yield row
         except Exception as error:
@@ -354,10 +358,19 @@ def goals(simulate: bool, seconds: float) -> Iterator[Row]:
 
 
 def _goals(simulate: bool) -> list[cases.Goal]:
-    """To try the command, small ones of each kind, in float32."""
+    """To try the command, small ones of each kind, in float32; of the narrow ones such as are split."""
     if simulate:
-        chosen = [goal for goal in cases.GOALS if goal.row in ("3, 5", "6", "3")]
-        return [goal._replace(case=goal.case._replace(L=40, B=3, D=32)) for goal in chosen]
+        small = {
+            **dict.fromkeys(("3, 5", "6", "3"), (40, 3, 32)),
+            "12": (1600, 1, 8),
+            "13": (700, 1, 32),
+            "v1-padding": (700, 1, 32),
+        }
+        chosen = [(goal, name) for goal in cases.GOALS for name in (goal.row, goal.case.name.rsplit("-", 1)[0]) if name in small]
+        sizes = [dict(zip("LBD", small[name], strict=True)) for _, name in chosen]
+        return [
+            goal._replace(case=goal.case._replace(**of), dtype="float32") for (goal, _), of in zip(chosen, sizes, strict=True)
+        ]
     return [goal for goal in cases.GOALS if _there(goal.dtype)]
 
 
@@ -371,10 +384,7 @@ def _inference_and_training(here: measuring.Machine, goal: cases.Goal) -> Iterat
 
 
 def _about(goal: cases.Goal, work: Workload, direction: str) -> Row:
-    case = work.case
-    wanted = {name: value for name, value in goal._asdict().items() if name.startswith("of_") and value is not None}
-    if goal.launches:
-        wanted["launches"] = goal.launches[PASSES.index(direction)]
+    case, wanted = work.case, goal.wanted(direction == "backward")
     return {"row": goal.row, "case": case.name, "shape": [case.L, case.B, case.D], "dtype": goal.dtype, "pass": direction,
             "save_every": case.save_every, "floor_bytes": work.floor(direction).bytes, "goal": wanted}  # fmt: skip
 
@@ -443,40 +453,69 @@ def _one_line(error: Exception) -> str:
 
 
 def beside(simulate: bool, seconds: float) -> Iterator[Row]:
-    """Ours and the peers' times at a few shapes; GB/s of what each must move, since they do not compute the same."""
+    """Ours and the peers' times at a few shapes; GB/s of what each must move, since they do not compute the same. First the
+    linear recurrences that have a goal, beside those that compute it too."""
     here = find(simulate)
     gone: dict[str, peers.Unavailable] = {}  # what is not there needs no second try
-    candidates: dict[str, Callable[[Workload], peers.Peer]] = {"cusru": _ours, **peers.PEERS}
+    every = {"cusru": _ours, **peers.PEERS}
+    scans = {name: make for name, make in every.items() if name == "cusru" or name in peers.SCANS}
+    for goal in _goals(simulate):
+        if not goal.of_peer:
+            continue
+        times: dict[tuple[str, str], float] = {}
+        for row in _side_by_side(simulate, here, goal.case, goal.dtype, scans, gone):
+            yield row
+            if row.get("lost"):
+                return
+            if "seconds" in row:
+                times[row["peer"], row["pass"]] = row["seconds"]
+        for direction in PASSES:
+            theirs = {name: t for (name, of), t in times.items() if of == direction and name != "cusru"}
+            if theirs and ("cusru", direction) in times:
+                fastest = min(theirs, key=lambda name: theirs[name])
+                about = {"case": goal.case.name, "shape": [*goal.case[1:4]], "dtype": goal.dtype, "pass": direction}
+                of_peer = theirs[fastest] / times["cusru", direction]
+                yield {**about, "fastest": fastest, "of_peer": of_peer, "goal": goal.wanted(direction == "backward")}
     chosen = ("small", "small-separation-k3") if simulate else PEER_CASES
     for case, dtype in _each(cases.CASES[name]._replace(dtypes=("float32", "bfloat16")) for name in chosen):
         if simulate and dtype != "float32":
             continue
-        work = None  # the last one's memory, before this one takes its own
-        for name, make in candidates.items():
-            row = {"case": case.name, "shape": [case.L, case.B, case.D], "dtype": dtype, "peer": name}
-            peer = None
-            _free_memory(simulate)
-            try:
-                if name in gone:
-                    raise gone[name]
-                work = work or Workload(here, case, dtype)
-                peer = make(work)
-                for direction in PASSES:
-                    call, moved = getattr(peer, direction), getattr(peer, f"{direction}_bytes")
-                    call()
-                    time_of, copy = here.time(call), here.time(work.copy(Floor(moved - moved // 2, moved // 2)))
-                    figures = {"seconds": time_of, "bytes": moved, "gb_per_s": moved / time_of / 1e9, "of_copy": copy / time_of}
-                    yield {**row, "pass": direction, **figures}
-            except peers.Unavailable as error:
-                if error.altogether:
-                    gone[name] = error
-                yield {**row, "skipped": str(error)}
-            except Exception as error:
-                ours = name in ("cusru", "sru_layer", "linear_recurrence", "qrnn")  # a peer that breaks is not our failure
-                kind = "failed" if ours else "skipped"
-                yield {**row, kind: f"it breaks: {_one_line(error)}"}
-                if _lost(error):
-                    return
+        for row in _side_by_side(simulate, here, case, dtype, every, gone):
+            yield row
+            if row.get("lost"):
+                return
+
+
+def _side_by_side(
+    simulate: bool, here: measuring.Machine, case: cases.Case, dtype: str,
+    candidates: dict[str, Callable[[Workload], peers.Peer]], gone: dict[str, peers.Unavailable],
+) -> Iterator[Row]:  # fmt: skip
+    work = None
+    for name, make in candidates.items():
+        row = {"case": case.name, "shape": [case.L, case.B, case.D], "dtype": dtype, "peer": name}
+        peer = None
+        _free_memory(simulate)
+        try:
+            if name in gone:
+                raise gone[name]
+            work = work or Workload(here, case, dtype)
+            peer = make(work)
+            for direction in PASSES:
+                call, moved = getattr(peer, direction), getattr(peer, f"{direction}_bytes")
+                call()
+                time_of, copy = here.time(call), here.time(work.copy(Floor(moved - moved // 2, moved // 2)))
+                figures = {"seconds": time_of, "bytes": moved, "gb_per_s": moved / time_of / 1e9, "of_copy": copy / time_of}
+                yield {**row, "pass": direction, **figures}
+        except peers.Unavailable as error:
+            if error.altogether:
+                gone[name] = error
+            yield {**row, "skipped": str(error)}
+        except Exception as error:
+            ours = name in ("cusru", "sru_layer", "linear_recurrence", "qrnn")  # a peer that breaks is not our failure
+            kind = "failed" if ours else "skipped"
+            yield {**row, kind: f"it breaks: {_one_line(error)}"} | ({"lost": True} if _lost(error) else {})
+            if _lost(error):
+                return
 
 
 def _free_memory(simulate: bool) -> None:

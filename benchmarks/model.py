@@ -54,7 +54,7 @@ class Walk(NamedTuple):
     """Of one pass."""
 
     cost: Cost
-    steps: int
+    steps: float
     blocks: int
     warps: int  #: of a block
     resident: int  #: blocks that fit on a multiprocessor
@@ -84,6 +84,30 @@ class Spans(NamedTuple):
     reducers: int = 0
 
 
+class Guessed(NamedTuple):
+    """Of one pass whose time is guessed and mended (`cusru/kernels/guess.cuh`), two launches. What the second has to do depends
+    on the numbers."""
+
+    first: Walk
+    cost: Cost  #: of the second launch
+    resident: int  #: likewise
+    spans: int
+    merged: float  #: steps after which states that begin apart have the same bits; infinity: never
+
+    @property
+    def second(self) -> Walk:
+        """All spans but the first, each as far as it must be walked."""
+        steps = min(self.merged, self.first.steps)
+        part = (self.spans - 1) / self.spans
+        blocks, bytes = round(part * self.first.blocks), self.first.bytes * part * steps / self.first.steps
+        return self.first._replace(cost=self.cost, steps=steps, blocks=blocks, resident=self.resident, bytes=bytes)
+
+    @property
+    def in_order(self) -> float:
+        """Steps that the last block of a group walks after that."""
+        return (self.spans - 2) * self.first.steps if self.merged > self.first.steps else 0
+
+
 class Prediction(NamedTuple):
     seconds: float
     terms: dict[str, float]  #: seconds of each by itself
@@ -100,13 +124,24 @@ def cycles(cost: Cost, warps: int, blocks: int) -> dict[str, float]:
     }
 
 
-def predict(walk: Walk | Spans, device: Device) -> Prediction:
+def predict(walk: Walk | Spans | Guessed, device: Device) -> Prediction:
+    if isinstance(walk, Guessed):
+        return _guessed(walk, device)
     totals = {"ramp": RAMP}
     seconds, waves = _spans(walk, device, totals) if isinstance(walk, Spans) else _waves(walk, device, totals)
     if walk.reducers:
         totals["second kernel"] = LAUNCH + walk.partials / min(walk.reducers * REDUCE_BANDWIDTH, device.bandwidth)
         seconds += totals["second kernel"]
     return Prediction(seconds, totals, waves)
+
+
+def _guessed(of: Guessed, device: Device) -> Prediction:
+    """The second launch has a ramp of its own, for its blocks begin with loads."""
+    first, second = predict(of.first, device), predict(of.second, device)
+    in_order = of.in_order * max(cycles(of.second.cost, of.second.warps, 1).values()) / device.clock
+    terms = {name: seconds + second.terms[name] for name, seconds in first.terms.items()}
+    seconds = first.seconds + LAUNCH + second.seconds + in_order
+    return Prediction(seconds, terms | {"second launch": LAUNCH, "in order": in_order}, first.waves + second.waves)
 
 
 def _together(terms: Iterable[float]) -> float:
@@ -206,110 +241,114 @@ SIZES = (8, 1), (4, 2), (4, 1), (2, 2), (2, 1)  # bytes of a value, columns of a
 KERNELS: dict[tuple[str, str, str, str], tuple[tuple[float, ...], tuple[int, ...]]] = {
     ("forward", "sru", "none", "turns"): ((188.5, 48.5, 71.2, 53.5, 88.4), (166, 168, 128, 168, 168)),
     ("forward", "sru", "none", "alone"): ((183.2, 46.8, 63.5, 51.7, 83.1), (174, 168, 146, 168, 162)),
-    ("forward", "sru", "none", "split"): ((283.8, 69.3, 103.0, 74.4, 111.8), (144, 167, 136, 168, 167)),
+    ("forward", "sru", "none", "split"): ((283.5, 69.6, 102.8, 74.1, 109.8), (138, 168, 130, 167, 167)),
     ("forward", "f", "none", "turns"): ((251.8, 48.6, 63.5, 52.2, 68.2), (98, 136, 118, 126, 109)),
     ("forward", "f", "none", "alone"): ((242.8, 44.5, 57.5, 48.6, 61.5), (101, 128, 109, 123, 107)),
-    ("forward", "f", "none", "split"): ((313.2, 74.1, 101.6, 77.1, 105.4), (103, 155, 106, 151, 102)),
+    ("forward", "f", "none", "split"): ((306.8, 73.9, 101.9, 76.7, 105.9), (102, 143, 98, 138, 102)),
     ("forward", "fo", "none", "turns"): ((325.2, 62.9, 72.1, 67.8, 90.2), (131, 162, 108, 148, 128)),
     ("forward", "fo", "none", "alone"): ((306.8, 55.1, 69.2, 61.3, 83.8), (130, 156, 107, 148, 128)),
-    ("forward", "fo", "none", "split"): ((379.0, 81.4, 113.0, 85.3, 123.8), (126, 147, 132, 146, 128)),
+    ("forward", "fo", "none", "split"): ((378.5, 84.8, 111.9, 88.3, 124.1), (126, 147, 132, 141, 128)),
     ("forward", "ifo", "none", "turns"): ((390.0, 67.4, 81.2, 74.4, 90.8), (98, 163, 115, 156, 113)),
     ("forward", "ifo", "none", "alone"): ((374.0, 61.8, 71.5, 69.7, 78.9), (110, 165, 111, 164, 115)),
-    ("forward", "ifo", "none", "split"): ((453.0, 91.4, 110.4, 95.1, 115.1), (128, 161, 113, 164, 114)),
+    ("forward", "ifo", "none", "split"): ((454.2, 91.4, 110.1, 95.8, 115.4), (128, 163, 112, 166, 110)),
     ("forward", "affine", "column", "turns"): ((47.0, 16.9, 30.2, 20.4, 38.8), (98, 102, 90, 87, 90)),
     ("forward", "affine", "column", "alone"): ((38.0, 14.8, 28.9, 16.3, 37.9), (94, 88, 86, 95, 87)),
-    ("forward", "affine", "column", "split"): ((104.8, 36.3, 64.8, 39.1, 70.4), (96, 104, 114, 104, 112)),
+    ("forward", "affine", "column", "split"): ((103.5, 35.8, 58.6, 38.4, 64.8), (94, 106, 116, 104, 114)),
     ("forward", "affine", "step", "turns"): ((51.5, 17.3, 38.2, 19.4, 50.0), (110, 128, 122, 128, 118)),
     ("forward", "affine", "step", "alone"): ((45.5, 16.3, 30.0, 18.9, 43.9), (108, 118, 112, 110, 120)),
-    ("forward", "affine", "step", "split"): ((120.8, 37.2, 72.1, 40.3, 81.6), (104, 126, 112, 156, 101)),
+    ("forward", "affine", "step", "split"): ((118.5, 36.8, 72.8, 39.2, 80.0), (102, 154, 110, 156, 96)),
     ("forward", "complement", "column", "turns"): ((47.0, 16.9, 29.6, 20.4, 38.4), (96, 100, 96, 87, 90)),
     ("forward", "complement", "column", "alone"): ((38.0, 14.8, 25.8, 16.3, 39.6), (94, 88, 88, 95, 84)),
-    ("forward", "complement", "column", "split"): ((105.0, 36.3, 64.8, 38.9, 70.6), (92, 104, 116, 104, 110)),
+    ("forward", "complement", "column", "split"): ((103.8, 35.7, 58.6, 38.3, 65.0), (96, 106, 116, 104, 108)),
     ("forward", "complement", "step", "turns"): ((51.5, 17.3, 38.2, 19.4, 50.0), (110, 128, 122, 128, 118)),
     ("forward", "complement", "step", "alone"): ((45.5, 16.3, 32.8, 18.9, 43.8), (108, 118, 112, 110, 120)),
-    ("forward", "complement", "step", "split"): ((115.8, 36.2, 71.6, 39.4, 81.0), (106, 122, 112, 152, 108)),
+    ("forward", "complement", "step", "split"): ((115.2, 39.1, 71.0, 41.5, 77.1), (102, 152, 112, 156, 96)),
     ("forward", "blend", "column", "turns"): ((48.0, 18.8, 30.6, 20.9, 39.4), (98, 100, 96, 87, 90)),
     ("forward", "blend", "column", "alone"): ((39.0, 16.4, 28.6, 17.3, 40.6), (94, 88, 92, 96, 87)),
-    ("forward", "blend", "column", "split"): ((106.0, 37.5, 65.8, 38.9, 72.6), (92, 104, 116, 104, 114)),
+    ("forward", "blend", "column", "split"): ((104.8, 36.9, 59.6, 38.4, 66.8), (96, 106, 116, 104, 113)),
     ("forward", "blend", "step", "turns"): ((57.2, 21.9, 39.2, 25.8, 51.0), (110, 128, 122, 128, 118)),
     ("forward", "blend", "step", "alone"): ((50.0, 20.6, 33.8, 23.2, 44.8), (108, 120, 112, 110, 120)),
-    ("forward", "blend", "step", "split"): ((116.8, 38.4, 72.6, 40.2, 82.0), (106, 118, 112, 152, 109)),
+    ("forward", "blend", "step", "split"): ((116.2, 40.3, 72.0, 42.7, 78.1), (102, 154, 116, 156, 111)),
     ("forward", "sru", "column", "turns"): ((235.2, 43.8, 67.0, 47.9, 81.1), (130, 166, 159, 132, 168)),
     ("forward", "sru", "column", "alone"): ((227.5, 43.4, 60.5, 48.4, 76.4), (138, 164, 140, 138, 167)),
     ("forward", "sru", "step", "turns"): ((254.5, 49.3, 69.4, 56.7, 104.2), (156, 224, 168, 168, 214)),
+    ("forward", "sru", "column", "guess"): ((240.0, 46.3, 68.5, 50.5, 81.5), (128, 168, 138, 146, 168)),
+    ("forward", "sru", "column", "mend"): ((254.4, 49.1, 72.6, 53.5, 86.4), (174, 168, 154, 164, 167)),
+    ("forward", "sru", "step", "guess"): ((265.0, 53.8, 79.2, 60.0, 96.5), (166, 213, 184, 164, 255)),
+    ("forward", "sru", "step", "mend"): ((280.9, 57.0, 84.0, 63.6, 102.3), (208, 234, 216, 190, 247)),
     ("forward", "sru", "step", "alone"): ((237.2, 45.1, 66.2, 53.9, 88.5), (168, 216, 168, 166, 239)),
     ("backward", "sru", "none", "turns"): ((272.8, 97.0, 130.2, 106.9, 146.5), (186, 196, 163, 202, 179)),
     ("backward", "sru", "none", "alone"): ((270.0, 88.8, 107.5, 98.4, 138.8), (192, 208, 166, 202, 168)),
-    ("backward", "sru", "none", "split"): ((323.0, 138.1, 158.0, 146.1, 189.8), (200, 201, 176, 197, 168)),
+    ("backward", "sru", "none", "split"): ((312.5, 138.1, 142.2, 146.9, 181.2), (203, 194, 161, 200, 168)),
     ("backward", "sru", "column", "turns"): ((286.8, 115.5, 144.0, 124.8, 164.0), (193, 204, 169, 202, 200)),
     ("backward", "sru", "column", "alone"): ((289.8, 101.2, 119.0, 110.1, 145.2), (212, 218, 172, 214, 194)),
-    ("backward", "sru", "column", "split"): ((356.0, 139.9, 187.2, 149.9, 220.2), (212, 203, 182, 192, 168)),
+    ("backward", "sru", "column", "split"): ((362.8, 135.0, 184.2, 147.1, 227.2), (212, 199, 180, 196, 168)),
     ("backward", "sru", "step", "turns"): ((304.0, 111.1, 143.0, 124.4, 173.2), (228, 234, 208, 232, 226)),
     ("backward", "sru", "step", "alone"): ((296.0, 99.5, 129.0, 111.1, 161.8), (244, 238, 206, 234, 222)),
-    ("backward", "sru", "step", "split"): ((349.0, 154.0, 179.0, 163.4, 215.5), (240, 218, 204, 208, 201)),
+    ("backward", "sru", "step", "split"): ((352.0, 118.8, 175.0, 134.2, 203.8), (230, 228, 204, 207, 200)),
     ("backward", "f", "none", "turns"): ((317.0, 67.8, 88.5, 75.4, 104.8), (182, 180, 136, 167, 128)),
     ("backward", "f", "none", "alone"): ((305.8, 62.2, 80.2, 70.8, 94.8), (166, 168, 132, 168, 124)),
-    ("backward", "f", "none", "split"): ((343.5, 91.9, 108.2, 95.5, 125.0), (188, 176, 157, 173, 141)),
+    ("backward", "f", "none", "split"): ((340.5, 80.2, 101.0, 86.5, 122.5), (195, 176, 149, 178, 136)),
     ("backward", "fo", "none", "turns"): ((400.5, 84.6, 107.0, 94.6, 131.2), (202, 186, 150, 194, 166)),
     ("backward", "fo", "none", "alone"): ((403.8, 79.9, 95.5, 89.4, 124.8), (190, 178, 140, 180, 161)),
-    ("backward", "fo", "none", "split"): ((436.0, 106.2, 133.2, 115.1, 154.2), (198, 192, 157, 189, 168)),
+    ("backward", "fo", "none", "split"): ((426.8, 103.5, 129.0, 111.0, 145.8), (207, 194, 152, 190, 156)),
     ("backward", "ifo", "none", "turns"): ((497.5, 94.5, 110.0, 102.9, 133.2), (204, 204, 162, 199, 152)),
     ("backward", "ifo", "none", "alone"): ((488.8, 90.4, 105.8, 99.6, 127.8), (194, 187, 152, 185, 140)),
-    ("backward", "ifo", "none", "split"): ((519.5, 117.6, 138.2, 122.5, 154.8), (206, 209, 166, 197, 160)),
+    ("backward", "ifo", "none", "split"): ((513.0, 110.5, 130.5, 116.0, 148.8), (214, 199, 155, 205, 148)),
     ("backward", "affine", "column", "turns"): ((95.2, 56.0, 93.2, 58.6, 133.5), (136, 140, 118, 136, 126)),
     ("backward", "affine", "column", "alone"): ((83.5, 45.2, 81.5, 49.9, 110.5), (125, 136, 112, 132, 103)),
-    ("backward", "affine", "column", "split"): ((80.0, 49.2, 77.8, 52.5, 94.8), (156, 132, 138, 128, 113)),
+    ("backward", "affine", "column", "split"): ((188.5, 49.9, 173.5, 59.4, 189.5), (163, 136, 132, 136, 112)),
     ("backward", "affine", "step", "turns"): ((113.5, 62.4, 112.8, 68.1, 135.5), (140, 153, 128, 152, 128)),
     ("backward", "affine", "step", "alone"): ((98.8, 53.6, 99.0, 59.5, 128.5), (146, 148, 131, 136, 110)),
-    ("backward", "affine", "step", "split"): ((73.5, 44.1, 69.8, 46.9, 85.0), (164, 144, 143, 140, 126)),
+    ("backward", "affine", "step", "split"): ((67.2, 35.0, 60.0, 39.8, 74.2), (176, 150, 139, 144, 124)),
     ("backward", "complement", "column", "turns"): ((95.2, 55.6, 93.8, 58.6, 133.5), (136, 140, 118, 136, 124)),
     ("backward", "complement", "column", "alone"): ((83.5, 45.0, 81.8, 50.9, 110.5), (125, 136, 111, 132, 96)),
-    ("backward", "complement", "column", "split"): ((81.2, 51.2, 79.2, 54.1, 97.0), (156, 135, 139, 128, 112)),
+    ("backward", "complement", "column", "split"): ((188.8, 50.8, 173.8, 53.5, 189.5), (161, 134, 128, 134, 112)),
     ("backward", "complement", "step", "turns"): ((116.0, 63.2, 113.8, 69.1, 136.5), (140, 153, 128, 152, 128)),
     ("backward", "complement", "step", "alone"): ((99.8, 54.6, 99.5, 61.5, 129.8), (146, 150, 133, 138, 110)),
-    ("backward", "complement", "step", "split"): ((72.5, 46.1, 69.2, 48.4, 84.5), (162, 144, 143, 143, 125)),
+    ("backward", "complement", "step", "split"): ((67.5, 35.5, 62.2, 37.6, 75.5), (176, 150, 139, 144, 118)),
     ("backward", "blend", "column", "turns"): ((121.2, 76.5, 121.8, 82.9, 148.0), (152, 144, 131, 140, 141)),
     ("backward", "blend", "column", "alone"): ((111.8, 59.9, 102.8, 63.5, 145.8), (150, 148, 133, 142, 118)),
-    ("backward", "blend", "column", "split"): ((82.5, 70.1, 80.5, 74.2, 109.8), (158, 144, 138, 139, 119)),
+    ("backward", "blend", "column", "split"): ((134.8, 49.2, 127.5, 54.4, 152.2), (168, 140, 135, 142, 120)),
     ("backward", "blend", "step", "turns"): ((139.5, 80.2, 142.8, 82.0, 172.8), (174, 164, 158, 156, 143)),
     ("backward", "blend", "step", "alone"): ((122.0, 72.8, 128.2, 77.1, 164.0), (160, 157, 144, 150, 128)),
-    ("backward", "blend", "step", "split"): ((82.0, 51.8, 80.2, 55.6, 102.8), (173, 167, 159, 158, 148)),
+    ("backward", "blend", "step", "split"): ((73.5, 44.5, 63.5, 47.1, 83.2), (186, 164, 147, 158, 140)),
     ("recompute", "sru", "none", "turns"): ((370.8, 98.8, 119.5, 110.2, 142.2), (166, 216, 172, 255, 210)),
     ("recompute", "sru", "none", "alone"): ((357.0, 105.4, 134.5, 117.6, 155.8), (188, 180, 148, 189, 155)),
-    ("recompute", "sru", "none", "split"): ((419.5, 154.9, 178.2, 166.2, 208.8), (200, 204, 177, 198, 167)),
+    ("recompute", "sru", "none", "split"): ((393.5, 154.9, 172.2, 165.6, 207.0), (203, 198, 160, 193, 159)),
     ("recompute", "sru", "column", "turns"): ((400.0, 113.2, 137.6, 122.9, 156.6), (182, 239, 190, 255, 221)),
     ("recompute", "sru", "column", "alone"): ((391.8, 119.1, 151.2, 130.6, 167.8), (212, 204, 158, 206, 167)),
-    ("recompute", "sru", "column", "split"): ((455.8, 155.8, 207.8, 167.8, 243.2), (208, 199, 168, 189, 168)),
+    ("recompute", "sru", "column", "split"): ((469.2, 150.0, 208.8, 163.6, 251.0), (213, 198, 166, 192, 167)),
     ("recompute", "sru", "step", "turns"): ((416.0, 135.8, 172.8, 152.9, 215.0), (202, 188, 168, 207, 178)),
     ("recompute", "sru", "step", "alone"): ((400.2, 117.5, 156.2, 132.8, 186.8), (231, 224, 180, 220, 202)),
-    ("recompute", "sru", "step", "split"): ((448.0, 171.5, 201.8, 183.9, 236.5), (228, 222, 192, 204, 195)),
+    ("recompute", "sru", "step", "split"): ((457.5, 136.6, 197.5, 153.2, 251.0), (228, 216, 194, 206, 182)),
     ("recompute", "f", "none", "turns"): ((533.2, 98.7, 114.2, 106.2, 130.1), (180, 184, 164, 194, 149)),
     ("recompute", "f", "none", "alone"): ((510.0, 100.2, 120.5, 110.8, 140.5), (184, 165, 147, 153, 113)),
-    ("recompute", "f", "none", "split"): ((548.8, 126.1, 147.5, 132.8, 165.5), (184, 183, 161, 171, 147)),
+    ("recompute", "f", "none", "split"): ((546.2, 117.0, 145.8, 126.0, 168.2), (189, 180, 150, 168, 135)),
     ("recompute", "fo", "none", "turns"): ((615.2, 121.2, 132.0, 131.4, 154.9), (200, 218, 160, 230, 168)),
     ("recompute", "fo", "none", "alone"): ((595.5, 119.1, 137.5, 129.9, 163.8), (198, 158, 133, 164, 128)),
-    ("recompute", "fo", "none", "split"): ((643.0, 143.5, 172.8, 153.5, 191.0), (196, 187, 154, 187, 160)),
+    ("recompute", "fo", "none", "split"): ((626.2, 140.6, 175.0, 152.8, 188.8), (210, 198, 149, 199, 148)),
     ("recompute", "ifo", "none", "turns"): ((798.0, 136.7, 146.0, 145.9, 166.2), (204, 246, 181, 246, 164)),
     ("recompute", "ifo", "none", "alone"): ((774.8, 136.5, 148.2, 147.8, 179.5), (206, 168, 146, 168, 125)),
-    ("recompute", "ifo", "none", "split"): ((812.2, 159.9, 186.2, 168.0, 203.8), (208, 217, 168, 203, 164)),
+    ("recompute", "ifo", "none", "split"): ((803.8, 156.9, 181.2, 167.0, 198.8), (214, 206, 153, 206, 145)),
     ("recompute", "affine", "column", "turns"): ((122.5, 46.6, 77.5, 49.9, 94.9), (148, 128, 128, 128, 127)),
     ("recompute", "affine", "column", "alone"): ((108.0, 57.8, 105.0, 65.2, 129.8), (128, 116, 116, 106, 106)),
-    ("recompute", "affine", "column", "split"): ((87.5, 60.8, 86.2, 63.6, 114.0), (162, 136, 145, 137, 118)),
+    ("recompute", "affine", "column", "split"): ((152.2, 66.1, 143.8, 74.4, 162.0), (165, 140, 137, 140, 112)),
     ("recompute", "affine", "step", "turns"): ((145.0, 50.8, 89.6, 54.2, 117.5), (164, 164, 158, 148, 130)),
     ("recompute", "affine", "step", "alone"): ((117.8, 69.1, 116.2, 71.8, 149.2), (148, 136, 126, 128, 118)),
-    ("recompute", "affine", "step", "split"): ((94.5, 55.1, 91.0, 56.5, 106.2), (164, 150, 152, 146, 126)),
+    ("recompute", "affine", "step", "split"): ((90.5, 47.5, 79.5, 50.6, 95.8), (179, 152, 145, 152, 133)),
     ("recompute", "complement", "column", "turns"): ((122.5, 46.6, 77.4, 49.8, 94.8), (148, 128, 128, 128, 128)),
     ("recompute", "complement", "column", "alone"): ((107.5, 57.8, 105.0, 64.0, 129.8), (128, 116, 114, 106, 109)),
-    ("recompute", "complement", "column", "split"): ((87.8, 61.0, 86.8, 65.4, 115.0), (162, 136, 142, 137, 118)),
+    ("recompute", "complement", "column", "split"): ((152.5, 68.4, 147.2, 73.4, 163.0), (165, 142, 136, 142, 112)),
     ("recompute", "complement", "step", "turns"): ((140.2, 52.1, 90.6, 55.2, 118.4), (164, 164, 158, 148, 130)),
     ("recompute", "complement", "step", "alone"): ((121.5, 70.1, 117.2, 72.9, 150.5), (148, 136, 126, 128, 121)),
-    ("recompute", "complement", "step", "split"): ((85.0, 56.8, 82.5, 61.0, 105.5), (164, 158, 153, 146, 125)),
+    ("recompute", "complement", "step", "split"): ((81.2, 47.4, 80.2, 49.2, 94.5), (179, 152, 145, 152, 138)),
     ("recompute", "blend", "column", "turns"): ((126.5, 51.9, 83.4, 56.8, 100.1), (150, 142, 128, 150, 128)),
     ("recompute", "blend", "column", "alone"): ((111.5, 61.1, 112.0, 70.2, 135.0), (128, 118, 112, 120, 110)),
-    ("recompute", "blend", "column", "split"): ((94.2, 74.0, 91.8, 79.1, 119.5), (162, 135, 142, 137, 118)),
+    ("recompute", "blend", "column", "split"): ((155.0, 59.5, 145.2, 66.1, 168.2), (165, 142, 138, 140, 112)),
     ("recompute", "blend", "step", "turns"): ((142.0, 53.7, 93.5, 62.2, 122.1), (168, 168, 154, 160, 162)),
     ("recompute", "blend", "step", "alone"): ((122.8, 69.4, 127.0, 83.9, 154.2), (152, 138, 128, 124, 125)),
-    ("recompute", "blend", "step", "split"): ((92.5, 58.9, 92.2, 64.2, 112.8), (173, 164, 154, 154, 128)),
+    ("recompute", "blend", "step", "split"): ((85.5, 50.9, 83.2, 55.9, 99.5), (180, 162, 147, 162, 142)),
 }
 
 # Special functions a step of a column: forward, backward, recompute.
@@ -335,7 +374,7 @@ def kernel(of: Specialisation) -> Known:
     """What is known of a kernel: of one with other options, what is known of the plain one."""
     which = "recompute" if of.recompute else of.direction
     weight = "step" if of.weight.startswith("step") else of.weight
-    way = "split" if of.split else "alone" if of.alone else "turns"
+    way = ("guess", "mend")[of.mend] if of.split and not of.affine else "split" if of.split else "alone" if of.alone else "turns"
     size = ITEMSIZES[of.dtype]
     at = SIZES.index((size, of.columns))
     counted, registers = KERNELS[which, of.cell, weight, way]
@@ -346,13 +385,13 @@ def kernel(of: Specialisation) -> Known:
 
 def _chain(of: Specialisation, which: str) -> float:
     """Cells other than SRU were not measured: theirs is SRU's without the parts that they have not."""
-    kind = "column" if of.cell == "sru" and of.weight == "column" else "none"
+    kind = "column" if of.cell == "sru" and of.weight != "none" else "none"
     step = CHAINS["forward", "none"]
     states = step if of.cell in FORMS else STATES[kind]  # no gate waits for its turn
     sums = SUMS if of.sums else 0
     if of.alone:
         return 0
-    if of.split:
+    if of.split and of.affine:
         return step if which == "forward" else sums + (states if of.recompute else 0)
     if which == "forward":
         return CHAINS[which, kind]

@@ -263,6 +263,7 @@ PEERS: dict[str, Callable[[Workload], Peer]] = {
         sru_operator,
     )
 }
+SCANS = ("scan_triton", "hgrn_recurrent", "hgrn_chunk", "scan_warp")  # what the linear recurrence's goal is held against
 
 if __name__ == "__main__":  # so that what compiles is there when its turn comes
     for name in ("sru.ops", "accelerated_scan.warp"):

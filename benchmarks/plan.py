@@ -16,10 +16,14 @@ from benchmarks.workload import PASSES
 from cusru import dlpack, measuring
 from cusru.arguments import ITEMSIZES, OPERATORS, STATES, STRAIGHT
 from cusru.measuring import Floor
-from cusru.plan import RESIDENT, Plan, Problem
+from cusru.plan import GUESSED_STEPS, RESIDENT, Plan, Problem
 from cusru.plan import plan as make_plan
 from cusru.problem import Options, check, layout, wanted_results
 from cusru.specialisation import FORMS, POOLINGS, UNIT, Launch, Limits
+
+#: Steps after which two trajectories of SRU v2 have the same bits, of inputs N(0, 1), the sru package's initial weights and a
+#: forget bias of 2; of 0 they are 64 to 128, of 4 some 1,000 (docs/performance.md)
+MERGED = 256
 
 
 def problem(case: Case, direction: str, dtype: str) -> Problem:
@@ -77,19 +81,24 @@ class Planned(NamedTuple):
     problem: Problem
     plan: Plan
     floor: Floor
-    walk: model.Walk | model.Spans
+    walk: model.Walk | model.Spans | model.Guessed
     main: Launch
 
     @property
     def warps(self) -> int:
         return self.main.block[0] // 32
 
+    @property
+    def once(self) -> model.Walk | model.Spans:
+        """The walk of the main launch."""
+        return self.walk.first if isinstance(self.walk, model.Guessed) else self.walk
+
 
 def planned(
     case: Case, direction: str, dtype: str, multiprocessors: int, cost: model.Cost | None = None,
-    split: tuple[int, ...] | None = None,
+    split: tuple[int, ...] | None = None, merged: float = MERGED,
 ) -> Planned:  # fmt: skip
-    """cost: of other kernels than the present ones. split: as `Limits` has it."""
+    """cost: of other kernels than the present ones. split: as `Limits` has it. merged: as `model.Guessed` has it."""
     asked = problem(case, direction, dtype)
     made, must = make_plan(asked, Limits(multiprocessors, split=split)), floor(asked)
     kernel, time = made.kernel, made.split
@@ -98,6 +107,11 @@ def planned(
     warps, about = main.block[0] // 32, model.kernel(kernel)
     resident = resources.blocks_per_sm(90, 32 * warps, about.registers, main.shared, 1 if kernel.alone else 16)
     cost = cost or about.cost
+    if time and not kernel.affine:
+        first = model.Walk(cost, time.units * time.steps, main.grid[0], warps, resident, must.bytes + made.checkpoint_bytes)
+        mend = model.kernel(kernel._replace(mend=True))
+        fit = resources.blocks_per_sm(90, 32 * warps, mend.registers, main.shared, 16)
+        return Planned(case, asked, made, must, model.Guessed(first, mend.cost, fit, time.spans, merged), main)
     if time:
         forward = kernel.direction == "forward"
         stretches = time.units if forward else time.units * -(-time.steps // kernel.group)
@@ -121,7 +135,10 @@ def planned(
 
 def both(case: Case, direction: str, dtype: str, multiprocessors: int) -> tuple[Planned, Planned | None]:
     """By turns; and with time split, where that can be."""
-    turns, split = (planned(case, direction, dtype, multiprocessors, split=split) for split in ((), (UNIT,)))
+    turns = planned(case, direction, dtype, multiprocessors, split=())
+    kernel = turns.plan.kernel  # as many warps as it may have; or the least tiles of a span that is guessed
+    forced = UNIT if kernel.affine else GUESSED_STEPS // kernel.tile
+    split = planned(case, direction, dtype, multiprocessors, split=(forced,))
     return turns, split if split.plan.split else None
 
 
@@ -129,11 +146,18 @@ def path(one: Planned, device: model.Device) -> str:
     """How time is walked, and what the other way would take."""
     turns, split = both(one.case, one.problem.direction, one.problem.dtype, device.multiprocessors)
     if split is None:
-        not_so = "a block has no room for its slices" if one.plan.kernel.affine else "it is not affine in what goes on"
-        return f"by turns: {not_so}"
+        affine = one.plan.kernel.affine
+        return f"by turns: {'a block has no room for its slices' if affine else 'it is not affine in what goes on, and short'}"
     of_turns, of_split = (f"{model.predict(each.walk, device).seconds * 1e6:.1f} us" for each in (turns, split))
-    if (time := one.plan.split) is None:
-        return f"by turns: {of_turns}, and split {of_split}"
+    time, way = one.plan.split, "split"
+    if not one.plan.kernel.affine:
+        assert isinstance(split.walk, model.Guessed)
+        never = model.predict(split.walk._replace(merged=math.inf), device)
+        way, of_split = "guessed", f"{of_split} if states merge in {MERGED} steps, {never.seconds * 1e6:.1f} us if never"
+    if time is None:
+        return f"by turns: {of_turns}, and {way} {of_split}"
+    if way == "guessed":
+        return f"guessed: {of_split}, and by turns {of_turns}; {time.spans} spans of {time.units * time.steps} steps"
     chunks = f"{time.chunks} chunks of " * (time.chunks > 1)
     length = f"{chunks}{time.units * time.steps} steps"
     spans = f"{time.spans} spans of {length}, of which every {time.anchor}th tells its start"
@@ -142,8 +166,8 @@ def path(one: Planned, device: model.Device) -> str:
 
 def lines(one: Planned, device: model.Device) -> list[str]:
     """The plan in words."""
-    made, must, walk = one.plan, one.floor, one.walk
-    kernel, per_sm, said = made.kernel, walk.blocks / device.multiprocessors, model.predict(walk, device)
+    made, must, walk = one.plan, one.floor, one.once
+    kernel, per_sm, said = made.kernel, walk.blocks / device.multiprocessors, model.predict(one.walk, device)
     if kernel.columns == 2:
         columns = "D and every address allow vectors of two"
     elif made.split and made.split.chunks > 1:
@@ -152,7 +176,7 @@ def lines(one: Planned, device: model.Device) -> list[str]:
         columns = "registers hold no more of float64"
     else:
         columns = "two need a D that is even in each direction, and room in shared memory"
-    if made.split:
+    if made.split and kernel.affine:
         warps = "each has a tile of a span" + ", but one that talks" * (kernel.direction == "forward")
     elif walk.warps > 1:
         room = f"{RESIDENT} have room on a multiprocessor, which has {per_sm:.2f} blocks"
@@ -165,7 +189,9 @@ def lines(one: Planned, device: model.Device) -> list[str]:
     in_flight = said.waves[0] * ahead * 32 * kernel.columns * resources.bytes_per_step(kernel)
     which = "third" if made.split else "second"
     second = f"the {which} adds up {made.rows} rows of {made.sums} sums a column" if walk.reducers else "it does all"
-    if made.split:
+    if made.split and not kernel.affine:
+        second = "the second walks again what the first guessed"
+    elif made.split:
         second = "the first clears what spans tell" + f"; {second}" * bool(walk.reducers)
     of_stream = model.yardstick(must.bytes, device) / said.seconds
     by_size = sorted(said.terms.items(), key=lambda term: -term[1])
@@ -195,10 +221,10 @@ def row(one: Planned, device: model.Device) -> dict[str, Any]:
     return {
         "pass": asked.direction, "shape": [asked.length, asked.batch, asked.width], "device": device.name,
         "kernel": one.plan.kernel._asdict(), "tile": one.plan.kernel.tile,
-        "split": one.plan.split and one.plan.split._asdict(), "warps": one.warps, "blocks": one.walk.blocks,
-        "resident": one.walk.resident, "waves": said.waves, "shared_bytes": one.main.shared,
+        "split": one.plan.split and one.plan.split._asdict(), "warps": one.warps, "blocks": one.once.blocks,
+        "resident": one.once.resident, "waves": said.waves, "shared_bytes": one.main.shared,
         "straight": bool(one.plan.frame[-1] & STRAIGHT), "launches": len(one.plan.launches),
-        "workspace_bytes": one.plan.workspace, "floor_bytes": one.floor.bytes, "bytes": one.walk.bytes, "terms": said.terms,
+        "workspace_bytes": one.plan.workspace, "floor_bytes": one.floor.bytes, "bytes": one.once.bytes, "terms": said.terms,
         "seconds": said.seconds,
         "of_yardstick": model.yardstick(one.floor.bytes, device) / said.seconds,
     }  # fmt: skip

@@ -86,7 +86,8 @@ def _goals(report: Row) -> Iterator[str]:
             "## Goals, L2 cold",
             "",
             "Reached / goal, where there is one; rows as benchmarks/cases.py numbers its goals. Of the plain case: what is",
-            "reached of the ceiling, over what v2 of the same shape reaches of its own. Yardstick: the ceiling's GB/s.",
+            "reached of the ceiling, over what v1 or v2 of the same shape reaches of its own. Yardstick: the ceiling's GB/s.",
+            "Row 12's goal, of other packages, is below, under peers.",
             "",
         )
         heads = (
@@ -171,6 +172,11 @@ def _peers(report: Row) -> Iterator[str]:
             for row in found
         )  # fmt: skip
         yield from _table("case | L, B, D | dtype | peer | pass | ms | GB/s | of a copy", lines)
+    goals = [
+        f"- {row['case']}, {row['dtype']}, {row['pass']}: {row['of_peer']:.3g} / {row['goal']['of_peer']:g} ({row['fastest']})"
+        for row in _rows(report, "peers", "of_peer")
+    ]
+    yield from ["", "The time of the fastest scan over ours / goal:", "", *goals] if goals else []
     missing = dict.fromkeys((row["peer"], row["skipped"]) for row in _rows(report, "peers", "skipped"))
     missing |= dict.fromkeys((row["peer"], "failed: " + row["failed"]) for row in _rows(report, "peers", "failed"))
     yield from ["", "Not run:", "", *(f"- {peer}: {why}" for peer, why in missing)] if missing else []

@@ -331,7 +331,9 @@ def test_the_table_of_instructions_is_what_ptxas_makes(kernel: Specialisation) -
         "make KERNELS of benchmarks/model.py again"
     )
     # Split, a division of integers takes one of a tile more.
-    assert row["special_functions"] * kernel.columns == pytest.approx(cost.special, rel=0.05, abs=3 / kernel.tile * (kernel.split > 0))
+    assert row["special_functions"] * kernel.columns == pytest.approx(
+        cost.special, rel=0.05, abs=3 / kernel.tile * (kernel.split > 0)
+    )
     assert row["registers"] == pytest.approx(registers, abs=16)
     counted, known = (resources.blocks_per_sm(90, row["threads"], n, kernel.shared(kernel.warps), 1 if kernel.alone else 16)
                       for n in (row["registers"], registers))  # fmt: skip
@@ -339,7 +341,8 @@ def test_the_table_of_instructions_is_what_ptxas_makes(kernel: Specialisation) -
 
 
 def test_what_it_takes_to_add_up_a_stretch_is_what_ptxas_makes() -> None:
-    """The two loops of the warp that talks over a span's stretches: two columns' summaries are read, and their starts written."""
+    """The two loops of the warp that talks over a span's stretches: two columns' summaries are read, four
+    stretches at a time, and their starts written."""
     pytest.importorskip("cupy", reason='needs CuPy and NVRTC: pip install "cusru[cuda13]"')
     kernel = Specialisation("forward", "bfloat16", "x", columns=2, packed=True, split=2)
     try:
@@ -358,7 +361,7 @@ def test_what_it_takes_to_add_up_a_stretch_is_what_ptxas_makes() -> None:
             loop = [line for line in lines[lines.index(f"{jump[1]}:") : last + 1] if re.match(r"/\*[0-9a-f]{4,}\*/\s", line)]
             if sum(" LDS" in line for line in loop) == 4 and not any(" LDG" in line or " BAR" in line for line in loop):
                 found[any(" STS" in line for line in loop)] = len(loop)
-    assert found[False] + found[True] == pytest.approx(2 * model.FOLDED, rel=0.15), (
+    assert found[False] + found[True] == pytest.approx(4 * 2 * model.FOLDED, rel=0.15), (
         "make FOLDED and HEARD of benchmarks/model.py again"
     )
 
@@ -397,7 +400,8 @@ def test_of_spans_too_more_work_takes_longer(case: Case, direction: str, dtype: 
         assert model.predict(walk._replace(**more), H200).seconds > of, more
     assert model.predict(walk, H200._replace(bandwidth=2 * H200.bandwidth)).seconds < of
     # A second block of each multiprocessor computes while the first waits for what others tell.
-    assert model.predict(walk._replace(blocks=2 * walk.blocks, resident=2), H200).seconds < of
+    one, two = (walk._replace(blocks=n * walk.groups * -(-132 // walk.groups), resident=n) for n in (1, 2))
+    assert model.predict(two, H200).seconds < model.predict(one, H200).seconds
     assert model.predict(walk, H200).terms["exchange"] > 0
 
 
@@ -531,7 +535,7 @@ def test_a_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_plan_that_splits_time_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     words = run(capsys, "16384", "1", "1024", "--dtype", "bfloat16", "--every", "32")
     forward, backward = words.split("backward\n")
-    assert "spans of 64 steps, of which every 8th tells its start" in forward
+    assert "spans of 32 steps, of which every 8th tells its start" in forward
     assert "each has a tile of a span, but one that talks" in forward
     assert "launches        2: the first clears what spans tell\n" in forward
     assert "launches        3: the first clears what spans tell; the third adds up" in backward

@@ -49,7 +49,14 @@ FAMILIES = (
     Case("short-linear-S32", family="linear_recurrence", cell="blend", save_every=32, **_SHAPE),
     Case("short-linear-column", family="linear_recurrence", cell="complement", a="column", **_SHAPE),
 )
-CASES = LAYOUTS + STATES + FAMILIES
+# So few columns that the planner splits time: what spans tell one another is in the bytes moved, and in the workspace's.
+_SPANS = Case("spans", 2048, 1, 128)
+SPANS = (
+    _SPANS,
+    _SPANS._replace(name="spans-inference", save_every=None),
+    _SPANS._replace(name="spans-S32", save_every=32),
+)
+CASES = LAYOUTS + STATES + FAMILIES + SPANS
 
 
 def rows(case: Case, dtype: str, multiprocessors: int = 132) -> Iterator[dict[str, Any]]:

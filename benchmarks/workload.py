@@ -89,17 +89,19 @@ class Workload:
 
     # ---- figures ----
 
-    def calls(self, direction: str) -> dict[str, Callable[[], object]]:
+    def calls(self, direction: str, original: bool = True) -> dict[str, Callable[[], object]]:
         """The pass, and the original design's where it had one."""
         ours = {"cusru": functools.partial(self.run, direction)}
-        return ours | ({"original": functools.partial(self.original.run, direction)} if self.has_original else {})
+        return ours | ({"original": functools.partial(self.original.run, direction)} if original and self.has_original else {})
 
-    def measure(self, direction: str, others: dict[str, Callable[[], object]] | None = None, cache: str = "") -> dict[str, Any]:
+    def measure(
+        self, direction: str, others: dict[str, Callable[[], object]] | None = None, cache: str = "", original: bool = True
+    ) -> dict[str, Any]:
         """Times of the pass, of its yardsticks, of the original design and of `others`, from one run. cache: one of the machine's
         `caches`, by default the first."""
         cache = cache or self.machine.caches[0]
         floor, time = self.floor(direction), functools.partial(self.machine.time, cache=cache)
-        calls = self.calls(direction) | (others or {})
+        calls = self.calls(direction, original) | (others or {})
         yardsticks = {"copy": self.copy(floor)}
         if hasattr(self.machine, "launch"):
             yardsticks["stream"] = self.stream(floor)

@@ -42,6 +42,11 @@ ALIGNMENT = 16  # bytes: the widest access
 ANCHOR = 8  # spans; of those with several chunks twice as many chunks
 #: Least steps, most columns, and most columns a step, for time to be split
 WORTH = {"thin": (1536, 1024, 0.2), "forward": (640, 1536, 1), "backward": (320, 2048, 2), "recompute": (192, 3584, 6)}
+#: Where time is guessed: steps of a span at least, blocks at most (twice as many where two are resident), steps from one state
+#: that is compared to the next
+GUESSED_STEPS, GUESSED_BLOCKS, COMPARED = 1024, 132, 64
+#: Most bytes of a step for time to be guessed, by the most steps
+WORTH_GUESSING = {16384: 21000, math.inf: 14000}
 RESIDENT = 8  # warps, two a scheduler: as many as registers allow where a thread has 255
 
 
@@ -116,18 +121,20 @@ class Problem:
 
 
 class Split(NamedTuple):
-    """How time is split, the numeric half of it (`kernels/split.cuh`)."""
+    """How time is split, the numeric half of it (`kernels/split.cuh`; where the pass is not affine `kernels/guess.cuh`)."""
 
     spans: int
     anchor: int  #: spans from one that tells its start to the next
     chunks: int  #: of a span, of which a warp's lanes have one each
     units: int  #: of a chunk, whole tiles each: forward tiles, backward saved blocks
     steps: int  #: of a unit
-    slice: int = 1  #: forward: tiles from one whose start is known to the next; saved states are among those
+    slice: int = 1  #: forward: tiles from one whose start is known to the next, saved states among those; or that is compared
     lead: int = 0  #: forward: steps that a reversed column's first saved block is short
     resident: int = 2  #: blocks for which a multiprocessor has room (`Specialisation.split`)
 
     def warps(self, kernel: Specialisation) -> int:
+        if not kernel.affine:
+            return min(self.units, kernel.warps)
         return self.units * -(-self.steps // kernel.tile) + (kernel.direction == "forward")  # one talks
 
 
@@ -197,19 +204,24 @@ def plan(problem: Problem, device: Limits) -> Plan:
     # 32 threads' columns, which all run the same way
     grid = groups = directions * -(-walked * problem.width // (directions * kernel.columns * 32))
     most_groups = directions * -(-walked * problem.width // (directions * 32))
-    if split:
-        grid *= max(1, min(split.spans, -(-split.resident * device.multiprocessors // groups)))
     units = -(-min(problem.block or 1, problem.length) // UNIT)
-    checkpoints = max(units - 2, 0) * problem.batch * problem.width * state_bytes if recompute else 0
-    signals = 4 * most_groups * (1 + split.spans) if split else 0
-    words = state_bytes * problem.batch * problem.width * (3 * split.spans + split.spans // split.anchor + 1) if split else 0
-
+    states = max(units - 2, 0) if recompute else 0  # of each column, in the workspace: inside saved blocks, or spans
+    flags = words = 0
     launches = []
+    if split and kernel.affine:
+        grid *= max(1, min(split.spans, -(-split.resident * device.multiprocessors // groups)))
+        flags, words = most_groups * (1 + split.spans), 3 * split.spans + split.spans // split.anchor + 1
+        clear = -(-groups * (1 + split.spans) // CLEAR_THREADS)
+        launches.append(Launch(Specialisation("clear", "float32"), (min(clear, 1024),), (CLEAR_THREADS,), 0))
+    elif split:
+        grid *= split.spans
+        flags, words, states = most_groups, 2 * split.spans, split.spans * (split.units // split.slice)
     if grid:
-        if split:
-            clear = -(-groups * (1 + split.spans) // CLEAR_THREADS)
-            launches.append(Launch(Specialisation("clear", "float32"), (min(clear, 1024),), (CLEAR_THREADS,), 0))
         launches.append(Launch(kernel, (grid,), (32 * warps,), kernel.shared(warps)))
+    if split and not kernel.affine:
+        launches.append(launches[0]._replace(kernel=kernel._replace(mend=True), grid=(grid - groups,)))
+    signals, of_states = 4 * flags, problem.batch * problem.width * state_bytes
+    checkpoints, words = states * of_states, words * of_states
     reduced = rows != 1 and (not of_batches or split is not None)
     if sums and problem.width and reduced:  # a single row's sums are the gradients; of no rows the sums are 0
         reduce = Specialisation("reduce", problem.dtype)
@@ -268,13 +280,15 @@ def _by_turns(problem: Problem, layouts: _Layouts, rows: int, device: Limits) ->
 
 def _split(problem: Problem, kernel: Specialisation, device: Limits) -> Split | None:
     """None: time is walked by turns. kernel: that of one column a thread."""
-    if device.split == () or not kernel.affine or not problem.length * problem.batch * problem.width:
+    if device.split == () or not problem.length * problem.batch * problem.width:
         return None
     forward, every = problem.direction == "forward", problem.block or 1
+    lead = -problem.length % every if forward and (problem.bidirectional or problem.reverse) else 0
+    if not kernel.affine:
+        return _guessed(problem, kernel, lead, device)
     columns = problem.batch * problem.width // (2 if problem.bidirectional else 1)
     chunks = 32 // columns if columns <= 16 else 1
     limit, anchor = (*(device.split or (UNIT,)), ANCHOR * (2 * chunks if chunks > 1 else 1))[:2]
-    lead = -problem.length % every if forward and (problem.bidirectional or problem.reverse) else 0
     for resident, most in SPLIT[problem.direction].items():  # two blocks, if one of them has room for slices
         kernel = kernel._replace(split=resident)
         most = min(most, limit)
@@ -293,11 +307,38 @@ def _split(problem: Problem, kernel: Specialisation, device: Limits) -> Split | 
     return None
 
 
+def _one_column(problem: Problem) -> bool:
+    """A thread; or two, where memory lies so."""
+    return problem.dtype == "float64" or problem.width % (4 if problem.bidirectional else 2) != 0
+
+
+def _guessed(problem: Problem, kernel: Specialisation, lead: int, device: Limits) -> Split | None:
+    """Spans of so many steps that all are walked at once by a large device, which no bit depends on."""
+    columns, directions = problem.batch * problem.width, 2 if problem.bidirectional else 1
+    groups = directions * -(-columns // (directions * 32 * (1 if _one_column(problem) else 2)))
+    least = device.split[0] if device.split else GUESSED_STEPS // kernel.tile
+    of_slice, resident = min(COMPARED // kernel.tile, least // 2), 1 + kernel.lean
+    kernel = kernel._replace(split=resident)
+    spans = min(problem.length // (least * kernel.tile), max(resident * GUESSED_BLOCKS // groups, 2))
+    units = -(-problem.length // (max(spans, 1) * of_slice * kernel.tile)) * of_slice
+    split = Split(-(-problem.length // (units * kernel.tile)), 0, 1, units, kernel.tile, of_slice, lead, resident)
+    possible = split.spans > 1 and kernel.shared(split.warps(kernel)) <= device.shared
+    return split if possible and (device.split or _worth_guessing(problem)) else None
+
+
+def _worth_guessing(problem: Problem) -> bool:
+    """Whether that is at most 1.2 times slower by the model where no state merges. Elsewhere it is several times faster."""
+    arrays = {**problem.inputs, **problem.results}
+    bytes = sum(math.prod(a.shape) * a.itemsize for name, a in arrays.items() if problem.axes(name)[:1] in ("L", "S"))
+    if _one_column(problem) and problem.dtype != "float64":  # twice the blocks
+        bytes *= 2
+    return bytes <= problem.length * next(most for steps, most in WORTH_GUESSING.items() if problem.length <= steps)
+
+
 def _worth_it(problem: Problem) -> bool:
     """Whether splitting time is faster, as the model of `benchmarks/model.py` has it for devices of 132 multiprocessors; on any
     device that has the shared memory, so that results do not depend on it. docs/performance.md has the figures."""
-    one = problem.dtype == "float64" or problem.width % (4 if problem.bidirectional else 2)  # column a thread, or two
-    columns = problem.batch * problem.width * (2.5 if one else 1)
+    columns = problem.batch * problem.width * (2.5 if _one_column(problem) else 1)
     if problem.direction == "backward":
         kind = "backward" if problem.block == 1 else "recompute"
     else:  # a step of few instructions is walked fast by turns
@@ -309,7 +350,9 @@ def _worth_it(problem: Problem) -> bool:
 def _by_spans(layouts: _Layouts, split: Split, device: Limits) -> tuple[Specialisation, int, bool]:
     most = 1 if split.chunks > 1 else 2  # columns a thread: chunks are in lanes that would have no columns
     choices = [
-        (k := kernel._replace(split=split.resident), split.warps(k), of_grad) for kernel, of_grad in layouts if kernel.columns <= most
+        (k := kernel._replace(split=split.resident), split.warps(k), of_grad)
+        for kernel, of_grad in layouts
+        if kernel.columns <= most
     ]
     return next(c for c in choices if c[0].shared(c[1]) <= device.shared)
 

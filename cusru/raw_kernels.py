@@ -1,4 +1,5 @@
-"""The kernels of `kernels/sru.cuh` as CuPy runs them: their source, the compiled RawKernel, its launch, devices and streams."""
+"""The kernels of `kernels/sru.cu` (passes by turns, passes whose time is split, what runs before and after) as CuPy runs them:
+their source, the compiled RawKernel, its launch, devices and streams."""
 
 from __future__ import annotations
 

@@ -30,9 +30,8 @@ PASSES = {"forward": 0, "backward": 1, "reduce": 2, "clear": 3}
 WARPS = 7  # of a block at most: they take turns
 UNIT = 32  # steps, at most, that the recomputing backward walks forward at a time
 # Warps of a block that work, at most, where time is split: of one of two blocks for which a multiprocessor's registers have room,
-# so that one computes while the other waits for what blocks tell one another, and of one that has all of them. (Forward one more
-# warp talks.)
-SPLIT = {"forward": {2: 5, 1: 11}, "backward": {2: 4, 1: 8}}
+# so that one computes while the other waits, and of one that has all of them. (Where the forward is affine one more warp talks.)
+SPLIT = {"forward": {2: 5, 1: 11}, "backward": {2: 4, 1: 8}, "guess": {2: 6, 1: WARPS}}
 REDUCE_THREADS, REDUCE_COLUMNS = 512, 8  # of a block of the reduction
 CLEAR_THREADS = 256
 
@@ -54,6 +53,7 @@ class Specialisation(NamedTuple):
     cell: str = "sru"
     zoneout: bool = False  #: of the QRNN: an array of them
     split: int = 0  #: time is split over warps and blocks: of these a multiprocessor has room for so many
+    mend: bool = False  #: what was guessed, where that is not affine
 
     @property
     def k(self) -> int:
@@ -90,8 +90,16 @@ class Specialisation(NamedTuple):
         if self.direction in ("reduce", "clear"):
             return (REDUCE_THREADS if self.direction == "reduce" else CLEAR_THREADS) // 32
         if self.split:
-            return SPLIT[self.direction][self.split] + (self.direction == "forward")
+            return (
+                SPLIT[self.direction][self.split] + (self.direction == "forward") if self.affine else SPLIT["guess"][self.split]
+            )
         return 1 if self.alone else 4 if self.recompute else WARPS
+
+    @property
+    def lean(self) -> bool:
+        """Whether what is guessed takes so few registers that two blocks fit on a multiprocessor."""
+        simple = self.activation == self.candidate == "identity"
+        return simple and self.weight == "column" and self.dtype != "float64"
 
     @property
     def affine(self) -> bool:
@@ -133,6 +141,8 @@ class Specialisation(NamedTuple):
         if self.direction in ("reduce", "clear"):
             return 0
         state = ITEMSIZES[STATES[self.dtype]]
+        if self.split and not self.affine:  # the state that a warp is given; notes
+            return warps * (32 * self.columns * state + self.tile * self.step_bytes) + 16
         if self.split:  # what a tile does to any state, where it starts, what its warp hands on; and two numbers
             warps -= self.direction == "forward"  # one talks
             of_warp = 3 + (1 if self.direction == "forward" else self.tile // self.group * self.sums + self.recompute)
@@ -167,6 +177,8 @@ class Specialisation(NamedTuple):
                 "RESIDENT": 8 if self.alone else max(self.split, 1),
                 "RECOMPUTE": str(self.recompute).lower(),
                 "SPLIT": int(self.split > 0),
+                "AFFINE": int(self.affine),
+                "MEND": str(self.mend).lower(),
             }
         return tuple(f"-DCUSRU_{name}={value}" for name, value in defines.items())
 
@@ -176,7 +188,9 @@ class Limits(NamedTuple):
 
     multiprocessors: int
     shared: int = 227 << 10  #: bytes of a block, at most
-    split: tuple[int, ...] | None = None  #: for tests: (warps of a block[, spans from anchor to anchor]), or () for never
+    #: For tests: () for never; (warps of a block[, spans from anchor to anchor]), the first where time is guessed the least tiles
+    #: of a span, a power of two
+    split: tuple[int, ...] | None = None
 
 
 class Launch(NamedTuple):
@@ -209,6 +223,7 @@ def specialisations() -> Iterator[Specialisation]:
         cells += [dict(cell=pooling, zoneout=zoneout) for pooling in POOLINGS for zoneout in both]
         cells += [dict(cell=form, weight=w) for form in FORMS for w in weights if w != "none"]
         ways: list[dict[str, Any]] = [dict(alone=False), dict(alone=True), dict(split=2), dict(split=1)]
+        ways += [way | dict(mend=True) for way in ways[2:]]
         passes = (("forward", False), ("backward", False), ("backward", True))
         for (direction, recompute), cell, each, packed, way, marks in itertools.product(
             passes, cells, columns(dtype), both, ways, MARKS
@@ -216,5 +231,7 @@ def specialisations() -> Iterator[Specialisation]:
             if packed and cell.get("cell") in FORMS:  # whose u has one value
                 continue
             one = Specialisation(direction, dtype, columns=each, packed=packed, recompute=recompute, marks=marks, **cell, **way)
-            if one.affine or not one.split:
-                yield one
+            guessed = not one.affine and one.split
+            if (one.mend and one.affine) or (guessed and one.split != 1 + one.lean):
+                continue
+            yield one

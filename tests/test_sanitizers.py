@@ -97,6 +97,12 @@ FAULTS = {  # sanitizer, the line, the line broken, what the sanitizer says
         "data race",
     ),
     "an end not waited for": ("thread", "if (lane_ == 0) wait(END, from + k);", "", "data race"),
+    "a block counted without acquire and release": (
+        "thread",
+        "add_acquire_release(counter())",
+        "atomicAdd(counter(), 1u)",
+        "data race",
+    ),
     "a flag stored before the whole warp has written": (
         "thread",
         "        __syncwarp();\n        if (threadIdx.x % 32 == 0) store",

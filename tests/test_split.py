@@ -63,7 +63,9 @@ def test_long_and_narrow_shapes_are_split_and_short_ones_keep_their_one_launch(m
     assert launches(4096, 64, save_every=100) == (["forward"], False)  # no whole number of tiles a block has warps for
     assert launches(64, 64) == (["forward"], False)
     assert launches(600, 4096) == (["forward"], False)
-    assert launches(4096, 64, weight_c=np.zeros((2, 64), "f4")) == (["forward"], False)  # not affine
+    of_weights = dict(weight_c=np.zeros((2, 64), "f4"))  # not affine: guessed, and mended
+    assert launches(4096, 64, **of_weights) == (["forward", "forward"], True)
+    assert launches(1024, 64, **of_weights) == (["forward"], False)
 
 
 def test_the_path_and_the_workspace_do_not_depend_on_the_device(monkeypatch):

@@ -90,6 +90,14 @@ __device__ __forceinline__ void store_release(unsigned* flag, unsigned value) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" : : "l"(flag), "r"(value) : "memory");
 }
 
+// One more; how many there were. Whoever counts after another has seen what that one's block wrote before, of which all
+// threads had met at a barrier.
+__device__ __forceinline__ unsigned add_acquire_release(unsigned* counter) {
+    unsigned before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
 // The end of a group of loads that were issued together; the simulator counts sectors between two of them.
 __device__ __forceinline__ void tile_boundary() {}
 

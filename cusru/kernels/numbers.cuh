@@ -135,6 +135,10 @@ __device__ __forceinline__ float with_last_bit(float v, bool bit) {
 __device__ __forceinline__ double with_last_bit(double v, bool bit) {
     return __longlong_as_double((__double_as_longlong(v) & ~1ll) | bit);
 }
+__device__ __forceinline__ bool same_bits(float a, float b) { return __float_as_uint(a) == __float_as_uint(b); }
+__device__ __forceinline__ bool same_bits(double a, double b) {
+    return __double_as_longlong(a) == __double_as_longlong(b);
+}
 
 // A gate at the argument x, from e = exp(x): its complement g = 1 - sigmoid(x) = 1 / (1 + e), and sigmoid(x) = e g,
 // each exact to its own last bits: 1 - sigmoid loses them all where sigmoid is near 1, and a forget gate lives there.

@@ -20,7 +20,7 @@ enum Flag {  // uniform over the launch
     STRAIGHT = 512,  // whole tiles need no question: no gradient unwanted, ... (plan.py)
     REVERSE = 1024,
     GATE_UPDATE = 2048,
-    SUMS_OF_BATCHES = 4096,  // each batch has parameter gradients of its own: a row is one
+    SUMS_OF_BATCHES = 4096,  // each batch has parameter gradients of its own. By turns a row is one, and needs no sum
 };
 
 // arguments.ARRAYS has them in this order; an absent one has data == nullptr. Of the linear recurrence u is b, weight_c
@@ -29,12 +29,15 @@ struct Args {
     Array u, x, bias, weight_c, c0, mask_c, mask_pad, starts, zoneout, scale_x;
     Array h, c, c_last;
     Array grad_h, grad_c_last, grad_u, grad_x, grad_bias, grad_weight_c, grad_c0;
-    char* partials;     // [rows][sums][D] in the state's type: parameter gradients summed over time and `group` batches
+    // [rows][sums][D] in the state's type: parameter gradients summed over time and `group` batches. Where time is
+    // split a row is a batch of a span's chunk, summed over the chunk alone; with SUMS_OF_BATCHES a chunk,
+    // [rows][B][D].
+    char* partials;
     char* checkpoints;  // [unit][B][D] in the state's type: states inside a saved block longer than two units
     char* signals;      // where time is split (split.cuh): counters and flags
     char* words;        // and what spans tell one another
     long long length, batch, width, save_every;
-    long long group, rows, sums;      // batches a block walks, blocks along the batch, parameter gradients per column
+    long long group, rows, sums;      // batches a thread walks, rows of partials, parameter gradients per column
     long long spans, anchor, groups;  // of time, spans from one anchor to the next, groups of columns
     long long chunks, units;  // of a span, one after the other; of a chunk: tiles forward, saved blocks backward
     long long slice, lead;    // forward: tiles; steps that a reversed column's first slice is short
@@ -60,13 +63,13 @@ struct Lane {
     bool reversed, active, all_active;
     long long row, column;
     long long first_row, last_row;  // of the block
-    int chunk, columns;             // where so few threads' columns leave lanes, these have chunks of time: which
-    // `group` of `groups`: which 32 threads' columns.
-    __device__ __forceinline__ Lane(const Args& args, long long rows, int columns_, unsigned group, unsigned groups,
+    int chunk, columns;  // where there are so few columns that lanes are left, these have chunks of time: which
+    // `group` of `groups`: which 32 threads' columns. `of_thread`: columns that each has.
+    __device__ __forceinline__ Lane(const Args& args, long long rows, int of_thread, unsigned group, unsigned groups,
                                     int chunks = 1) {
         const int lane = threadIdx.x % 32;
         const bool two = args.flags & BIDIRECTIONAL;
-        const long long width = (two ? args.width / 2 : args.width) / columns_, count = rows * width;
+        const long long width = (two ? args.width / 2 : args.width) / of_thread, count = rows * width;
         const unsigned of_one = two ? groups / 2 : groups;
         const bool second = group >= of_one;
         reversed = second != ((args.flags & REVERSE) != 0);
@@ -83,7 +86,7 @@ struct Lane {
         if (index >= count) index = count - 1;
         row = index / width;
         first_row = first / width, last_row = (first + 32 <= count ? first + 31 : count - 1) / width;
-        column = (index % width + (second ? width : 0)) * columns_;
+        column = (index % width + (second ? width : 0)) * of_thread;
     }
 };
 

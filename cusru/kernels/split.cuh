@@ -178,6 +178,7 @@ template <typename V, bool BACKWARD> struct Exchange {
             const unsigned kinds = wait(SUMMARY, from + k);
             if (k == 0) started = kinds & START;
         }
+        __syncwarp();  // a shuffle orders no memory
         started = __shfl_sync(ALL, started, 0);
         if (from && started) hear(START, from, value);
         // What spans have told since the anchor: each chunk's lanes add up some of them.

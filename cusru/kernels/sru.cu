@@ -1,5 +1,5 @@
 // The entry point: one specialisation, chosen by macros (specialisation.Specialisation lists them).
-#include "split.cuh"
+#include "guess.cuh"
 
 #if CUSRU_PASS == 3
 extern "C" __global__ void __launch_bounds__(CUSRU_THREADS) cusru_clear(const Args args) { clear(args); }
@@ -16,8 +16,10 @@ using Chosen = Variant<CUSRU_TYPE, CUSRU_CELL, CUSRU_SKIP, CUSRU_ACTIVATION, CUS
 extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, CUSRU_RESIDENT) cusru_forward(const Args args) {
     CUSRU_DYNAMIC_SHARED(shared);
     static_assert(Inputs<Chosen, false>::BYTES == CUSRU_STEP_BYTES, "see specialisation.py");
-#if CUSRU_SPLIT
+#if CUSRU_SPLIT && CUSRU_AFFINE
     SplitForward<Chosen, CUSRU_TILE>(args, shared).run();
+#elif CUSRU_SPLIT
+    GuessForward<Chosen, CUSRU_TILE, CUSRU_MEND>(args, shared).run();
 #else
     Forward<Chosen, CUSRU_TILE, CUSRU_THREADS == 32>(args, shared).run();
 #endif

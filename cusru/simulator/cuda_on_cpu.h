@@ -284,6 +284,13 @@ template <typename T> void store_relaxed(T* address, T value) {
     cusru_simulator::after_atomic(address, true);
 }
 
+inline unsigned add_acquire_release(unsigned* counter) {
+    cusru_simulator::access<sizeof(unsigned)>(counter, cusru_simulator::WORKSPACE_WRITE);
+    unsigned before = __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL);
+    cusru_simulator::after_atomic(counter, true);
+    return before;
+}
+
 // Barriers between some of a block's warps.
 inline void barrier_arrive(int id, int threads, int line = __builtin_LINE()) {
     cusru_simulator::named_barrier(cusru_simulator::ARRIVE, id, threads, line);
