@@ -2,7 +2,8 @@
 
 With --json one object a line, for each specialisation and architecture:
 
-    direction, dtype, skip, activation, candidate, weight, columns, packed, recompute, alone, marks, cell, zoneout
+    direction, dtype, skip, activation, candidate, weight, columns, packed, recompute, alone, marks, cell, zoneout, split,
+                              mend
                               the specialisation
     architecture              90 for sm_90
     threads, ahead            of a block; steps whose loads are in flight
@@ -224,7 +225,8 @@ def covering(kernels: Iterable[Specialisation]) -> list[Specialisation]:
 
     def pairs(kernel: Specialisation) -> set[tuple[object, ...]]:
         shape = (kernel.direction, kernel.recompute, kernel.columns, kernel.packed, kernel.alone, kernel.split)
-        options = (kernel.skip, kernel.activation, kernel.candidate, kernel.weight, kernel.marks, kernel.cell, kernel.zoneout)
+        options = (kernel.skip, kernel.activation, kernel.candidate, kernel.weight, kernel.marks, kernel.cell, kernel.zoneout,
+                   kernel.mend)  # fmt: skip
         registers = (kernel.dtype, *shape[:3], kernel.alone, kernel.split, kernel.weight)
         of_cell = {(kernel.cell, *shape[:3]), (kernel.cell, kernel.marks, kernel.zoneout), (kernel.cell, kernel.weight)}
         return {(kernel.dtype, shape), registers} | of_cell | {(kernel.dtype, i, option) for i, option in enumerate(options)}
@@ -255,7 +257,7 @@ def rows(kernels: Iterable[Specialisation], architectures: Iterable[int], sass: 
 
 COLUMNS = (
     ("direction", 10), ("dtype", 9), ("skip", 10), ("activation", 11), ("candidate", 10), ("weight", 11), ("columns", 8),
-    ("packed", 7), ("recompute", 10), ("alone", 6), ("split", 6), ("marks", 8), ("cell", 11), ("zoneout", 8),
+    ("packed", 7), ("recompute", 10), ("alone", 6), ("split", 6), ("mend", 5), ("marks", 8), ("cell", 11), ("zoneout", 8),
     ("architecture", 13), ("threads", 8), ("ahead", 6), ("registers", 10), ("spill_bytes", 12),
     ("shared_bytes", 13), ("blocks_per_sm", 14), ("bytes_in_flight_per_sm", 23),
 )  # fmt: skip

@@ -312,7 +312,7 @@ def test_what_splits_time_takes_more_instructions() -> None:
         Specialisation("backward", "float32", "x", weight="column", columns=2, packed=True),
         Specialisation("backward", "bfloat16", "x", weight="column", columns=2, packed=True, recompute=True),
         Specialisation("forward", "float32", "x", columns=2, packed=True, split=2),
-        Specialisation("backward", "bfloat16", "x", columns=2, packed=True, recompute=True, split=2),
+        Specialisation("backward", "bfloat16", "x", columns=2, packed=True, recompute=True, split=1),
         Specialisation("forward", "bfloat16", cell="ifo", columns=2, packed=True),
         Specialisation("backward", "float32", cell="f", columns=2, packed=True, recompute=True),
         Specialisation("forward", "float32", cell="affine", weight="step", columns=2, split=2),

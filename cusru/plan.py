@@ -41,7 +41,7 @@ from cusru.specialisation import (
 ALIGNMENT = 16  # bytes: the widest access
 ANCHOR = 8  # spans; of those with several chunks twice as many chunks
 #: Least steps, most columns, and most columns a step, for time to be split
-WORTH = {"thin": (1536, 1024, 0.2), "forward": (640, 1536, 1), "backward": (320, 2048, 2), "recompute": (192, 3584, 6)}
+WORTH = {"thin": (1536, 1024, 0.2), "forward": (512, 2560, 2), "backward": (320, 2048, 2), "recompute": (192, 3584, 6)}
 #: Where time is guessed: steps of a span at least, blocks at most (twice as many where two are resident), steps from one state
 #: that is compared to the next
 GUESSED_STEPS, GUESSED_BLOCKS, COMPARED = 1024, 132, 64

@@ -31,7 +31,7 @@ WARPS = 7  # of a block at most: they take turns
 UNIT = 32  # steps, at most, that the recomputing backward walks forward at a time
 # Warps of a block that work, at most, where time is split: of one of two blocks for which a multiprocessor's registers have room,
 # so that one computes while the other waits, and of one that has all of them. (Where the forward is affine one more warp talks.)
-SPLIT = {"forward": {2: 5, 1: 11}, "backward": {2: 4, 1: 8}, "guess": {2: 6, 1: WARPS}}
+SPLIT = {"forward": {2: 5, 1: 11}, "backward": {1: 8}, "guess": {2: 6, 1: WARPS}}
 REDUCE_THREADS, REDUCE_COLUMNS = 512, 8  # of a block of the reduction
 CLEAR_THREADS = 256
 
@@ -231,7 +231,6 @@ def specialisations() -> Iterator[Specialisation]:
             if packed and cell.get("cell") in FORMS:  # whose u has one value
                 continue
             one = Specialisation(direction, dtype, columns=each, packed=packed, recompute=recompute, marks=marks, **cell, **way)
-            guessed = not one.affine and one.split
-            if (one.mend and one.affine) or (guessed and one.split != 1 + one.lean):
-                continue
-            yield one
+            resident = (0, *SPLIT[direction]) if one.affine else (0, 1 + one.lean)
+            if one.split in resident and not (one.mend and one.affine):
+                yield one

@@ -78,8 +78,9 @@ def test_where_time_is_split_data_moves_once_and_the_rest_is_what_spans_tell(
     monkeypatch.setattr(raw_kernels, "run", lambda launches, *rest: (ran.extend(launches), run(launches, *rest)))
     for row in traffic.rows(case, dtype):
         words = row["workspace_bytes"] / row["floor_bytes"]
-        assert 1 <= row["ratio"] - words <= 1.02, row
-        assert words <= 0.115, row
+        # Every block has one span here, so that parameters are read for each 32 to 88 steps of a column.
+        assert 1 <= row["ratio"] - words <= 1.03, row
+        assert words <= 0.19, row
         assert row["sector_efficiency"] >= 0.95, row
     assert all(launch.kernel.split for launch in ran if launch.kernel.direction in PASSES)
     assert {launch.kernel.direction for launch in ran} >= {"clear", "forward"}
@@ -357,18 +358,18 @@ def test_blocks_per_multiprocessor_are_those_of_nvidia_s_calculator(tmp_path: Pa
 
 
 def test_bytes_of_a_step_are_what_a_thread_reads(simulated: measuring.Simulator) -> None:
-    """Counted by the simulator over a long column, but for what a column reads once."""
+    """Counted by the simulator over a long column that is walked by turns, but for what a column reads once."""
     for skip in ("none", "x", "projected"):
         for weight in ("none", "step"):
             for dtype in ("float32", "float16", "float64"):
-                case = cases.Case("bytes", 400, 1, 4, skip=skip, weight_c=weight, bias=None)
+                case = cases.Case("bytes", 300, 1, 4, skip=skip, weight_c=weight, bias=None)
                 work = Workload(simulated, case, dtype)
                 for direction in PASSES:
                     kind = "none" if weight == "none" else "step" if dtype in ("float32", "float64") else "step_state"
                     kernel = specialisation.Specialisation(direction, dtype, skip, weight=kind)
                     with simulator.report() as counted:
                         work.run(direction)
-                    per_step = counted.bytes_read / (400 * 4)
+                    per_step = counted.bytes_read / (300 * 4)
                     assert per_step == pytest.approx(resources.bytes_per_step(kernel), abs=0.2), kernel
 
 

@@ -134,7 +134,7 @@ def run(sanitizer: str, remedy: str = "", fault: str = "") -> subprocess.Complet
     }
     # ThreadSanitizer cannot live with much randomness of addresses.
     prefix = ["setarch", "-R"] if sanitizer == "thread" and shutil.which("setarch") else []
-    ways = WAYS[-1:] if remedy and _files(remedy) == ["split.cuh"] else WAYS  # no other kernel has that fault
+    ways = WAYS[-1:] if remedy and _files(remedy) in (["split.cuh"], ["guess.cuh"]) else WAYS  # no other has that fault
     code = f"WAYS, CASES, REMEDY, FAULT = {ways!r}, {CASES!r}, {remedy!r}, {fault!r}\n{RUN}" + ("" if remedy else AFFINE)
     return subprocess.run([*prefix, sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
 

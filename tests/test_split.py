@@ -234,7 +234,7 @@ def test_without_a_fault_nothing_is_found(split):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_flags_are_stored_with_release_and_read_with_acquire(direction):
     nvrtc = pytest.importorskip("cupy", reason='needs CuPy and NVRTC: pip install "cusru[cuda13]"').cuda.nvrtc
-    kernel = Specialisation(direction, "float32", skip="x", columns=2, packed=True, split=2)
+    kernel = Specialisation(direction, "float32", skip="x", columns=2, packed=True, split=1)
     program = nvrtc.createProgram(raw_kernels.source(), "kernel.cu", [], [])
     nvrtc.compileProgram(program, (*raw_kernels.options(kernel), "--gpu-architecture=compute_90"))
     ptx = nvrtc.getPTX(program)
