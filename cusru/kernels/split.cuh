@@ -72,7 +72,7 @@ template <typename V, bool BACKWARD> struct Exchange {
     using S = typename V::S;
     static constexpr int N = V::COLUMNS;
     static constexpr unsigned ALL = 0xffffffffu;
-    static constexpr int ABREAST = 4;  // spans whose words are on their way together
+    static constexpr int ABREAST = 4;               // spans whose words are on their way together
     enum Kind { SUMMARY = 1, START = 2, END = 4 };  // that a span has told: bits of its flag
     const Args& args;
     const Lane lane;  // its own: a reference to another part of the kernel's state would keep all of it in memory
@@ -158,8 +158,7 @@ template <typename V, bool BACKWARD> struct Exchange {
     __device__ __forceinline__ void tell(Kind kind, long long span, const Value (&value)[N]) const {
         if (lane.active && lane.chunk == 0) workspace_store<sizeof(value)>(word(kind, span), value);
     }
-    template <typename Value>
-    __device__ __forceinline__ void hear(Kind kind, long long span, Value (&value)[N]) const {
+    template <typename Value> __device__ __forceinline__ void hear(Kind kind, long long span, Value (&value)[N]) const {
         workspace_load<sizeof(value)>(value, word(kind, span));
     }
     __device__ __forceinline__ unsigned take_span() const {
@@ -494,7 +493,7 @@ template <typename V, int T> struct SplitForward : ForwardTile<V, T> {
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward. A span is some saved blocks, or where every state was saved one stretch of time, in either case in units,
 // and spans are taken from the last on. From the saved state before it a unit's states are found first, tile after
-// tile. A tile's steps are a group whose parameter sums are added up plainly.
+// tile. Groups of a tile's steps are added up plainly to parameter sums; one warp adds those of all tiles.
 
 template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : BackwardTile<V, T, UNIT, RECOMPUTE> {
     using Tile = BackwardTile<V, T, UNIT, RECOMPUTE>;
@@ -512,7 +511,9 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
     static __device__ __forceinline__ int of_unit(const Args& args) {  // steps
         return RECOMPUTE ? static_cast<int>(args.save_every) : warps() * T;
     }
-    static __device__ __forceinline__ int handed_on() { return warps() * 32 * (T / GROUP * SUMS + RECOMPUTE) * N * sizeof(S); }
+    static __device__ __forceinline__ int handed_on() {
+        return warps() * 32 * (T / GROUP * SUMS + RECOMPUTE) * N * sizeof(S);
+    }
     __device__ __forceinline__ SplitBackward(const Args& args, char* shared)
         : Tile(args, Lane(args, args.batch, N, blockIdx.x % args.groups, args.groups, args.chunks), of_unit(args),
                shared, shared + Exchange<V, true>::bytes(warps()) + handed_on()),
@@ -652,8 +653,8 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
         unsigned span = exchange.first_span();
         Place here = place(span);
         load(here);
-        unsigned last = ~0u;  // whose sums are to be added up, by the warp that talks least
-        const bool adds = thread.warp + 1 == warps();
+        unsigned last = ~0u;                           // the span whose sums are to be added up,
+        const bool adds = thread.warp + 1 == warps();  // while others wait for the warp that talks
         while (span < args.spans) {
             unsigned taken = 0;
             if (threadIdx.x == 0) taken = exchange.take_span();
