@@ -8,6 +8,7 @@ device has run one that splits it, and of those the tests say only what must hol
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import re
@@ -490,6 +491,30 @@ def test_nor_does_it_walk_by_turns_where_time_must_be_split(case: Case, directio
     assert split
     assert plan.planned(case, direction, "float32", 132).plan.split
     assert model.predict(turns.walk, H200).seconds > model.predict(split.walk, H200).seconds
+
+
+@pytest.mark.parametrize("device", model.DEVICES.values(), ids=lambda device: device.name)
+@pytest.mark.parametrize("weight", ["column", "step"])
+def test_what_is_guessed_is_faster_if_states_merge_and_a_fifth_slower_at_most_if_none_does(
+    weight: str, device: model.Device
+) -> None:
+    guessed = set()
+    for dtype, save_every, L, (B, D) in itertools.product(
+        ("bfloat16", "float32", "float64"),
+        (None, 1, 32),
+        LENGTHS[6:],
+        ((1, 8), (1, 257), (2, 350), (1, 1023), (1, 1024), (4, 1024)),
+    ):
+        case = Case("", L, B, D, weight_c=weight, save_every=save_every)
+        chosen = plan.planned(case, "forward", dtype, 132).walk
+        guessed.add(isinstance(chosen, model.Guessed))
+        if isinstance(chosen, model.Guessed):
+            by_turns = model.predict(plan.planned(case, "forward", dtype, 132, split=()).walk, device).seconds
+            times = [model.predict(chosen._replace(merged=n), device).seconds for n in (64, plan.MERGED, 1024, math.inf)]
+            assert times == sorted(times), case
+            assert times[1] < 0.8 * by_turns, case
+            assert times[-1] < 1.2 * by_turns, case
+    assert guessed == {False, True}
 
 
 def test_what_is_short_or_wide_keeps_its_one_launch() -> None:

@@ -92,8 +92,8 @@ FAULTS = {  # sanitizer, the line, the line broken, what the sanitizer says
     ),
     "a flag read without acquire": (
         "thread",
-        "while (!(load_acquire(flag(span)) & kind))",
-        "while (!(load_relaxed(flag(span)) & kind))",
+        "do kinds = load_acquire(flag(span));",
+        "do kinds = load_relaxed(flag(span));",
         "data race",
     ),
     "an end not waited for": ("thread", "if (lane_ == 0) wait(END, from + k);", "", "data race"),
