@@ -46,7 +46,7 @@ WORTH = {"thin": (1536, 1024, 0.2), "forward": (512, 2560, 2), "backward": (320,
 #: that is compared to the next
 GUESSED_STEPS, GUESSED_BLOCKS, COMPARED = 1024, 132, 64
 #: Most bytes of a step for time to be guessed, by the most steps
-WORTH_GUESSING = {16384: 21000, math.inf: 14000}
+WORTH_GUESSING = {4096: 28800, 16384: 12600, math.inf: 8400}
 RESIDENT = 8  # warps, two a scheduler: as many as registers allow where a thread has 255
 
 

@@ -118,7 +118,7 @@ FAULTS = {  # the line, and the line broken
     "not the last block's, but any": ("if (notes[1] + 2 < args.spans) return;", "if (notes[1]) return;"),
     "in order, from ends that were guessed": ("in_order ? MENDED : GUESSED", "GUESSED"),
     "an end that is lost where states merge": (", put(end_of(MENDED, which), was);", ";"),
-    "a warp that does not hear": ("notes[0] = tile + to_hear;", "notes[0] = tile + 1;"),
+    "a warp that does not hear": ("turns < thread.warps && turns", "turns + 1 < thread.warps && turns"),
     "a counter left as it was": ("workspace_store<4>(counter(), &none);", ""),
     "a saved block shifted": ("saver.to(thread, p, lane.reversed ? args.lead : 0);\n        this->load(until - p);", "saver.to(thread, p, 0);\n        this->load(until - p);"),  # noqa: E501
 }  # fmt: skip

@@ -98,6 +98,12 @@ __device__ __forceinline__ unsigned add_acquire_release(unsigned* counter) {
     return before;
 }
 
+// A number to be kept in a register, and not worked out again where a chain of steps waits for it.
+__device__ __forceinline__ int held(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // The end of a group of loads that were issued together; the simulator counts sectors between two of them.
 __device__ __forceinline__ void tile_boundary() {}
 

@@ -21,17 +21,19 @@ template <typename V, int T, bool MEND> struct GuessForward : ForwardTile<V, T> 
     using Tile::args, Tile::lane, Tile::first, Tile::thread, Tile::in, Tile::h, Tile::saver, Tile::plain;
     const unsigned group;
     const int turn;   // steps
+    const int next;   // whose turn is after this warp's
     long long span;   // that is walked,
     long long until;  // its end,
     unsigned tile;    // and the warp's tile of it
     Relay<S, N, false, 1> relay;
-    unsigned* const notes;  // the last tile whose warp is to hear that there is nothing more to do, or 0; blocks done
+    unsigned* const notes;  // whether there is nothing more to do in the span; how many blocks were done before
 
     __device__ __forceinline__ GuessForward(const Args& args, char* shared)
         : Tile(args, Lane(args, args.batch, N, blockIdx.x % args.groups, args.groups), 0, shared,
                shared + blockDim.x * N * sizeof(S) + 16),
           group(blockIdx.x % static_cast<unsigned>(args.groups)),
           turn(thread.warps * T),
+          next(held(thread.warp + 1 < thread.warps ? thread.warp + 1 : 0)),
           relay(shared, thread.warps),
           notes(reinterpret_cast<unsigned*>(shared)) {}
 
@@ -68,6 +70,26 @@ template <typename V, int T, bool MEND> struct GuessForward : ForwardTile<V, T> 
 
     // ---- a span ----
 
+    // The end of a slice or of the span; whether the state there is the one that was there.
+    __device__ __forceinline__ bool reach(long long rest, bool compared, S* at, const S (&there)[N],
+                                          const S (&state)[N]) {
+        const bool merged = MEND && compared && same(there, state);
+        if (compared && !merged) put(at, state);
+        if (rest <= T) {
+            put(end_of(MEND ? MENDED : GUESSED, span), state);
+            if (until == args.length) this->end(state);
+        } else if (!merged) {
+            relay.give(next, state);
+        } else {  // all who wait for their turns are to hear
+            if (threadIdx.x % 32 == 0) notes[0] = 1;
+            __syncwarp();
+            for (int turns = 1, to = next; turns < thread.warps && turns * T < rest; ++turns) {
+                relay.call(to);
+                to = to + 1 < thread.warps ? to + 1 : 0;
+            }
+        }
+        return merged;
+    }
     // A tile; whether the states are those that were there.
     template <typename Straight> __device__ __forceinline__ bool walk_tile(Straight straight) {
         const long long rest = until - first;
@@ -78,37 +100,22 @@ template <typename V, int T, bool MEND> struct GuessForward : ForwardTile<V, T> 
         in.move(straight, first + turn);
         this->load(rest - turn);
         const bool compared = left == T && !((tile + 1) & (static_cast<unsigned>(args.slice) - 1));
+        const bool onward = rest > T && !compared;
         S* const at = state_after(tile);
         S there[N] = {};
         if (MEND && compared && lane.active) get(at, there);  // by now: a turn is to be short
 
         S state[T + 1][N];
         relay.take(state[0]);
-        const unsigned next = thread.warp + 1 < thread.warps ? thread.warp + 1 : 0;
-        if (MEND && notes[0]) {
-            if (tile < notes[0]) relay.give(next, state[0]);
-            return true;
-        }
+        const unsigned told = MEND ? notes[0] : 0;  // looked at when the chain is done, which need not wait for it
         this->follow(straight, bits, prepared, state);
-        bool merged = false;
-        if (compared) {
-            merged = MEND && same(there, state[T]);
-            if (!merged) put(at, state[T]);
-        }
-        if (rest <= T) {
-            put(end_of(MEND ? MENDED : GUESSED, span), state[T]);
-            if (until == args.length) this->end(state[T]);
-        } else if (!merged) {
+        bool merged = MEND && told;
+        if (onward && !merged)
             relay.give(next, state[T]);
-        } else {  // those who have loaded tiles that follow
-            const long long behind = (rest - 1) / T;
-            const unsigned to_hear = behind < thread.warps ? static_cast<unsigned>(behind) : thread.warps - 1;
-            if (to_hear) {
-                if (threadIdx.x % 32 == 0) notes[0] = tile + to_hear;
-                __syncwarp();
-                relay.give(next, state[T]);
-            }
-        }
+        else if (merged)
+            return true;
+        else
+            merged = reach(rest, compared, at, there, state[T]);
         this->store(straight, left, bits, prepared, state);
         h.move(straight, turn), saver.move(turn), first += turn, tile += thread.warps;
         return merged;

@@ -108,6 +108,8 @@ template <typename S, int N, bool ALONE, int BARRIER> struct Relay {
         else
             barrier_arrive(BARRIER + to, 64);
     }
+    // A turn without a value, for which the warp waits all the same.
+    __device__ __forceinline__ void call(int to) const { barrier_arrive(BARRIER + to, 64); }
     __device__ __forceinline__ void take(S (&value)[N]) {
         const int warp = threadIdx.x / 32;
         if (!ALONE && !kept) barrier_wait(BARRIER + warp, 64);

@@ -306,6 +306,8 @@ inline unsigned add_acquire_release(unsigned* counter) {
     return before;
 }
 
+inline int held(int value) { return value; }
+
 // Barriers between some of a block's warps.
 inline void barrier_arrive(int id, int threads, int line = __builtin_LINE()) {
     cusru_simulator::named_barrier(cusru_simulator::ARRIVE, id, threads, line);
