@@ -22,7 +22,7 @@ from cusru.problem import Options, check, layout, wanted_results
 from cusru.specialisation import FORMS, POOLINGS, UNIT, Launch, Limits
 
 #: Steps after which two trajectories of SRU v2 have the same bits, of inputs N(0, 1), the sru package's initial weights and a
-#: forget bias of 2; of 0 they are 64 to 128, of 4 some 1,000 (docs/performance.md)
+#: forget bias of 2; of 0 they are 64 to 128, of 4 up to 1,152 (docs/performance.md)
 MERGED = 256
 
 
@@ -109,9 +109,10 @@ def planned(
     cost = cost or about.cost
     if time and not kernel.affine:
         first = model.Walk(cost, time.units * time.steps, main.grid[0], warps, resident, must.bytes + made.checkpoint_bytes)
+        rest = max(asked.length - 2 * time.units * time.steps, 0)
         mend = model.kernel(kernel._replace(mend=True))
         fit = resources.blocks_per_sm(90, 32 * warps, mend.registers, main.shared, 16)
-        return Planned(case, asked, made, must, model.Guessed(first, mend.cost, fit, time.spans, merged), main)
+        return Planned(case, asked, made, must, model.Guessed(first, mend.cost, fit, time.spans, rest, merged), main)
     if time:
         forward = kernel.direction == "forward"
         stretches = time.units if forward else time.units * -(-time.steps // kernel.group)
@@ -178,6 +179,8 @@ def lines(one: Planned, device: model.Device) -> list[str]:
         columns = "two need a D that is even in each direction, and room in shared memory"
     if made.split and kernel.affine:
         warps = "each has a tile of a span" + ", but one that talks" * (kernel.direction == "forward")
+    elif made.split:
+        warps = "take turns at the tiles of a span"
     elif walk.warps > 1:
         room = f"{RESIDENT} have room on a multiprocessor, which has {per_sm:.2f} blocks"
         warps = f"{room}; {kernel.warps} at most take turns" + (" at the tiles of a saved block" if kernel.recompute else "")
@@ -209,7 +212,8 @@ def lines(one: Planned, device: model.Device) -> list[str]:
         "path": f"straight: {straight}" if made.frame[-1] & STRAIGHT else f"general: {general}",
         "launches": f"{len(made.launches)}: {second}",
         "workspace": f"{made.workspace:,} bytes",
-        "bytes": f"{must.read:,} read and {must.written:,} written at least; {walk.bytes - must.bytes:,.0f} more by this plan",
+        "bytes": f"{must.read:,} read and {must.written:,} written at least; "
+        f"{one.walk.bytes - must.bytes:,.0f} more by this plan",
         "predicted": f"{said.seconds * 1e6:.1f} us on {device.name}, {of_stream:.2f} of a copy or stream. By itself, us: "
         + ", ".join(f"{name} {seconds * 1e6:.1f}" for name, seconds in by_size),
     }
@@ -224,7 +228,7 @@ def row(one: Planned, device: model.Device) -> dict[str, Any]:
         "split": one.plan.split and one.plan.split._asdict(), "warps": one.warps, "blocks": one.once.blocks,
         "resident": one.once.resident, "waves": said.waves, "shared_bytes": one.main.shared,
         "straight": bool(one.plan.frame[-1] & STRAIGHT), "launches": len(one.plan.launches),
-        "workspace_bytes": one.plan.workspace, "floor_bytes": one.floor.bytes, "bytes": one.once.bytes, "terms": said.terms,
+        "workspace_bytes": one.plan.workspace, "floor_bytes": one.floor.bytes, "bytes": one.walk.bytes, "terms": said.terms,
         "seconds": said.seconds,
         "of_yardstick": model.yardstick(one.floor.bytes, device) / said.seconds,
     }  # fmt: skip

@@ -46,7 +46,7 @@ WORTH = {"thin": (1536, 1024, 0.2), "forward": (512, 2560, 2), "backward": (320,
 #: that is compared to the next
 GUESSED_STEPS, GUESSED_BLOCKS, COMPARED = 1024, 132, 64
 #: Most bytes of a step for time to be guessed, by the most steps
-WORTH_GUESSING = {4096: 28800, 16384: 12600, math.inf: 8400}
+WORTH_GUESSING = {4096: 28000, 18000: 12600, math.inf: 9600}
 RESIDENT = 8  # warps, two a scheduler: as many as registers allow where a thread has 255
 
 
@@ -161,7 +161,7 @@ class Plan(NamedTuple):
 
 
 def plan(problem: Problem, device: Limits) -> Plan:
-    """The workspace does not depend on the device."""
+    """The workspace does not depend on the device, if that has the shared memory for what is planned."""
     given, wanted = problem.inputs, problem.results
     backward = problem.direction == "backward"
     recompute = backward and problem.block != 1
@@ -317,7 +317,7 @@ def _guessed(problem: Problem, kernel: Specialisation, lead: int, device: Limits
     columns, directions = problem.batch * problem.width, 2 if problem.bidirectional else 1
     groups = directions * -(-columns // (directions * 32 * (1 if _one_column(problem) else 2)))
     least = device.split[0] if device.split else GUESSED_STEPS // kernel.tile
-    of_slice, resident = min(COMPARED // kernel.tile, least // 2), 1 + kernel.lean
+    of_slice, resident = min(COMPARED // kernel.tile, max(least // 2, 1)), 1 + kernel.lean
     kernel = kernel._replace(split=resident)
     spans = min(problem.length // (least * kernel.tile), max(resident * GUESSED_BLOCKS // groups, 2))
     units = -(-problem.length // (max(spans, 1) * of_slice * kernel.tile)) * of_slice

@@ -99,7 +99,7 @@ class Specialisation(NamedTuple):
     def lean(self) -> bool:
         """Whether what is guessed takes so few registers that two blocks fit on a multiprocessor."""
         simple = self.activation == self.candidate == "identity"
-        return simple and self.weight == "column" and self.dtype != "float64"
+        return simple and self.weight == "column" and self.marks != "starts" and self.dtype != "float64"
 
     @property
     def affine(self) -> bool:
@@ -142,7 +142,7 @@ class Specialisation(NamedTuple):
             return 0
         state = ITEMSIZES[STATES[self.dtype]]
         if self.split and not self.affine:  # the state that a warp is given; notes
-            return warps * (32 * self.columns * state + self.tile * self.step_bytes) + 16
+            return warps * (32 * self.columns * state + self.tile * self.step_bytes) + 64
         if self.split:  # what a tile does to any state, where it starts, what its warp hands on; and two numbers
             warps -= self.direction == "forward"  # one talks
             of_warp = 3 + (1 if self.direction == "forward" else self.tile // self.group * self.sums + self.recompute)

@@ -78,7 +78,7 @@ def test_where_time_is_split_data_moves_once_and_the_rest_is_what_spans_tell(
     monkeypatch.setattr(raw_kernels, "run", lambda launches, *rest: (ran.extend(launches), run(launches, *rest)))
     for row in traffic.rows(case, dtype):
         words = row["workspace_bytes"] / row["floor_bytes"]
-        # Every block has one span here, so that parameters are read for each 32 to 88 steps of a column.
+        # Every block has one span here, so that parameters are read for each 32 or 40 steps of a column.
         assert 1 <= row["ratio"] - words <= 1.03, row
         assert words <= 0.19, row
         assert row["sector_efficiency"] >= 0.95, row

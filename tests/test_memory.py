@@ -108,8 +108,11 @@ def test_the_workspace_is_at_most_a_twentieth_of_the_floor() -> None:
                 short = dtype == "f2" and save_every in (2, 17) and batch * width <= 1024 and length >= 192
                 most = length * batch * width * floor // (10 if short else 20)
                 assert size <= max(most, 4 * width * 8 + 32), (length, batch, width, dtype, save_every)
+            split = batch * width <= 2560 and length >= 512
             size = cusru.workspace_size("forward", view)  # none but where time is split
-            assert size <= (length * batch * width * floor // 40 if batch * width <= 1024 and length >= 640 else 0)
+            assert size <= (length * batch * width * floor // 40 if split else 0)
+            size = cusru.workspace_size("forward", view, weight_c=rows)  # or guessed
+            assert size <= (length * batch * width * floor // 100 if split else 0)
 
 
 @pytest.mark.usefixtures("backend")

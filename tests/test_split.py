@@ -70,14 +70,15 @@ def test_long_and_narrow_shapes_are_split_and_short_ones_keep_their_one_launch(m
 
 def test_the_path_and_the_workspace_do_not_depend_on_the_device(monkeypatch):
     u = np.zeros((2048, 1, 8, 3), "f4")
-    found = set()
-    for multiprocessors in (0, 1, 16, 132):
-        monkeypatch.setattr(simulator, "multiprocessors", multiprocessors)
-        chosen = planned(monkeypatch, cusru.sru_forward, u)
-        found.add((chosen.split, chosen.workspace, chosen.kernel))
-    ((split, workspace, _),) = found
-    assert split
-    assert cusru.workspace_size("forward", u) == workspace
+    for options in ({}, {"weight_c": np.zeros((2, 8), "f4")}):
+        found = set()
+        for multiprocessors in (0, 1, 16, 132):
+            monkeypatch.setattr(simulator, "multiprocessors", multiprocessors)
+            chosen = planned(monkeypatch, cusru.sru_forward, u, **options)
+            found.add((chosen.split, chosen.workspace, chosen.kernel))
+        ((split, workspace, _),) = found
+        assert split
+        assert cusru.workspace_size("forward", u, **options) == workspace
 
 
 # ---- blocks -----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
 //
 // The first launch guesses: every span is walked at once, from c0 as if it were the first. It leaves the spans' ends
 // and, every `slice` tiles, the states. The second mends: each span is walked again, from the end that the one before
-// has by now, until in all of a block's columns the states are those that were left: then all that follows is there
+// was left with, until in all of a block's columns the states are those that were left: then all that follows is there
 // already. Which is right if the end that it began from was. So the last block of a group to be done looks at all spans
 // in order, and walks once more those that began from anything but what is now the end of the one before.
 //
@@ -26,11 +26,14 @@ template <typename V, int T, bool MEND> struct GuessForward : ForwardTile<V, T> 
     long long until;  // its end,
     unsigned tile;    // and the warp's tile of it
     Relay<S, N, false, 1> relay;
-    unsigned* const notes;  // whether there is nothing more to do in the span; how many blocks were done before
+    static constexpr int NOTES = 16;
+    // Whether there is nothing more to do in the span; how many blocks were done before; of each warp, the first span
+    // of those that it looked at that began from what is not the end of the one before.
+    unsigned* const notes;
 
     __device__ __forceinline__ GuessForward(const Args& args, char* shared)
         : Tile(args, Lane(args, args.batch, N, blockIdx.x % args.groups, args.groups), 0, shared,
-               shared + blockDim.x * N * sizeof(S) + 16),
+               shared + blockDim.x * N * sizeof(S) + NOTES * sizeof(unsigned)),
           group(blockIdx.x % static_cast<unsigned>(args.groups)),
           turn(thread.warps * T),
           next(held(thread.warp + 1 < thread.warps ? thread.warp + 1 : 0)),
@@ -52,14 +55,9 @@ template <typename V, int T, bool MEND> struct GuessForward : ForwardTile<V, T> 
     }
     __device__ __forceinline__ unsigned* counter() const { return reinterpret_cast<unsigned*>(args.signals) + group; }
     __device__ __forceinline__ void put(S* at, const S (&value)[N]) const {
-        if (lane.active)
-#pragma unroll
-            for (int i = 0; i < N; ++i) workspace_store<sizeof(S)>(at + i, &value[i]);
+        if (lane.active) workspace_store<sizeof(value)>(at, value);
     }
-    __device__ __forceinline__ void get(const S* at, S (&value)[N]) const {
-#pragma unroll
-        for (int i = 0; i < N; ++i) workspace_load<sizeof(S)>(&value[i], at + i);
-    }
+    __device__ __forceinline__ void get(const S* at, S (&value)[N]) const { workspace_load<sizeof(value)>(value, at); }
     // Whether all of the block's columns have the same bits in both.
     __device__ __forceinline__ bool same(const S (&a)[N], const S (&b)[N]) const {
         bool differ = false;
@@ -80,7 +78,8 @@ template <typename V, int T, bool MEND> struct GuessForward : ForwardTile<V, T> 
             if (until == args.length) this->end(state);
         } else if (!merged) {
             relay.give(next, state);
-        } else {  // all who wait for their turns are to hear
+        } else {           // all who wait for their turns are to hear
+            __syncwarp();  // its own lanes have looked; a vote orders no memory
             if (threadIdx.x % 32 == 0) notes[0] = 1;
             __syncwarp();
             for (int turns = 1, to = next; turns < thread.warps && turns * T < rest; ++turns) {
@@ -155,6 +154,22 @@ template <typename V, int T, bool MEND> struct GuessForward : ForwardTile<V, T> 
         thread.initial(start);
         walk(blockIdx.x / static_cast<unsigned>(args.groups), start);
     }
+    // Of the spans from the third on, the first that began from anything but what is the end of the one before. Warps
+    // look side by side: most often there is none.
+    __device__ __forceinline__ long long first_wrong() const {
+        long long wrong = args.spans;
+#pragma unroll 1
+        for (long long which = args.spans - 1 - thread.warp; which >= 2; which -= thread.warps) {
+            S was[N], now[N];
+            get(end_of(GUESSED, which - 1), was), get(end_of(MENDED, which - 1), now);
+            if (!same(was, now)) wrong = which;
+        }
+        if (threadIdx.x % 32 == 0) notes[2 + thread.warp] = static_cast<unsigned>(wrong);
+        __syncthreads();
+        for (int warp = 0; warp < thread.warps; ++warp)
+            if (notes[2 + warp] < wrong) wrong = notes[2 + warp];
+        return wrong;
+    }
     __device__ __forceinline__ void mend() {
         long long which = 1 + blockIdx.x / static_cast<unsigned>(args.groups);
         bool in_order = false;
@@ -171,11 +186,12 @@ template <typename V, int T, bool MEND> struct GuessForward : ForwardTile<V, T> 
             } else {
                 if (threadIdx.x == 0) notes[1] = add_acquire_release(counter());
                 __syncthreads();
-                if (notes[1] + 2 < args.spans) return;
-                in_order = true, which = 2;
+                if (notes[1] + 2 < args.spans) break;
+                in_order = true, which = first_wrong();
             }
-            get(end_of(GUESSED, which - 1), was);
+            if (which < args.spans) get(end_of(GUESSED, which - 1), was);
         }
+        async_wait();
     }
     __device__ __forceinline__ void run() { MEND ? mend() : guess(); }
 };
