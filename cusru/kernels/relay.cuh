@@ -35,8 +35,8 @@ struct Args {
     char* partials;
     char* checkpoints;  // [unit][B][D] in the state's type: states inside a saved block longer than two units, or,
                         // where time is guessed, [span][slice][B][D], the last of each slice
-    char* signals;  // where time is split (split.cuh, guess.cuh): counters and flags
-    char* words;    // and what spans tell one another
+    char* signals;      // where time is split (split.cuh, guess.cuh): counters and flags
+    char* words;        // and what spans tell one another
     long long length, batch, width, save_every;
     long long group, rows, sums;      // batches a thread walks, rows of partials, parameter gradients per column
     long long spans, anchor, groups;  // of time, spans from one anchor to the next, groups of columns
