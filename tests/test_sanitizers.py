@@ -85,8 +85,8 @@ FAULTS = {  # sanitizer, the line, the line broken, what the sanitizer says
     ),
     "a state handed on before it is there": (
         "thread",
-        "barrier_arrive(BARRIER + to, 64);",
-        "barrier_arrive(BARRIER + to, 64), slot(to, 0) = value[0];",
+        "\n            barrier_arrive(BARRIER + to, 64);",
+        "\n            barrier_arrive(BARRIER + to, 64), slot(to, 0) = value[0];",
         "data race",
     ),
     "warps that do not wait for one another": ("thread", "__syncthreads();", ";", "data race"),
