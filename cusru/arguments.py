@@ -141,7 +141,7 @@ OPERATORS = {
 ARRAY = np.dtype([("data", "u8"), ("time", "i8"), ("batch", "i8"), ("column", "i8"), ("row", "i8")])
 _ROOMS = ("partials", "checkpoints", "signals", "words")  # in the workspace
 _NUMBERS = (
-    "length", "batch", "width", "save_every", "group", "rows", "sums", "spans", "anchor", "groups", "chunks", "units",
+    "length", "batch", "width", "save_every", "group", "rows", "sums", "spans", "log_anchor", "groups", "chunks", "units",
     "slice", "lead",
 )  # fmt: skip
 ARGS = np.dtype(

@@ -39,9 +39,11 @@ from cusru.specialisation import (
 )
 
 ALIGNMENT = 16  # bytes: the widest access
-ANCHOR = 8  # spans; of those with several chunks twice as many chunks
+#: Spans from one that tells its start to the next, powers of two, by the most columns: few columns have many blocks each, whose
+#: spans would wait for a long chain of anchors
+ANCHORS = {80: 64, 200: 32, 640: 16, math.inf: 8}
 #: Least steps, most columns, and most columns a step, for time to be split
-WORTH = {"thin": (1536, 1024, 0.2), "forward": (512, 2560, 2), "backward": (320, 2048, 2), "recompute": (192, 3584, 6)}
+WORTH = {"thin": (1024, 1024, 0.5), "forward": (512, 3072, 2.5), "backward": (256, 3584, 4), "recompute": (192, 6144, 12)}
 #: Where time is guessed: steps of a span at least, blocks at most (twice as many where two are resident), steps from one state
 #: that is compared to the next
 GUESSED_STEPS, GUESSED_BLOCKS, COMPARED = 1024, 132, 64
@@ -124,10 +126,10 @@ class Split(NamedTuple):
     """How time is split, the numeric half of it (`kernels/split.cuh`; where the pass is not affine `kernels/guess.cuh`)."""
 
     spans: int
-    anchor: int  #: spans from one that tells its start to the next
+    anchor: int  #: spans from one that tells its start to the next, a power of two
     chunks: int  #: of a span, of which a warp's lanes have one each
     units: int  #: of a chunk, whole tiles each: forward tiles, backward saved blocks
-    steps: int  #: of a unit
+    steps: int  #: of a unit; backward no more than a tile, or no more than a stretch of which is a warp's
     slice: int = 1  #: forward: tiles from one whose start is known to the next, saved states among those; or that is compared
     lead: int = 0  #: forward: steps that a reversed column's first saved block is short
     resident: int = 2  #: blocks for which a multiprocessor has room (`Specialisation.split`)
@@ -135,13 +137,15 @@ class Split(NamedTuple):
     def warps(self, kernel: Specialisation) -> int:
         if not kernel.affine:
             return min(self.units, kernel.warps)
-        return self.units * -(-self.steps // kernel.tile) + (kernel.direction == "forward")  # one talks
+        if self.steps <= kernel.tile:  # a part of a warp's stretch for each
+            return -(-self.units // kernel.parts) + (kernel.direction == "forward")  # one talks
+        return self.units * -(-self.steps // kernel.stretch)
 
 
 class Plan(NamedTuple):
     kernel: Specialisation
     group: int  #: numeric: batches whose parameter gradients one block of the backward sums
-    rows: int  #: numeric: of parameter sums, one for `group` batches; where time is split one for each batch of a span's chunk
+    rows: int  #: numeric: of parameter sums, one for `group` batches; where time is split one for each batch of a span
     sums: int  #: parameter gradients per column, 0, 2 or 4; of several rows they go through the workspace
     grad_u_packed: bool  #: memory: grad_u is written as vectors of k values
     partial_bytes: int
@@ -200,7 +204,7 @@ def plan(problem: Problem, device: Limits) -> Plan:
     else:
         kernel, warps, grad_u_packed = _by_spans(layouts, split, device)
         group, walked = 1, problem.batch
-        rows = split.spans * split.chunks * (1 if of_batches else problem.batch) if backward else problem.batch
+        rows = split.spans * (1 if of_batches else problem.batch) if backward else problem.batch
     # 32 threads' columns, which all run the same way
     grid = groups = directions * -(-walked * problem.width // (directions * kernel.columns * 32))
     most_groups = directions * -(-walked * problem.width // (directions * 32))
@@ -235,7 +239,7 @@ def plan(problem: Problem, device: Limits) -> Plan:
     if split:
         numbers |= dict(
             spans=split.spans,
-            anchor=split.anchor,
+            log_anchor=max(split.anchor.bit_length() - 1, 0),
             groups=groups,
             chunks=split.chunks,
             units=split.units,
@@ -288,7 +292,8 @@ def _split(problem: Problem, kernel: Specialisation, device: Limits) -> Split | 
         return _guessed(problem, kernel, lead, device)
     columns = problem.batch * problem.width // (2 if problem.bidirectional else 1)
     chunks = 32 // columns if columns <= 16 else 1
-    limit, anchor = (*(device.split or (UNIT,)), ANCHOR * (2 * chunks if chunks > 1 else 1))[:2]
+    anchor = next(spans for most, spans in ANCHORS.items() if problem.batch * problem.width <= most)
+    limit, anchor = (*(device.split or (UNIT,)), anchor)[:2]
     for resident, most in SPLIT[problem.direction].items():  # two blocks, if one of them has room for slices
         kernel = kernel._replace(split=resident)
         most = min(most, limit)
@@ -297,8 +302,8 @@ def _split(problem: Problem, kernel: Specialisation, device: Limits) -> Split | 
             of_slice = math.lcm(every, steps) // steps
             units = max(most // of_slice, 1) * of_slice
         else:
-            steps = most * steps if every == 1 else every
-            units = max(most // -(-steps // kernel.tile), 1)
+            steps = most * kernel.stretch if every == 1 else every
+            units = most * kernel.parts if steps <= kernel.tile else max(most // -(-steps // kernel.stretch), 1)
         spans = -(-(problem.length + lead) // (units * steps * chunks))
         split = Split(spans, anchor, chunks, units, steps, of_slice, lead, resident)
         if (warps := split.warps(kernel)) <= kernel.warps:

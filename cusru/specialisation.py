@@ -31,7 +31,8 @@ WARPS = 7  # of a block at most: they take turns
 UNIT = 32  # steps, at most, that the recomputing backward walks forward at a time
 # Warps of a block that work, at most, where time is split: of one of two blocks for which a multiprocessor's registers have room,
 # so that one computes while the other waits, and of one that has all of them. (Where the forward is affine one more warp talks.)
-SPLIT = {"forward": {2: 5, 1: 11}, "backward": {1: 8}, "guess": {2: 6, 1: WARPS}}
+SPLIT = {"forward": {2: 5, 1: 11}, "backward": {2: 4}, "guess": {2: 6, 1: WARPS}}
+STRETCH = 8  # steps that a warp has of a span, backward; forward they are a tile
 REDUCE_THREADS, REDUCE_COLUMNS = 512, 8  # of a block of the reduction
 CLEAR_THREADS = 256
 
@@ -123,8 +124,26 @@ class Specialisation(NamedTuple):
 
     @property
     def group(self) -> int:
-        """Steps whose parameter gradients are added up plainly; where time is split, a stretch of the backward."""
+        """Steps whose parameter gradients are added up plainly."""
         return min(self.tile, 4)
+
+    @property
+    def stretch(self) -> int:
+        """Steps that a warp has of a span, where time is split."""
+        return STRETCH if self.direction == "backward" else self.tile
+
+    @property
+    def parts(self) -> int:
+        """Of a stretch, a tile each."""
+        return self.stretch // self.tile
+
+    @property
+    def waiting(self) -> int:
+        """Values of a step of a column that wait in shared memory, where the backward's time is split, for where it starts."""
+        sru, g = self.cell == "sru", self.cell not in ("affine", "complement")
+        weighted = sru and self.weight != "none"
+        of_output = sru or self.cell in ("fo", "ifo")
+        return 3 + g + of_output + weighted + (weighted and self.weight != "column") + (self.k == 4)
 
     @property
     def step_bytes(self) -> int:
@@ -143,11 +162,18 @@ class Specialisation(NamedTuple):
         state = ITEMSIZES[STATES[self.dtype]]
         if self.split and not self.affine:  # the state that a warp is given; notes
             return warps * (32 * self.columns * state + self.tile * self.step_bytes) + 64
-        if self.split:  # what a tile does to any state, where it starts, what its warp hands on; and two numbers
-            warps -= self.direction == "forward"  # one talks
-            of_warp = 3 + (1 if self.direction == "forward" else self.tile // self.group * self.sums + self.recompute)
-            values = warps * of_warp + 5
-            return values * 32 * self.columns * state + 16 + warps * self.tile * self.step_bytes
+        if self.split:  # what a stretch does to any state, where it starts, what its warp hands on; and two numbers
+            forward = self.direction == "forward"
+            warps -= forward  # one talks
+            of_warp = 3 + (1 if forward else self.parts * self.sums + self.recompute)
+            waiting = (
+                0 if forward else self.stretch * self.waiting * self.columns * state + 4 * self.parts * (self.cell not in FORMS)
+            )
+            return (
+                32 * (self.columns * state * (warps * of_warp + 5) + warps * waiting)
+                + 16
+                + warps * self.stretch * self.step_bytes
+            )
         sums = 0 if self.direction == "forward" else self.sums
         values = 0  # of each column: what each warp is given (carry, sums with what they lost, state), and a group's sum
         if not self.alone:
@@ -174,6 +200,7 @@ class Specialisation(NamedTuple):
                 "TILE": self.tile,
                 "UNIT": UNIT,
                 "STEP_BYTES": self.step_bytes,
+                "WAITING": self.waiting,
                 "RESIDENT": 8 if self.alone else max(self.split, 1),
                 "RECOMPUTE": str(self.recompute).lower(),
                 "SPLIT": int(self.split > 0),

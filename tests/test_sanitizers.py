@@ -62,7 +62,7 @@ u, weight = rng.standard_normal((length, 1, 12, 3)).astype("f4"), rng.uniform(-1
 cusru.sru_forward(u, weight_c=weight, save_every=8, bidirectional=True)
 """
 WAYS = [(0, ()), (132, ()), (132, (2, 2))]  # a warp a block; several that take turns; spans of time, a block each
-CASES = [(5, 3, 24, 3, 1), (40, 2, 7, 4, 1), (70, 3, 24, 3, 40), (33, 2, 7, 4, 4)]
+CASES = [(5, 3, 24, 3, 1), (150, 2, 7, 4, 1), (70, 3, 24, 3, 40), (150, 2, 7, 4, 4)]
 
 FAULTS = {  # sanitizer, the line, the line broken, what the sanitizer says
     "a state stored a row too far": (

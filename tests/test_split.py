@@ -158,6 +158,17 @@ FAULTS = {  # the line, and the line broken
     "an end that is not walked": ("is_lost(one) ? end[i] : end_of<V>(one, start(e, i))", "end_of<V>(one, start(e, i))"),
     "a span that does not tell its walked end": ("tell(END, span, end), told(END", "told(END"),
     "an anchor that the next span's start does not come from": ("anchored ? value[i] : begin[i]", "begin[i]"),
+    "a part walked with another's steps": (
+        "Parked::get(thread.column, waiting(which), linear);\n            S gc",
+        "Parked::get(thread.column, waiting(0), linear);\n            S gc",
+    ),
+    "steps summed up in the wrong order": (
+        "sum[i] = back(straight, one.bits, t, linear[t][i], sum[i], gc);",
+        "sum[i] = back(straight, one.bits, T - 1 - t, linear[T - 1 - t][i], sum[i], gc);",
+    ),
+    "a chunk's parameter sums left out": (
+        "chunk < exchange.chunks; ++chunk) all.add", "chunk + 1 < exchange.chunks; ++chunk) all.add",
+    ),
     "counters and flags left as they were": ("workspace_store<4>(args.signals + 4 * i, &none);", ""),
 }  # fmt: skip
 
@@ -235,7 +246,7 @@ def test_without_a_fault_nothing_is_found(split):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_flags_are_stored_with_release_and_read_with_acquire(direction):
     nvrtc = pytest.importorskip("cupy", reason='needs CuPy and NVRTC: pip install "cusru[cuda13]"').cuda.nvrtc
-    kernel = Specialisation(direction, "float32", skip="x", columns=2, packed=True, split=1)
+    kernel = Specialisation(direction, "float32", skip="x", columns=2, packed=True, split=2)
     program = nvrtc.createProgram(raw_kernels.source(), "kernel.cu", [], [])
     nvrtc.compileProgram(program, (*raw_kernels.options(kernel), "--gpu-architecture=compute_90"))
     ptx = nvrtc.getPTX(program)

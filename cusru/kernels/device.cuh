@@ -74,6 +74,22 @@ template <int BYTES> __device__ __forceinline__ void workspace_load(void* destin
     using word = typename Word<BYTES>::type;
     *static_cast<word*>(destination) = *static_cast<const word*>(global);
 }
+// Some together, of which not all are wanted: without a branch, at which the compiler would wait for the one before.
+template <int BYTES>
+__device__ __forceinline__ void workspace_load_if(bool wanted, void* destination, const void* global) {
+    static_assert(BYTES == 8 || BYTES == 16, "two words or four");
+    unsigned* const to = static_cast<unsigned*>(destination);
+    if constexpr (BYTES == 8)
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.v2.u32 {%0, %1}, [%2]; }"
+                     : "=r"(to[0]), "=r"(to[1])
+                     : "l"(global), "r"(static_cast<unsigned>(wanted))
+                     : "memory");
+    else
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                     : "l"(global), "r"(static_cast<unsigned>(wanted))
+                     : "memory");
+}
 template <int BYTES> __device__ __forceinline__ void workspace_store(void* global, const void* source) {
     using word = typename Word<BYTES>::type;
     *static_cast<word*>(global) = *static_cast<const word*>(source);
@@ -103,6 +119,12 @@ __device__ __forceinline__ int held(int value) {
     asm volatile("" : "+r"(value));
     return value;
 }
+
+// 0, since blocks have one row, but the compiler does not know: what comes after it waits for `bits`. (It moves
+// arithmetic behind a barrier, where a chain of steps would wait for it.)
+__device__ __forceinline__ unsigned zero(unsigned bits) { return bits & threadIdx.y; }
+__device__ __forceinline__ unsigned bits_of(float value) { return __float_as_uint(value); }
+__device__ __forceinline__ unsigned bits_of(double value) { return static_cast<unsigned>(__double2hiint(value)); }
 
 // The end of a group of loads that were issued together; the simulator counts sectors between two of them.
 __device__ __forceinline__ void tile_boundary() {}

@@ -30,16 +30,15 @@ struct Args {
     Array h, c, c_last;
     Array grad_h, grad_c_last, grad_u, grad_x, grad_bias, grad_weight_c, grad_c0;
     // [rows][sums][D] in the state's type: parameter gradients summed over time and `group` batches. Where time is
-    // split a row is a batch of a span's chunk, summed over the chunk alone; with SUMS_OF_BATCHES a chunk,
-    // [rows][B][D].
+    // split a row is a batch of a span, summed over the span alone; with SUMS_OF_BATCHES a span, [rows][B][D].
     char* partials;
     char* checkpoints;  // [unit][B][D] in the state's type: states inside a saved block longer than two units, or,
                         // where time is guessed, [span][slice][B][D], the last of each slice
     char* signals;      // where time is split (split.cuh, guess.cuh): counters and flags
     char* words;        // and what spans tell one another
     long long length, batch, width, save_every;
-    long long group, rows, sums;      // batches a thread walks, rows of partials, parameter gradients per column
-    long long spans, anchor, groups;  // of time, spans from one anchor to the next, groups of columns
+    long long group, rows, sums;          // batches a thread walks, rows of partials, parameter gradients per column
+    long long spans, log_anchor, groups;  // of time; of the spans from one anchor to the next; groups of columns
     long long chunks, units;  // of a span, one after the other; of a chunk: tiles forward, saved blocks backward
     long long slice, lead;    // forward: tiles; steps that a reversed column's first slice is short
     double scale;             // scale_x or zoneout, where it is a number
@@ -111,9 +110,10 @@ template <typename S, int N, bool ALONE, int BARRIER> struct Relay {
     }
     // A turn without a value, for which the warp waits all the same.
     __device__ __forceinline__ void call(int to) const { barrier_arrive(BARRIER + to, 64); }
-    __device__ __forceinline__ void take(S (&value)[N]) {
+    // `known`: bits of all that is to be worked out before the warp waits.
+    __device__ __forceinline__ void take(S (&value)[N], unsigned known = 0) {
         const int warp = threadIdx.x / 32;
-        if (!ALONE && !kept) barrier_wait(BARRIER + warp, 64);
+        if (!ALONE && !kept) barrier_wait(BARRIER + warp + zero(known), 64);
         kept = false;
 #pragma unroll
         for (int i = 0; i < N; ++i) value[i] = ALONE ? own[i] : slot(warp, i);

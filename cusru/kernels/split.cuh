@@ -65,19 +65,19 @@ template <typename V, typename S> struct Sequence {
 };
 
 // What the stretches of a block's span, in the order of processing, and the spans tell one another. One warp talks,
-// whose lanes have the columns that all the warps' have: forward the last, which does nothing else, so that none keeps
-// its tile in registers meanwhile; backward, where that would make a block's warps too many for their registers, the
-// first.
+// whose lanes have the columns that all the warps' have, the last: forward it does nothing else, so that none keeps its
+// tile in registers meanwhile; backward, where no warp does, it has the stretch whose states are found last.
 template <typename V, bool BACKWARD> struct Exchange {
     using S = typename V::S;
     static constexpr int N = V::COLUMNS;
     static constexpr unsigned ALL = 0xffffffffu;
-    static constexpr int ABREAST = 4;               // spans whose words are on their way together
-    enum Kind { SUMMARY = 1, START = 2, END = 4 };  // that a span has told: bits of its flag
+    static constexpr int ABREAST = sizeof(S) == 8 ? 4 : 8;  // spans whose words are on their way together
+    enum Kind { SUMMARY = 1, START = 2, END = 4 };          // that a span has told: bits of its flag
     const Args& args;
     const Lane lane;  // its own: a reference to another part of the kernel's state would keep all of it in memory
     const unsigned group;
     const int stretches, chunks;  // of a chunk; of a span
+    const unsigned anchor;        // spans, a power of two
     Summary<S>* const summaries;  // those of a thread's columns lie side by side, as they do in the workspace
     S* const starts;
     unsigned* const notes;  // the span that the block takes next; whether an end must be walked
@@ -91,12 +91,13 @@ template <typename V, bool BACKWARD> struct Exchange {
           group(group),
           stretches(stretches),
           chunks(N == 1 ? static_cast<int>(args.chunks) : 1),  // of two columns a thread there are lanes enough
+          anchor(1u << args.log_anchor),
           summaries(reinterpret_cast<Summary<S>*>(room) + threadIdx.x % 32 * N),
           starts(reinterpret_cast<S*>(room) + (stretches + 2) * 64 * N + threadIdx.x % 32 * N),
           notes(reinterpret_cast<unsigned*>(room + (3 * stretches + 5) * 32 * N * sizeof(S))) {}
 
     static __device__ __forceinline__ int workers() { return blockDim.x / 32 - !BACKWARD; }
-    static __device__ __forceinline__ bool talks() { return threadIdx.x / 32 == (BACKWARD ? 0 : workers()); }
+    static __device__ __forceinline__ bool talks() { return threadIdx.x / 32 == blockDim.x / 32 - 1; }
     static __device__ __forceinline__ void meet() { __syncthreads(); }
 
     // ---- within the block ----
@@ -131,14 +132,14 @@ template <typename V, bool BACKWARD> struct Exchange {
 
     // ---- between blocks ----
 
+    __device__ __forceinline__ bool is_anchor(unsigned span) const { return (span & (anchor - 1)) == 0; }
     __device__ __forceinline__ unsigned* flag(long long span) const {
         return reinterpret_cast<unsigned*>(args.signals) + args.groups * (1 + span) + group;
     }
     __device__ __forceinline__ S* word(Kind kind, long long span) const {
         const long long rows = kind == SUMMARY ? 2 * span
-                               : kind == END
-                                   ? 2 * args.spans + span
-                                   : 3 * args.spans + static_cast<unsigned>(span) / static_cast<unsigned>(args.anchor);
+                               : kind == END   ? 2 * args.spans + span
+                                               : 3 * args.spans + (span >> args.log_anchor);
         return reinterpret_cast<S*>(args.words) + rows * args.batch * args.width +
                (lane.row * args.width + lane.column) * (kind == SUMMARY ? 2 : 1);
     }
@@ -169,7 +170,7 @@ template <typename V, bool BACKWARD> struct Exchange {
     // lost. Before the first anchor `value` comes as where time begins.
     __device__ __forceinline__ void look_back(unsigned span, const Summary<S> (&all)[N], S (&value)[N],
                                               S (&next)[N]) const {
-        const unsigned anchor = static_cast<unsigned>(args.anchor), from = span ? (span - 1) / anchor * anchor : 0;
+        const unsigned from = span ? (span - 1) & ~(anchor - 1) : 0;
         const int before = static_cast<int>(span - from), lane_ = threadIdx.x % 32;
         unsigned started = 0;
 #pragma unroll 1
@@ -184,11 +185,14 @@ template <typename V, bool BACKWARD> struct Exchange {
         const int some = (static_cast<int>(anchor) + chunks - 1) / chunks, first = lane.chunk * some;
         const int end_ = first + some < before ? first + some : before;
         Sequence<V, S> since[N];
+        const long long span_words = 2 * args.batch * args.width;  // from one's summaries to the next's
 #pragma unroll 1
         for (int k = first; k < end_; k += ABREAST) {
             Summary<S> one[ABREAST][N];
+            const S* const words = word(SUMMARY, from + k);
 #pragma unroll
-            for (int j = 0; j < ABREAST; ++j) hear(SUMMARY, from + (k + j < end_ ? k + j : k), one[j]);
+            for (int j = 0; j < ABREAST; ++j)
+                workspace_load_if<sizeof(one[j])>(k + j < end_, one[j], words + j * span_words);
 #pragma unroll
             for (int j = 0; j < ABREAST; ++j)
                 if (k + j < end_)
@@ -200,7 +204,7 @@ template <typename V, bool BACKWARD> struct Exchange {
             __syncwarp();
             hear(START, from, value);
         }
-        const bool anchored = span % anchor == 0;
+        const bool anchored = is_anchor(span);
         bool lost[N], next_lost[N], any = false;
         S begin[N];
         Summary<S> with[N];
@@ -327,7 +331,7 @@ template <typename V, bool BACKWARD> struct Exchange {
         S end[N];
 #pragma unroll
         for (int i = 0; i < N; ++i) end[i] = of_chunk(chunks - 1, start(stretches, i));
-        tell(END, span, end), told(END, span, SUMMARY | (span % static_cast<unsigned>(args.anchor) ? 0 : START));
+        tell(END, span, end), told(END, span, SUMMARY | (is_anchor(span) ? START : 0));
     }
 
     // ---- span after span ----
@@ -439,7 +443,7 @@ template <typename V, int T> struct SplitForward : ForwardTile<V, T> {
             exchange.meet();
             next = __shfl_sync(0xffffffffu, next, 0);
             S value[N];
-            if (span <= args.anchor) thread.initial(value);
+            if (span <= exchange.anchor) thread.initial(value);
             exchange.find_starts(span, value);
             exchange.meet();
             exchange.mend(span, [](int, S(&)[N]) { return false; });
@@ -492,93 +496,203 @@ template <typename V, int T> struct SplitForward : ForwardTile<V, T> {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward. A span is some saved blocks, or where every state was saved one stretch of time, in either case in units,
-// and spans are taken from the last on. From the saved state before it a unit's states are found first, tile after
-// tile. Groups of a tile's steps are added up plainly to parameter sums; one warp adds those of all tiles.
+// and spans are taken from the last on. From the saved state before it a unit's states are found first, stretch after
+// stretch. A warp's stretch is cut into parts, tile by tile: what a part's gradients need is found once and waits in
+// shared memory for the span's start, so that registers have room for two blocks, of which one computes while the other
+// waits. A part's steps are added up plainly to parameter sums; one warp adds those of all parts.
+
+// What the second walk of a tile needs of its steps, a slot for each thread.
+template <typename V, int T> struct Waiting {
+    using S = typename V::S;
+    static constexpr int N = V::COLUMNS;
+    static constexpr bool OF_SRU = V::CELL == SRU, WEIGHTED = OF_SRU && V::WEIGHT != NO_WEIGHT;
+    static constexpr bool OUTPUT = V::CELL == POOLING_FO || V::CELL == POOLING_IFO;  // the QRNN's gate
+    static constexpr bool G = V::CELL != AFFINE && V::CELL != COMPLEMENT;
+    static constexpr int VALUES = 3 + G + (OF_SRU || OUTPUT) + WEIGHTED + (WEIGHTED && V::STEP_WEIGHT) + (V::K == 4);
+    struct alignas(access_width(T * VALUES * N * sizeof(S))) Row {
+        S value[T][VALUES][N];
+    };
+    using Numbers = Field<Row, 0>;
+    using Whole = Field<unsigned, Numbers::END>;  // the factors' form, a bit each
+    static constexpr int BYTES = V::LINEAR ? Numbers::END : Whole::END;
+    template <typename Use> static __device__ __forceinline__ void each(Linear<S>& l, Use use) {
+        use(l.inflow), use(l.keep.keep), use(l.forget);
+        if constexpr (G) use(l.g);
+        if constexpr (OF_SRU || OUTPUT) use(l.u2);
+        if constexpr (WEIGHTED) use(l.c_prev);
+        if constexpr (WEIGHTED && V::STEP_WEIGHT) use(l.v_r);
+        if constexpr (V::K == 4) use(l.skip);
+    }
+    // What only a product needs, as that.
+    static __device__ __forceinline__ void shorten(Linear<S> (&linear)[T][N]) {
+#pragma unroll
+        for (int t = 0; t < T; ++t)
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                Linear<S>& l = linear[t][i];
+                l.inflow *= l.slope, l.g *= l.slope_z, l.slope = l.slope_z = S(1);
+            }
+    }
+    static __device__ __forceinline__ void put(char* at, Linear<S> (&linear)[T][N]) {
+        Row row;
+        unsigned whole = 0;
+#pragma unroll
+        for (int t = 0; t < T; ++t)
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                int j = 0;
+                each(linear[t][i], [&](S& value) { row.value[t][j++][i] = value; });
+                if (linear[t][i].keep.whole) whole |= 1u << (t * N + i);
+            }
+        Numbers::set(at, row);
+        if constexpr (!V::LINEAR) Whole::set(at, whole);
+    }
+    static __device__ __forceinline__ void get(const Column<S> (&column)[N], char* at, Linear<S> (&linear)[T][N]) {
+        Row row = Numbers::get(at);
+        unsigned whole = V::CELL == AFFINE ? ~0u : 0;
+        if constexpr (!V::LINEAR) whole = Whole::get(at);
+#pragma unroll
+        for (int t = 0; t < T; ++t)
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                Linear<S>& l = linear[t][i];
+                l.slope = l.slope_z = l.g = S(1), l.v_r = column[i].v_r;
+                int j = 0;
+                each(l, [&](S& value) { value = row.value[t][j++][i]; });
+                l.keep.whole = whole >> (t * N + i) & 1;
+            }
+    }
+};
 
 template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : BackwardTile<V, T, UNIT, RECOMPUTE> {
     using Tile = BackwardTile<V, T, UNIT, RECOMPUTE>;
     using In = typename Tile::In;
     using S = typename V::S;
+    using Parked = Waiting<V, T>;
     static constexpr int N = V::COLUMNS, SUMS = V::SUMS, TERMS = Tile::TERMS, GROUP = Tile::GROUP;
+    static constexpr int STRETCH = 8, PARTS = STRETCH / T;
+    static_assert(GROUP == T, "a part's sums are one group's");
     using Tile::args, Tile::lane, Tile::thread, Tile::plain, Tile::every, Tile::blocks, Tile::in, Tile::active;
+    using Tile::grad_u, Tile::grad_x, Tile::grad_weight;
+    const bool small;     // a unit is no longer than a part, which has one to itself; else a stretch is of one unit
     const int units;      // of a chunk
-    const int unit, row;  // of the warp's tile
+    const int unit, row;  // of the warp's stretch
     const Exchange<V, true> exchange;
     Relay<S, N, !RECOMPUTE, 1> states;
-    S* const sums;  // [warp][group of a tile][sum][lane]
+    S* const sums;  // [part of the span][sum][lane]
+    char* const parked;
 
     static __device__ __forceinline__ int warps() { return Exchange<V, true>::workers(); }
     static __device__ __forceinline__ int of_unit(const Args& args) {  // steps
-        return RECOMPUTE ? static_cast<int>(args.save_every) : warps() * T;
+        return RECOMPUTE ? static_cast<int>(args.save_every) : warps() * STRETCH;
     }
     static __device__ __forceinline__ int handed_on() {
-        return warps() * 32 * (T / GROUP * SUMS + RECOMPUTE) * N * sizeof(S);
+        return warps() * 32 * (PARTS * SUMS + RECOMPUTE) * N * sizeof(S);
+    }
+    static __device__ __forceinline__ int before_records() {
+        return Exchange<V, true>::bytes(warps()) + handed_on() + warps() * PARTS * Parked::BYTES;
     }
     __device__ __forceinline__ SplitBackward(const Args& args, char* shared)
         : Tile(args, Lane(args, args.batch, N, blockIdx.x % args.groups, args.groups, args.chunks), of_unit(args),
-               shared, shared + Exchange<V, true>::bytes(warps()) + handed_on()),
+               shared, shared + before_records()),
+          small(RECOMPUTE && every <= T),
           units(static_cast<int>(args.units)),
-          unit(thread.warp / (warps() / units)),
-          row(thread.warp % (warps() / units) * T),
+          unit(small ? thread.warp * PARTS : thread.warp / (warps() / units)),
+          row(small ? 0 : thread.warp % (warps() / units) * STRETCH),
           exchange(args, lane, blockIdx.x % args.groups, warps(), shared),
           states(shared += Exchange<V, true>::bytes(warps()), warps()),
-          sums(reinterpret_cast<S*>(shared) + threadIdx.x % 32) {
+          sums(reinterpret_cast<S*>(shared) + threadIdx.x % 32),
+          parked(shared + warps() * 32 * PARTS * SUMS * N * sizeof(S) + thread.warp * PARTS * Parked::BYTES) {
         active = lane.active, this->in_batch = 0, this->out_batch = -1;
         in.point(thread, 0, thread.b);
     }
-    __device__ __forceinline__ char* at() const { return this->record(thread.warp * T); }
+    __device__ __forceinline__ char* at(int part) const { return this->record(thread.warp * STRETCH + part * T); }
+    __device__ __forceinline__ char* waiting(int part) const { return parked + part * Parked::BYTES; }
 
-    // Where the warp's unit is; its steps are 0 where there is none.
-    __device__ __forceinline__ Place place(unsigned span) const {
+    // Where the unit of the warp's part is; its steps are 0 where there is none.
+    __device__ __forceinline__ Place place(unsigned span, int part) const {
         const long long chunk = (args.spans - span) * exchange.chunks - 1 - lane.chunk;
-        Place one = {0, chunk * units + unit, 0, 0, 0, true};
+        Place one = {0, chunk * units + unit + (small ? part : 0), 0, 0, 0, true};
         if (span >= args.spans || one.block >= blocks) return one;
         this->enter(one), one.unit = 0;  // no saved block is longer than a unit
         return one;
     }
-    __device__ __forceinline__ int steps(const Place& place) const {  // of the tile
-        const int left = place.steps - row;
-        return left < 0 ? 0 : left < T ? left : T;
+    static __device__ __forceinline__ int within(int steps, int most) {
+        return steps < 0 ? 0 : steps < most ? steps : most;
     }
-    __device__ __forceinline__ void load(const Place& place) {
-        if (!steps(place)) return;
-        in.move(Bool<false>(), place.first + row);  // the first move may be all of time
-        Tile::load(place, row, at());
+    __device__ __forceinline__ int steps(const Place& place) const {  // of the stretch; of several units, of the first
+        return within(place.steps - row, STRETCH);
     }
-    __device__ __forceinline__ int stretch() const { return warps() - 1 - thread.warp; }  // which the tile is
+    __device__ __forceinline__ void load(unsigned span, const Place& first) {
+#pragma unroll 1
+        for (int part = 0; part < PARTS; ++part) {
+            const Place here = GENERAL && small ? place(span, part) : first;
+            const int from = small ? 0 : row + part * T;
+            if (here.steps <= from) continue;
+            in.move(Bool<false>(), here.first + from);  // the first move may be all of time
+            Tile::load(here, from, at(part));
+        }
+    }
+    __device__ __forceinline__ int stretch() const { return warps() - 1 - thread.warp; }  // which the warp's is
 
+    // A part: from which step of the stretch on, how many steps, what is marked of them.
+    struct Part {
+        int from, left;
+        Bits bits;
+    };
+    // Of the warp's stretch in a span.
+    struct Stretch {
+        unsigned span;
+        Place place;  // of its first unit
+        long long first;
+        int left;
+        Bits bits;
+    };
     template <typename Straight>
-    __device__ __forceinline__ void find_states(Straight straight, const Place& place, const Bits& bits) {
-        Prepared<V, S> prepared[T][N];
-#pragma unroll
-        for (int t = 0; t < T; ++t) {
-            Step<S> step[N];
-            In::get(thread.column, at() + t * In::BYTES, step);
-#pragma unroll
-            for (int i = 0; i < N; ++i) prepared[t][i] = prepare<V>(thread.column[i], step[i]);
+    __device__ __forceinline__ Stretch stretch(Straight straight, unsigned span, const Place& place) const {
+        Stretch one = {span, place, place.first + row, straight ? STRETCH : steps(place), {}};
+        if (!straight && small)
+#pragma unroll 1
+            for (int part = 1; part < PARTS; ++part) one.left += this->place(span, part).steps;
+        one.bits = marks<STRETCH>(thread, straight, one.first, one.left);
+        return one;
+    }
+    template <typename Straight>
+    __device__ __forceinline__ Part part(Straight straight, const Stretch& of, int which) const {
+        Part one = {which * T, straight ? T : within(of.left - which * T, T), {}};
+        if (!straight && small) {
+            const Place here = place(of.span, which);
+            one.left = here.steps, one.from = here.steps ? static_cast<int>(here.first - of.first) : 0;
         }
-        S state[N];  // even where the tile has no steps: the warps of a unit go together
-        if (row) {
-            states.take(state);
-        } else if (place.block == 0) {
-            thread.initial(state);
-        } else {
-            const Values<S, N> saved = In::C::get(at());
-#pragma unroll
-            for (int i = 0; i < N; ++i) state[i] = saved.get(i);
+        one.bits = {of.bits.pads >> one.from, of.bits.starts >> one.from};
+        if (!straight && one.left < T) {  // what is beyond is another part's
+            const unsigned beyond = ~0u << one.left;
+            one.bits.pads |= beyond, one.bits.starts &= ~beyond;
         }
-        Values<S, N> before[T];
+        return one;
+    }
+
+    template <typename Straight> __device__ __forceinline__ void find_states(Straight straight, const Stretch& of) {
+        Prepared<V, S> prepared[STRETCH][N];
+        const unsigned known = this->prepare_steps(at(0), prepared);
+        S state[N];  // even where the stretch has no steps: the warps of a unit go together
+        if (row) states.take(state, known);
+        Values<S, N> before[STRETCH];
 #pragma unroll
-        for (int t = 0; t < T; ++t)
+        for (int which = 0; which < PARTS; ++which) {
+            const Part one = part(straight, of, which);
+            if (which ? !straight && small : row == 0) {
+                const Values<S, N> saved = In::C::get(at(which));
+                if (of.place.block + which == 0)
+                    thread.initial(state);
+                else
 #pragma unroll
-            for (int i = 0; i < N; ++i) {
-                state[i] = across<V>(bits, t, state[i]);
-                before[t].set(i, state[i]);
-                if (!skips<V>(straight, bits, t)) state[i] = advance<V>(prepared[t][i], state[i]);
+                    for (int i = 0; i < N; ++i) state[i] = saved.get(i);
             }
-        if (row + T < every) states.give(thread.warp + 1, state);
-#pragma unroll
-        for (int t = 0; t < T; ++t) In::C::set(at() + t * In::BYTES, before[t]);
+            this->follow_states(straight, one.bits, prepared + which * T, state, before + which * T);
+        }
+        if (row + STRETCH < every) states.give(thread.warp + 1, state);
+        this->keep_states(at(0), before);
     }
     // One step back, or none where there is padding.
     template <typename Straight>
@@ -587,118 +701,147 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
         const S before = retreat<V>(linear, carry, gc);
         return across<V>(bits, t, skips<V>(straight, bits, t) ? carry : before);
     }
-    // What a tile does to any carry.
-    template <typename Straight>
-    __device__ __forceinline__ void sum_up(Straight straight, const Bits& bits, const Linear<S> (&linear)[T][N]) const {
+    // What the stretch does to any carry.
+    template <typename Straight> __device__ __forceinline__ void sum_up(Straight straight, const Stretch& of) {
+        Product<S> product[N];
+        S sum[N] = {};
+        this->out_to(straight, of.place, of.first);
+        int was = 0;  // where grad_x is
+#pragma unroll 1
+        for (int which = PARTS - 1; which >= 0; --which) {
+            const Part one = part(straight, of, which);
+            grad_x.move(straight, one.from - was), was = one.from;
+            Linear<S> linear[T][N];
+            this->linearise_all(straight, at(which), of.first + one.from, one.left, one.bits, linear);
+            Parked::shorten(linear);
+#pragma unroll
+            for (int t = T - 1; t >= 0; --t)
+#pragma unroll
+                for (int i = 0; i < N; ++i) {
+                    S gc;
+                    sum[i] = back(straight, one.bits, t, linear[t][i], sum[i], gc);
+                    const Factor<S>& keep = linear[t][i].keep;
+                    if (!skips<V>(straight, one.bits, t)) product[i].times(keep, keep.gone());
+                }
+            Parked::put(waiting(which), linear);
+        }
+        grad_x.move(straight, -was);
         Summary<S> summary[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            Product<S> product;
-            S sum = 0, gc;
-#pragma unroll
-            for (int t = T - 1; t >= 0; --t) {
-                sum = back(straight, bits, t, linear[t][i], sum, gc);
-                const Factor<S>& keep = linear[t][i].keep;
-                if (!skips<V>(straight, bits, t)) product.times(keep, keep.gone());
-            }
-            summary[i] = settled(product, sum, V::STARTING && bits.starts);
-        }
+        for (int i = 0; i < N; ++i) summary[i] = settled(product[i], sum[i], V::STARTING && of.bits.starts);
         exchange.put(stretch(), summary);
     }
-    // From the tile's start to its end.
+    // From the part's start to its end.
     template <typename Straight>
     __device__ __forceinline__ void follow(Straight straight, const Bits& bits, const Linear<S> (&linear)[T][N],
                                            S (&carry)[N], S (&gc)[T][N]) const {
-#pragma unroll
-        for (int i = 0; i < N; ++i) carry[i] = exchange.start(stretch(), i);
 #pragma unroll
         for (int t = T - 1; t >= 0; --t)
 #pragma unroll
             for (int i = 0; i < N; ++i) carry[i] = back(straight, bits, t, linear[t][i], carry[i], gc[t][i]);
     }
-    template <typename Straight>
-    __device__ __forceinline__ void walk(Straight straight, const Place& place, const Bits& bits,
-                                         const Linear<S> (&linear)[T][N]) {
-        const int left = straight ? T : steps(place);
-        S carry[N], gc[T][N];
-        follow(straight, bits, linear, carry, gc);
-        if (place.first + row == 0 && left) this->end(carry);
-        S terms[T][TERMS];
-        this->store_gradients(straight, left, bits, linear, gc, terms);
-        if constexpr (SUMS == 0) return;
+    __device__ __forceinline__ void start(S (&carry)[N]) const {
 #pragma unroll
-        for (int t = T - 1; t >= 0; --t)
-#pragma unroll
-            for (int i = 0; i < N * SUMS; ++i) {
-                if ((t + 1) % GROUP) terms[t][i] = terms[t + 1][i] + terms[t][i];
-                if (t % GROUP == 0) sums[((thread.warp * T + t) / GROUP * TERMS + i) * 32] = terms[t][i];
-            }
+        for (int i = 0; i < N; ++i) carry[i] = exchange.start(stretch(), i);
     }
-    // A span's groups, when all warps have theirs: in the order of one thread.
+    template <typename Straight> __device__ __forceinline__ void walk(Straight straight, const Stretch& of) {
+        S carry[N];
+        start(carry);
+        int was = 0;  // where the other cursors are
+#pragma unroll 1
+        for (int which = PARTS - 1; which >= 0; --which) {
+            const Part one = part(straight, of, which);
+            grad_u.move(straight, one.from - was), grad_weight.move(straight, one.from - was), was = one.from;
+            Linear<S> linear[T][N];
+            Parked::get(thread.column, waiting(which), linear);
+            S gc[T][N], terms[T][TERMS];
+            follow(straight, one.bits, linear, carry, gc);
+            this->store_gradients(straight, one.left, one.bits, linear, gc, terms);
+            if constexpr (SUMS)
+#pragma unroll
+                for (int i = 0; i < N * SUMS; ++i) {
+#pragma unroll
+                    for (int t = T - 2; t >= 0; --t) terms[t][i] = terms[t + 1][i] + terms[t][i];
+                    sums[((thread.warp * PARTS + which) * TERMS + i) * 32] = terms[0][i];
+                }
+        }
+        grad_u.move(straight, -was), grad_weight.move(straight, -was);
+        if (of.first == 0 && of.left) this->end(carry);
+    }
+    // A span's groups, when all warps have theirs: in the order of one thread; then its chunks', from the first on.
     __device__ __forceinline__ void add_up(unsigned span) const {
         S sum[TERMS * 2] = {};
 #pragma unroll 1
-        for (int group = warps() * T / GROUP - 1; group >= 0; --group)
+        for (int group = warps() * PARTS - 1; group >= 0; --group)
 #pragma unroll
             for (int i = 0; i < N * SUMS; ++i) {
                 Sum<S> one = {sum[2 * i], sum[2 * i + 1]};
                 one.add(sums[(group * TERMS + i) * 32]);
                 sum[2 * i] = one.total, sum[2 * i + 1] = one.lost;
             }
-        this->leave(sum, (static_cast<long long>(span) * exchange.chunks + lane.chunk) * args.batch + lane.row,
-                    args.rows > 1);
+        if (GENERAL && exchange.chunks > 1)
+#pragma unroll
+            for (int i = 0; i < N * SUMS; ++i) {
+                Sum<S> all;
+#pragma unroll 1
+                for (int chunk = 0; chunk < exchange.chunks; ++chunk) all.add(exchange.of_chunk(chunk, sum[2 * i]));
+                sum[2 * i] = all.total;
+            }
+        if (lane.chunk == 0) this->leave(sum, static_cast<long long>(span) * args.batch + lane.row, args.rows > 1);
     }
 
     __device__ __forceinline__ void run() {
         unsigned span = exchange.first_span();
-        Place here = place(span);
-        load(here);
-        unsigned last = ~0u;                           // the span whose sums are to be added up,
-        const bool adds = thread.warp + 1 == warps();  // while others wait for the warp that talks
+        Place here = place(span, 0);
+        load(span, here);
+        unsigned last = ~0u;                 // the span whose sums are to be added up,
+        const bool adds = thread.warp == 0;  // while others wait for the warp that talks
         while (span < args.spans) {
             unsigned taken = 0;
             if (threadIdx.x == 0) taken = exchange.take_span();
-            const int left = steps(here);
-            const bool whole = plain && __all_sync(0xffffffffu, left == T);
-            const long long p = here.first + row;
-            Bits bits;
-            Linear<S> linear[T][N];
+            const bool whole = plain && !small && __all_sync(0xffffffffu, steps(here) == STRETCH);
+            Stretch of;
             async_wait();
             if (whole) {
-                bits = marks<T>(thread, Bool<true>(), p, T);
-                this->out_to(Bool<true>(), here, p);
-                if constexpr (RECOMPUTE) find_states(Bool<true>(), here, bits);
-                this->linearise_all(Bool<true>(), at(), p, T, bits, linear);
-                sum_up(Bool<true>(), bits, linear);
+                of = stretch(Bool<true>(), span, here);
+                if constexpr (RECOMPUTE) find_states(Bool<true>(), of);
+                sum_up(Bool<true>(), of);
             } else if (GENERAL) {
-                bits = marks<T>(thread, Bool<false>(), p, left);
-                this->out_to(Bool<false>(), here, p);
-                if constexpr (RECOMPUTE) find_states(Bool<false>(), here, bits);
-                this->linearise_all(Bool<false>(), at(), p, left, bits, linear);
-                sum_up(Bool<false>(), bits, linear);
+                of = stretch(Bool<false>(), span, here);
+                if constexpr (RECOMPUTE) find_states(Bool<false>(), of);
+                sum_up(Bool<false>(), of);
             }
             if (threadIdx.x == 0) exchange.notes[0] = taken;
             exchange.meet();
             const unsigned next = exchange.notes[0];
-            const Place there = place(next);
-            load(there);
-            if (SUMS && adds && last < args.spans) add_up(last);
-            if (GENERAL && exchange.talks()) {
+            const bool talks = GENERAL && exchange.talks();
+            Place there;
+            if (talks) {  // first, for all wait
                 S value[N];
-                if (span <= args.anchor) this->begin(value);
+                if (span <= exchange.anchor) this->begin(value);
                 exchange.find_starts(span, value);
+            } else {
+                there = place(next, 0), load(next, there);
             }
+            if (SUMS && adds && last < args.spans) add_up(last);
             exchange.meet();
+            if (talks) there = place(next, 0), load(next, there);
             exchange.mend(span, [&](int which, S(&end)[N]) {
                 if (which != stretch()) return false;
-                S gc[T][N];
-                follow(Bool<false>(), bits, linear, end, gc);
+                start(end);
+#pragma unroll 1
+                for (int which = PARTS - 1; which >= 0; --which) {
+                    Linear<S> linear[T][N];
+                    S gc[T][N];
+                    Parked::get(thread.column, waiting(which), linear);
+                    follow(Bool<false>(), part(Bool<false>(), of, which).bits, linear, end, gc);
+                }
                 return true;
             });
             if (whole)
-                walk(Bool<true>(), here, bits, linear);
+                walk(Bool<true>(), of);
             else if (GENERAL)
-                walk(Bool<false>(), here, bits, linear);
+                walk(Bool<false>(), of);
             last = span;
             span = next, here = there;
         }

@@ -30,6 +30,7 @@ extern "C" __global__ void __launch_bounds__(CUSRU_THREADS, CUSRU_RESIDENT) cusr
     CUSRU_DYNAMIC_SHARED(shared);
     static_assert(Inputs<Chosen, true, CUSRU_RECOMPUTE>::BYTES == CUSRU_STEP_BYTES, "see specialisation.py");
 #if CUSRU_SPLIT
+    static_assert(Waiting<Chosen, CUSRU_TILE>::VALUES == CUSRU_WAITING, "see specialisation.py");
     SplitBackward<Chosen, CUSRU_TILE, CUSRU_UNIT, CUSRU_RECOMPUTE>(args, shared).run();
 #else
     Backward<Chosen, CUSRU_TILE, CUSRU_UNIT, CUSRU_THREADS / 32, CUSRU_RECOMPUTE, CUSRU_THREADS == 32> backward(args,

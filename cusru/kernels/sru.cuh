@@ -314,23 +314,42 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct BackwardTile {
         in_batch = place.b;
         in.point(thread, place.first + row, batch(place.b));
     }
-    // A tile's, from `state` on: the state before each step goes into its record.
-    template <typename Straight>
-    __device__ __forceinline__ void recompute(Straight straight, char* at, const Bits& bits, S (&state)[N]) {
+    // What the states of some steps take, but for the state before. Returns bits of it all: no turn is to be waited for
+    // before it is there.
+    template <int STEPS>
+    __device__ __forceinline__ unsigned prepare_steps(char* at, Prepared<V, S> (&prepared)[STEPS][N]) const {
+        unsigned known = 0;
 #pragma unroll
-        for (int t = 0; t < T; ++t) {
+        for (int t = 0; t < STEPS; ++t) {
             Step<S> step[N];
             In::get(thread.column, at + t * In::BYTES, step);
-            Values<S, N> before;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                prepared[t][i] = prepare<V>(thread.column[i], step[i]);
+                known |= bits_of(prepared[t][i]);
+            }
+        }
+        return known;
+    }
+    // A tile's, from `state` on, and the state before each step.
+    template <typename Straight>
+    __device__ __forceinline__ void follow_states(Straight straight, const Bits& bits,
+                                                  const Prepared<V, S> (*prepared)[N], S (&state)[N],
+                                                  Values<S, N>* before) const {
+#pragma unroll
+        for (int t = 0; t < T; ++t)
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 state[i] = across<V>(bits, t, state[i]);
-                before.set(i, state[i]);
-                S next = advance<V>(prepare<V>(thread.column[i], step[i]), state[i]);
+                before[t].set(i, state[i]);
+                const S next = advance<V>(prepared[t][i], state[i]);
                 state[i] = skips<V>(straight, bits, t) ? state[i] : next;
             }
-            In::C::set(at + t * In::BYTES, before);
-        }
+    }
+    template <int STEPS>
+    __device__ __forceinline__ void keep_states(char* at, const Values<S, N> (&before)[STEPS]) const {
+#pragma unroll
+        for (int t = 0; t < STEPS; ++t) In::C::set(at + t * In::BYTES, before[t]);
     }
     // What is known without the carry; what the skip input's gradient is, is stored.
     template <typename Straight>
@@ -556,9 +575,13 @@ struct Backward : BackwardTile<V, T, UNIT, RECOMPUTE> {
     __device__ __forceinline__ void find_states(const Place& place, bool follows, bool followed) {
 #pragma unroll 1
         for (int row = thread.warp * T; row < place.steps; row += stride) {
+            const int left = place.steps - row;
+            const long long p = place.first + row;
+            Prepared<V, S> prepared[T][N];
+            const unsigned known = this->prepare_steps(record(row), prepared);
             S state[N];
             if (row || follows) {
-                states.take(state);
+                states.take(state, known);
             } else if (place.unit) {
 #pragma unroll
                 for (int i = 0; i < N; ++i) workspace_load<sizeof(S)>(&state[i], checkpoint(place) + i);
@@ -572,14 +595,14 @@ struct Backward : BackwardTile<V, T, UNIT, RECOMPUTE> {
             if (row == 0 && follows && followed && active)
 #pragma unroll
                 for (int i = 0; i < N; ++i) workspace_store<sizeof(S)>(checkpoint(place) + i, &state[i]);
-            const int left = place.steps - row;
-            const long long p = place.first + row;
+            Values<S, N> before[T];
             if (plain && left >= T)
-                this->recompute(Bool<true>(), record(row), marks<T>(thread, Bool<true>(), p, T), state);
+                this->follow_states(Bool<true>(), marks<T>(thread, Bool<true>(), p, T), prepared, state, before);
             else if (GENERAL)
-                this->recompute(Bool<false>(), record(row), marks<T>(thread, Bool<false>(), p, left < T ? left : T),
-                                state);
+                this->follow_states(Bool<false>(), marks<T>(thread, Bool<false>(), p, left < T ? left : T), prepared,
+                                    state, before);
             if (left > T || followed) states.give(left > T ? owner(row + T) : 0, state);
+            this->keep_states(record(row), before);
         }
     }
     __device__ __forceinline__ void climb(const Place& last) {

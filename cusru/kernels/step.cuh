@@ -197,6 +197,13 @@ __device__ __forceinline__ Prepared<V, S> prepare(const Column<S>& k, const Step
     return p;
 }
 
+// Of all that the chain of states reads.
+template <typename V, typename S> __device__ __forceinline__ unsigned bits_of(const Prepared<V, S>& p) {
+    if constexpr (V::CELL != SRU) return bits_of(p.factor.keep) | bits_of(p.summand);
+    if constexpr (V::WEIGHT != NO_WEIGHT) return bits_of(p.z) | bits_of(p.x_f);
+    return bits_of(p.z) | bits_of(p.forget.e) | bits_of(p.forget.g);
+}
+
 // c' -> c = g (z - c') + c', or g (e c' + z) where f = e g < 1/4: there the first form would keep too few of f c' 's
 // bits. Both are g p + rest, so that one fma follows on the gate.
 template <typename S> __device__ __forceinline__ S advance(const Gate<S>& forget, S z, S c) {

@@ -268,6 +268,9 @@ template <int BYTES> __forceinline__ void workspace_load(void* destination, cons
     // A thread that waits with these alone would wait forever for one that never gets to run.
     if (__builtin_expect(++cusru_simulator::fiber().spins % 256 == 0, 0)) cusru_simulator::poll(global, 0);
 }
+template <int BYTES> __forceinline__ void workspace_load_if(bool wanted, void* destination, const void* global) {
+    if (wanted) workspace_load<BYTES>(destination, global);
+}
 
 template <int BYTES> __forceinline__ void workspace_store(void* global, const void* source) {
     cusru_simulator::access<BYTES>(global, cusru_simulator::WORKSPACE_WRITE);
@@ -307,6 +310,8 @@ inline unsigned add_acquire_release(unsigned* counter) {
 }
 
 inline int held(int value) { return value; }
+inline unsigned zero(unsigned) { return 0; }
+template <typename Value> unsigned bits_of(Value) { return 0; }
 
 // Barriers between some of a block's warps.
 inline void barrier_arrive(int id, int threads, int line = __builtin_LINE()) {
