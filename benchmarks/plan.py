@@ -115,15 +115,15 @@ def planned(
         return Planned(case, asked, made, must, model.Guessed(first, mend.cost, fit, time.spans, rest, merged), main)
     if time:
         forward = kernel.direction == "forward"
-        stretches = time.units if forward else time.units * -(-time.steps // kernel.group)
+        stretches = time.warps(kernel) - forward
         directions = 2 if asked.bidirectional else 1
         groups = directions * -(-asked.batch * asked.width // (directions * kernel.columns * 32))
         values = 3 + 2 * model.heard(time.anchor, time.chunks) * time.chunks  # told, and heard, of a column
         words = ITEMSIZES[asked.state] * asked.batch * asked.width * time.spans * values
         relayed = (time.slice - 1) * time.steps if forward else time.steps
         spans = model.Spans(
-            cost, time.spans, time.anchor, groups, kernel.columns, time.warps(kernel) - forward, kernel.tile, stretches,
-            time.chunks, relayed, main.grid[0], resident, must.bytes + made.partial_bytes, words, made.partial_bytes, reducers,
+            cost, time.spans, time.anchor, groups, kernel.columns, stretches, kernel.stretch, stretches, time.chunks,
+            relayed, main.grid[0], resident, must.bytes + made.partial_bytes, words, made.partial_bytes, reducers,
         )  # fmt: skip
         return Planned(case, asked, made, must, spans, main)
     pieces = -(-min(asked.block or 1, asked.length) // UNIT) if kernel.recompute else 1
@@ -178,7 +178,7 @@ def lines(one: Planned, device: model.Device) -> list[str]:
     else:
         columns = "two need a D that is even in each direction, and room in shared memory"
     if made.split and kernel.affine:
-        warps = "each has a tile of a span" + ", but one that talks" * (kernel.direction == "forward")
+        warps = f"each has {kernel.stretch} steps of a span" + ", but one that talks" * (kernel.direction == "forward")
     elif made.split:
         warps = "take turns at the tiles of a span"
     elif walk.warps > 1:
@@ -188,7 +188,7 @@ def lines(one: Planned, device: model.Device) -> list[str]:
         warps = f"{per_sm:.1f} blocks a multiprocessor leave no room for more, or all time is one turn"
     straight = "whole tiles without a branch"
     general = "far strides, gradients unwanted or laid otherwise than u, or saved blocks shorter than a tile"
-    ahead = UNIT if kernel.recompute and not made.split else walk.warps * kernel.tile
+    ahead = UNIT if kernel.recompute and not made.split else walk.warps * (kernel.stretch if made.split else kernel.tile)
     in_flight = said.waves[0] * ahead * 32 * kernel.columns * resources.bytes_per_step(kernel)
     which = "third" if made.split else "second"
     second = f"the {which} adds up {made.rows} rows of {made.sums} sums a column" if walk.reducers else "it does all"

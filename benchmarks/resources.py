@@ -119,9 +119,13 @@ def find_nvdisasm() -> str:
     return found
 
 
-def smallest_loops(sass: str, opcode: str) -> list[list[str]]:
-    """The instructions of the smallest loop around each such one. A loop is what lies between a label and the nearest jump back
-    to it."""
+class Code(NamedTuple):
+    instructions: list[str]
+    loops: list[tuple[int, int]]  #: first and last of each, the shortest first
+
+
+def code(sass: str) -> Code:
+    """A loop is what lies between a label and the nearest jump back to it."""
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in sass.splitlines():
@@ -135,11 +139,25 @@ def smallest_loops(sass: str, opcode: str) -> list[list[str]]:
         first = labels.get(jump[1], last) if jump else last
         if first < last:
             loops.setdefault(first, last)
+    return Code(instructions, sorted(loops.items(), key=lambda loop: loop[1] - loop[0]))
+
+
+def smallest_loops(code: Code, opcode: str) -> list[list[str]]:
+    """The instructions of the smallest loop around each such one."""
     found: list[tuple[int, int]] = []
-    for first, last in sorted(loops.items(), key=lambda loop: loop[1] - loop[0]):
-        if any(opcode in instructions[i] for i in range(first, last + 1) if not any(a <= i <= b for a, b in found)):
+    for first, last in code.loops:
+        if any(opcode in code.instructions[i] for i in range(first, last + 1) if not any(a <= i <= b for a, b in found)):
             found = [(a, b) for a, b in found if not first <= a <= last] + [(first, last)]
-    return [instructions[a : b + 1] for a, b in found]
+    return [code.instructions[a : b + 1] for a, b in found]
+
+
+def of_stretch(code: Code, parts: int) -> list[str]:
+    """The instructions of a warp's stretch: of the longest loop, span after span; of those in it, part after part, so often."""
+    *inner, (first, last) = code.loops
+    found = []
+    for i in range(first, last + 1):
+        found += [code.instructions[i]] * (parts if any(a <= i <= b for a, b in inner) else 1)
+    return found
 
 
 def instructions(kernel: Specialisation, architecture: int) -> dict[str, float]:
@@ -149,9 +167,11 @@ def instructions(kernel: Specialisation, architecture: int) -> dict[str, float]:
         file.write(cubin + b"\0")  # CuPy leaves out the last byte
         file.flush()
         sass = subprocess.run([find_nvdisasm(), file.name], capture_output=True, text=True, check=True).stdout
-    mark = "LDG" if kernel.direction == "reduce" else "LDS" if kernel.cell in FORMS else "MUFU"  # of all loops over time
-    loops = smallest_loops(sass, mark)
-    steps = kernel.columns * (1 if kernel.direction == "reduce" else kernel.tile)
+    if kernel.split and kernel.direction == "backward":
+        loops, steps = [of_stretch(code(sass), kernel.parts)], kernel.columns * kernel.stretch
+    else:
+        mark = "LDG" if kernel.direction == "reduce" else "LDS" if kernel.cell in FORMS else "MUFU"  # of all loops over time
+        loops, steps = smallest_loops(code(sass), mark), kernel.columns * (1 if kernel.direction == "reduce" else kernel.tile)
     special = sum("MUFU" in instruction for loop in loops for instruction in loop)
     return {"instructions": round(sum(map(len, loops)) / steps, 1), "special_functions": special / steps}
 

@@ -313,7 +313,7 @@ def test_what_splits_time_takes_more_instructions() -> None:
         Specialisation("backward", "float32", "x", weight="column", columns=2, packed=True),
         Specialisation("backward", "bfloat16", "x", weight="column", columns=2, packed=True, recompute=True),
         Specialisation("forward", "float32", "x", columns=2, packed=True, split=2),
-        Specialisation("backward", "bfloat16", "x", columns=2, packed=True, recompute=True, split=1),
+        Specialisation("backward", "bfloat16", "x", columns=2, packed=True, recompute=True, split=2),
         Specialisation("forward", "bfloat16", cell="ifo", columns=2, packed=True),
         Specialisation("backward", "float32", cell="f", columns=2, packed=True, recompute=True),
         Specialisation("forward", "float32", cell="affine", weight="step", columns=2, split=2),
@@ -561,7 +561,7 @@ def test_a_plan_that_splits_time_in_words(capsys: pytest.CaptureFixture[str]) ->
     words = run(capsys, "16384", "1", "1024", "--dtype", "bfloat16", "--every", "32")
     forward, backward = words.split("backward\n")
     assert "spans of 32 steps, of which every 8th tells its start" in forward
-    assert "each has a tile of a span, but one that talks" in forward
+    assert "each has 8 steps of a span, but one that talks" in forward
     assert "launches        2: the first clears what spans tell\n" in forward
     assert "launches        3: the first clears what spans tell; the third adds up" in backward
     for said in (forward, backward):

@@ -50,7 +50,7 @@ FAMILIES = (
     Case("short-linear-column", family="linear_recurrence", cell="complement", a="column", **_SHAPE),
 )
 # So few columns that the planner splits time: what spans tell one another is in the bytes moved, and in the workspace's.
-_SPANS = Case("spans", 2048, 1, 128)
+_SPANS = Case("spans", 512, 1, 704)
 SPANS = (
     _SPANS,
     _SPANS._replace(name="spans-inference", save_every=None),
