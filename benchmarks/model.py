@@ -73,7 +73,6 @@ class Spans(NamedTuple):
     columns: int  #: of a thread
     warps: int  #: of a block, that work
     tile: int  #: steps, one after the other, that a warp has of a span
-    stretches: int  #: of a lane's time in a span
     chunks: int  #: of a span, that lanes have
     relayed: int  #: steps of a span that are handed from warp to warp
     blocks: int
@@ -180,7 +179,7 @@ BARRIER = 40  # cycles of a __syncthreads for which nobody is late: an estimate
 FOLDED = (99 + 56) / 8  # of a stretch's column: into the span's summary, and where it starts
 HEARD = 168 / 8  # of a column of a span that has told
 TALK = 150  # all others of a span
-ABREAST = 8  # spans whose words are on their way together
+ABREAST = 8  # spans whose words are on their way together (in float64, and with starts, four)
 HIDDEN = 0.5  # of the turns' chain, by what warps do that have had their turn or wait for it: an estimate
 
 
@@ -193,7 +192,7 @@ def _exchange(of: Spans, device: Device) -> float:
     """Cycles from a block's first barrier of a span to its second, during which no warp computes."""
     asked = heard(of.anchor, of.chunks)
     trips = 2 + asked // ABREAST  # the anchor's flag, its start; words of spans, but for the first, which are HOP's
-    folded = of.stretches + (3 * of.chunks if of.chunks > 1 else 0)  # of chunks three times: by shuffles
+    folded = of.warps + (3 * of.chunks if of.chunks > 1 else 0)  # of chunks three times: by shuffles
     instructions = of.columns * (folded * FOLDED + asked * HEARD) + TALK
     return instructions * GAP + HOP * device.clock + trips * L2_LATENCY + 2 * BARRIER
 

@@ -115,14 +115,13 @@ def planned(
         return Planned(case, asked, made, must, model.Guessed(first, mend.cost, fit, time.spans, rest, merged), main)
     if time:
         forward = kernel.direction == "forward"
-        stretches = time.warps(kernel) - forward
         directions = 2 if asked.bidirectional else 1
         groups = directions * -(-asked.batch * asked.width // (directions * kernel.columns * 32))
         values = 3 + 2 * model.heard(time.anchor, time.chunks) * time.chunks  # told, and heard, of a column
         words = ITEMSIZES[asked.state] * asked.batch * asked.width * time.spans * values
         relayed = (time.slice - 1) * time.steps if forward else time.steps
         spans = model.Spans(
-            cost, time.spans, time.anchor, groups, kernel.columns, stretches, kernel.stretch, stretches, time.chunks,
+            cost, time.spans, time.anchor, groups, kernel.columns, time.warps(kernel) - forward, kernel.stretch, time.chunks,
             relayed, main.grid[0], resident, must.bytes + made.partial_bytes, words, made.partial_bytes, reducers,
         )  # fmt: skip
         return Planned(case, asked, made, must, spans, main)

@@ -215,6 +215,8 @@ def _ahead(kernel: Specialisation) -> int:
     """Steps that a warp has in flight: the reduction's are unrolled by 8, a recomputing warp has its share of a block's."""
     if kernel.direction in ("reduce", "clear"):
         return 8
+    if kernel.split:
+        return kernel.stretch
     return specialisation.UNIT // kernel.warps if kernel.recompute else kernel.tile
 
 

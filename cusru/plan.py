@@ -49,6 +49,7 @@ WORTH = {"thin": (1024, 1024, 0.5), "forward": (512, 3072, 2.5), "backward": (25
 GUESSED_STEPS, GUESSED_BLOCKS, COMPARED = 1024, 132, 64
 #: Most bytes of a step for time to be guessed, by the most steps
 WORTH_GUESSING = {4096: 28000, 18000: 12600, math.inf: 9600}
+RESERVED = 1024  # bytes of shared memory that the system takes of each block
 RESIDENT = 8  # warps, two a scheduler: as many as registers allow where a thread has 255
 
 
@@ -128,8 +129,8 @@ class Split(NamedTuple):
     spans: int
     anchor: int  #: spans from one that tells its start to the next, a power of two
     chunks: int  #: of a span, of which a warp's lanes have one each
-    units: int  #: of a chunk, whole tiles each: forward tiles, backward saved blocks
-    steps: int  #: of a unit; backward no more than a tile, or no more than a stretch of which is a warp's
+    units: int  #: of a chunk: forward tiles, backward saved blocks, or all of it
+    steps: int  #: of a unit; backward it is a part of a warp's stretch, or where it is longer than a tile some warps' stretches
     slice: int = 1  #: forward: tiles from one whose start is known to the next, saved states among those; or that is compared
     lead: int = 0  #: forward: steps that a reversed column's first saved block is short
     resident: int = 2  #: blocks for which a multiprocessor has room (`Specialisation.split`)
@@ -170,7 +171,7 @@ def plan(problem: Problem, device: Limits) -> Plan:
     backward = problem.direction == "backward"
     recompute = backward and problem.block != 1
     # Partial sums take rows * sums states for L * B * 10 values of traffic; 32 steps or more a thread keep them under 5%. (Where
-    # time is split and save_every leaves a span fewer steps, down to 16, they and the spans' words take up to 10%.)
+    # time is split and save_every leaves a span fewer steps, down to 12, they and the spans' words take up to 10%.)
     of_batches = "grad_weight_c" in wanted and problem.axes("grad_weight_c") == "BD"  # each has sums of its own
     group = max(1, min(-(-32 // max(problem.length, 1)), problem.batch)) if backward and not of_batches else 1
     rows = -(-problem.batch // group)
@@ -294,6 +295,7 @@ def _split(problem: Problem, kernel: Specialisation, device: Limits) -> Split | 
     chunks = 32 // columns if columns <= 16 else 1
     anchor = next(spans for most, spans in ANCHORS.items() if problem.batch * problem.width <= most)
     limit, anchor = (*(device.split or (UNIT,)), anchor)[:2]
+    assert anchor & (anchor - 1) == 0, "a power of two: the kernels shift by it"
     for resident, most in SPLIT[problem.direction].items():  # two blocks, if one of them has room for slices
         kernel = kernel._replace(split=resident)
         most = min(most, limit)
@@ -359,7 +361,10 @@ def _by_spans(layouts: _Layouts, split: Split, device: Limits) -> tuple[Speciali
         for kernel, of_grad in layouts
         if kernel.columns <= most
     ]
-    return next(c for c in choices if c[0].shared(c[1]) <= device.shared)
+    possible = [c for c in choices if c[0].shared(c[1]) <= device.shared]
+    together = split.resident  # blocks: of one column a thread these may fit, of two not
+    rooms = (c for c in possible if together * (c[0].shared(c[1]) + RESERVED) <= device.shared + RESERVED)
+    return next(rooms, possible[0])
 
 
 def _fits(kernel: Specialisation, warps: int, device: Limits) -> bool:

@@ -91,6 +91,8 @@ def _compiled(kernel: Specialisation, device: int) -> Any:
                 raw.compile()
                 if kernel.direction in ("forward", "backward"):
                     raw.max_dynamic_shared_size_bytes = _limits(device).shared
+                if kernel.split:  # of whose blocks two are to fit together
+                    raw.preferred_shared_memory_carveout = 100
                 _kernels.setdefault(key, raw)  # a handler may have been here meanwhile
     return _kernels[key]
 

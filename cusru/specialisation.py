@@ -215,8 +215,8 @@ class Limits(NamedTuple):
 
     multiprocessors: int
     shared: int = 227 << 10  #: bytes of a block, at most
-    #: For tests: () for never; (warps of a block[, spans from anchor to anchor]), the first where time is guessed the least tiles
-    #: of a span, a power of two
+    #: For tests: () for never; (warps of a block[, spans from anchor to anchor, a power of two]), the first where time is guessed
+    #: the least tiles of a span, a power of two
     split: tuple[int, ...] | None = None
 
 

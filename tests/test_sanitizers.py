@@ -54,6 +54,10 @@ for simulator.multiprocessors, raw_kernels.split in WAYS:
         for a in (normal(batch, width) / 4, normal(width) / 4, normal(length, batch, width) / 4):
             o = cusru.linear_recurrence_forward(a, b, form="blend", **shared)
             cusru.linear_recurrence_backward(o.h, o.c_last, o.c, a, b, form="blend", **shared)
+    for save_every in (1, 3, 20):  # tiles of two steps
+        u, weight = normal(60, 2, 7, 3), normal(60, 2, 7, 2)
+        o = cusru.sru_forward(u, weight_c=weight, activation="tanh", save_every=save_every)
+        cusru.sru_backward(o.h, o.c_last, o.c, u, weight_c=weight, activation="tanh", save_every=save_every)
 """
 GUESSED = """
 raw_kernels.split = (8, 2)  # several turns of a warp, slices of several tiles

@@ -81,6 +81,18 @@ def test_the_path_and_the_workspace_do_not_depend_on_the_device(monkeypatch):
         assert cusru.workspace_size("forward", u, **options) == workspace
 
 
+@pytest.mark.parametrize(("k", "columns"), [(3, 2), (4, 1)])
+def test_a_thread_has_two_columns_only_where_two_such_blocks_have_room(monkeypatch, k, columns):
+    """In a device's 228 KB, of which the system takes one for each block."""
+    length, width = 2048, 128
+    u, h, c = np.zeros((length, 1, width, k), "f4"), np.zeros((length, 1, width), "f4"), np.zeros((1, width), "f4")
+    options = dict(weight_c=np.zeros((2, width), "f4"), x=h if k == 3 else None)
+    (_, main, _) = planned(monkeypatch, cusru.sru_backward, h, None, h, u, c0=c, **options).launches
+    assert (main.kernel.split, main.kernel.columns) == (2, columns)
+    assert 2 * (main.shared + 1024) <= 228 << 10
+    assert columns == 2 or 2 * (main.kernel._replace(columns=2, packed=True).shared(4) + 1024) > 228 << 10
+
+
 # ---- blocks -----------------------------------------------------------------------------------------------------------
 
 
@@ -159,8 +171,8 @@ FAULTS = {  # the line, and the line broken
     "a span that does not tell its walked end": ("tell(END, span, end), told(END", "told(END"),
     "an anchor that the next span's start does not come from": ("anchored ? value[i] : begin[i]", "begin[i]"),
     "a part walked with another's steps": (
-        "Parked::get(thread.column, waiting(which), linear);\n            S gc",
-        "Parked::get(thread.column, waiting(0), linear);\n            S gc",
+        "Waits::get(thread.column, waiting(which), linear);\n            S gc",
+        "Waits::get(thread.column, waiting(0), linear);\n            S gc",
     ),
     "steps summed up in the wrong order": (
         "sum[i] = back(straight, one.bits, t, linear[t][i], sum[i], gc);",

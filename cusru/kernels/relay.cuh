@@ -38,7 +38,7 @@ struct Args {
     char* words;        // and what spans tell one another
     long long length, batch, width, save_every;
     long long group, rows, sums;          // batches a thread walks, rows of partials, parameter gradients per column
-    long long spans, log_anchor, groups;  // of time; of the spans from one anchor to the next; groups of columns
+    long long spans, log_anchor, groups;  // of time; spans from one anchor to the next, 2 to this; groups of columns
     long long chunks, units;  // of a span, one after the other; of a chunk: tiles forward, saved blocks backward
     long long slice, lead;    // forward: tiles; steps that a reversed column's first slice is short
     double scale;             // scale_x or zoneout, where it is a number

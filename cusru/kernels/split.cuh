@@ -1,11 +1,11 @@
 // How time is split where columns are few. Whatever is affine in what goes from step to step (step.cuh has the list)
 // need not be walked to be known: a stretch of time takes every c to factor c + sum, and a stretch after another is a
-// stretch. So time is cut into spans. A block takes a span, the next that nobody has, and each of its warps a tile of
-// it; where there are 16 columns or fewer a warp's lanes have several such chunks of time. A warp loads its tile once
-// and finds out, in registers, what the tile does to any state. From what its tiles do the block knows what its span
-// does, and tells; from what the spans before have told it knows where its own begins, and so where each tile does.
-// Then all tiles are walked at once, and what follows is stored. The inputs of the block's next span are on their way
-// meanwhile: data is read once, and a chain is a tile long.
+// stretch. So time is cut into spans. A block takes a span, the next that nobody has, and each of its warps a stretch
+// of it, 8 steps; where there are 16 columns or fewer a warp's lanes have several such chunks of time. A warp loads its
+// stretch once and finds out what that does to any state. From what its warps' stretches do the block knows what its
+// span does, and tells; from what the spans before have told it knows where its own begins, and so where each stretch
+// does. Then all are walked at once, and what follows is stored. The inputs of the block's next span are on their way
+// meanwhile: data is read once, and a chain is a stretch long.
 //
 // Which spans are asked is fixed: every `anchor`th tells its start, and the others add to it what those since have
 // told, in one order. So every bit is the same whoever is late. What a span waits for was taken before: somebody works
@@ -65,14 +65,15 @@ template <typename V, typename S> struct Sequence {
 };
 
 // What the stretches of a block's span, in the order of processing, and the spans tell one another. One warp talks,
-// whose lanes have the columns that all the warps' have, the last: forward it does nothing else, so that none keeps its
-// tile in registers meanwhile; backward, where no warp does, it has the stretch whose states are found last.
+// whose lanes have the columns that all the warps' have, the last. Forward it does nothing else, so that it need not
+// keep a tile in registers meanwhile; backward none does, and its stretch is the one whose states are found last.
 template <typename V, bool BACKWARD> struct Exchange {
     using S = typename V::S;
     static constexpr int N = V::COLUMNS;
     static constexpr unsigned ALL = 0xffffffffu;
-    static constexpr int ABREAST = sizeof(S) == 8 ? 4 : 8;  // spans whose words are on their way together
-    enum Kind { SUMMARY = 1, START = 2, END = 4 };          // that a span has told: bits of its flag
+    // Spans whose words are on their way together, as many as there are registers for.
+    static constexpr int ABREAST = sizeof(S) == 8 || V::STARTING ? 4 : 8;
+    enum Kind { SUMMARY = 1, START = 2, END = 4 };  // that a span has told: bits of its flag
     const Args& args;
     const Lane lane;  // its own: a reference to another part of the kernel's state would keep all of it in memory
     const unsigned group;
@@ -568,7 +569,7 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
     using Tile = BackwardTile<V, T, UNIT, RECOMPUTE>;
     using In = typename Tile::In;
     using S = typename V::S;
-    using Parked = Waiting<V, T>;
+    using Waits = Waiting<V, T>;
     static constexpr int N = V::COLUMNS, SUMS = V::SUMS, TERMS = Tile::TERMS, GROUP = Tile::GROUP;
     static constexpr int STRETCH = 8, PARTS = STRETCH / T;
     static_assert(GROUP == T, "a part's sums are one group's");
@@ -580,7 +581,7 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
     const Exchange<V, true> exchange;
     Relay<S, N, !RECOMPUTE, 1> states;
     S* const sums;  // [part of the span][sum][lane]
-    char* const parked;
+    char* const waits;
 
     static __device__ __forceinline__ int warps() { return Exchange<V, true>::workers(); }
     static __device__ __forceinline__ int of_unit(const Args& args) {  // steps
@@ -590,7 +591,7 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
         return warps() * 32 * (PARTS * SUMS + RECOMPUTE) * N * sizeof(S);
     }
     static __device__ __forceinline__ int before_records() {
-        return Exchange<V, true>::bytes(warps()) + handed_on() + warps() * PARTS * Parked::BYTES;
+        return Exchange<V, true>::bytes(warps()) + handed_on() + warps() * PARTS * Waits::BYTES;
     }
     __device__ __forceinline__ SplitBackward(const Args& args, char* shared)
         : Tile(args, Lane(args, args.batch, N, blockIdx.x % args.groups, args.groups, args.chunks), of_unit(args),
@@ -602,12 +603,12 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
           exchange(args, lane, blockIdx.x % args.groups, warps(), shared),
           states(shared += Exchange<V, true>::bytes(warps()), warps()),
           sums(reinterpret_cast<S*>(shared) + threadIdx.x % 32),
-          parked(shared + warps() * 32 * PARTS * SUMS * N * sizeof(S) + thread.warp * PARTS * Parked::BYTES) {
+          waits(shared + warps() * 32 * PARTS * SUMS * N * sizeof(S) + thread.warp * PARTS * Waits::BYTES) {
         active = lane.active, this->in_batch = 0, this->out_batch = -1;
         in.point(thread, 0, thread.b);
     }
     __device__ __forceinline__ char* at(int part) const { return this->record(thread.warp * STRETCH + part * T); }
-    __device__ __forceinline__ char* waiting(int part) const { return parked + part * Parked::BYTES; }
+    __device__ __forceinline__ char* waiting(int part) const { return waits + part * Waits::BYTES; }
 
     // Where the unit of the warp's part is; its steps are 0 where there is none.
     __device__ __forceinline__ Place place(unsigned span, int part) const {
@@ -633,7 +634,7 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
             Tile::load(here, from, at(part));
         }
     }
-    __device__ __forceinline__ int stretch() const { return warps() - 1 - thread.warp; }  // which the warp's is
+    __device__ __forceinline__ int order() const { return warps() - 1 - thread.warp; }  // of the warp's stretch
 
     // A part: from which step of the stretch on, how many steps, what is marked of them.
     struct Part {
@@ -713,7 +714,7 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
             grad_x.move(straight, one.from - was), was = one.from;
             Linear<S> linear[T][N];
             this->linearise_all(straight, at(which), of.first + one.from, one.left, one.bits, linear);
-            Parked::shorten(linear);
+            Waits::shorten(linear);
 #pragma unroll
             for (int t = T - 1; t >= 0; --t)
 #pragma unroll
@@ -723,13 +724,13 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
                     const Factor<S>& keep = linear[t][i].keep;
                     if (!skips<V>(straight, one.bits, t)) product[i].times(keep, keep.gone());
                 }
-            Parked::put(waiting(which), linear);
+            Waits::put(waiting(which), linear);
         }
         grad_x.move(straight, -was);
         Summary<S> summary[N];
 #pragma unroll
         for (int i = 0; i < N; ++i) summary[i] = settled(product[i], sum[i], V::STARTING && of.bits.starts);
-        exchange.put(stretch(), summary);
+        exchange.put(order(), summary);
     }
     // From the part's start to its end.
     template <typename Straight>
@@ -742,7 +743,7 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
     }
     __device__ __forceinline__ void start(S (&carry)[N]) const {
 #pragma unroll
-        for (int i = 0; i < N; ++i) carry[i] = exchange.start(stretch(), i);
+        for (int i = 0; i < N; ++i) carry[i] = exchange.start(order(), i);
     }
     template <typename Straight> __device__ __forceinline__ void walk(Straight straight, const Stretch& of) {
         S carry[N];
@@ -753,7 +754,7 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
             const Part one = part(straight, of, which);
             grad_u.move(straight, one.from - was), grad_weight.move(straight, one.from - was), was = one.from;
             Linear<S> linear[T][N];
-            Parked::get(thread.column, waiting(which), linear);
+            Waits::get(thread.column, waiting(which), linear);
             S gc[T][N], terms[T][TERMS];
             follow(straight, one.bits, linear, carry, gc);
             this->store_gradients(straight, one.left, one.bits, linear, gc, terms);
@@ -826,14 +827,14 @@ template <typename V, int T, int UNIT, bool RECOMPUTE> struct SplitBackward : Ba
             if (SUMS && adds && last < args.spans) add_up(last);
             exchange.meet();
             if (talks) there = place(next, 0), load(next, there);
-            exchange.mend(span, [&](int which, S(&end)[N]) {
-                if (which != stretch()) return false;
+            exchange.mend(span, [&](int stretch, S(&end)[N]) {
+                if (stretch != order()) return false;
                 start(end);
 #pragma unroll 1
                 for (int which = PARTS - 1; which >= 0; --which) {
                     Linear<S> linear[T][N];
                     S gc[T][N];
-                    Parked::get(thread.column, waiting(which), linear);
+                    Waits::get(thread.column, waiting(which), linear);
                     follow(Bool<false>(), part(Bool<false>(), of, which).bits, linear, end, gc);
                 }
                 return true;

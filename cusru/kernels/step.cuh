@@ -197,7 +197,7 @@ __device__ __forceinline__ Prepared<V, S> prepare(const Column<S>& k, const Step
     return p;
 }
 
-// Of all that the chain of states reads.
+// Of what the chain of states reads and arithmetic has made.
 template <typename V, typename S> __device__ __forceinline__ unsigned bits_of(const Prepared<V, S>& p) {
     if constexpr (V::CELL != SRU) return bits_of(p.factor.keep) | bits_of(p.summand);
     if constexpr (V::WEIGHT != NO_WEIGHT) return bits_of(p.z) | bits_of(p.x_f);
