@@ -110,12 +110,12 @@ class Specialisation(NamedTuple):
     @property
     def tile(self) -> int:
         """Steps that are unrolled, and a warp's turn, as many as registers hold. No bit depends on whether it is 4 or 8, but
-        parameter sums are grouped by min(tile, 4) steps, so that a tile of 2 must follow from the options alone. Eight are what
-        each of the recomputing backward's four warps has of a saved block of 32."""
+        parameter sums are grouped by min(tile, 4) steps, so that a tile of 2 must follow from options and dtype alone. Eight are
+        what each of the recomputing backward's four warps has of a saved block of 32."""
         simple, steps = self.activation == self.candidate == "identity", self.weight.startswith("step")
         if self.direction == "forward":
             return 4 if self.dtype == "float64" else 8
-        if steps and not simple:
+        if (steps and not simple) or (self.split and self.dtype == "float64" and self.cell in POOLINGS):
             return 2
         packed = self.packed or self.cell in FORMS
         eight = self.recompute and not self.alone and self.marks == "none" and packed and simple
