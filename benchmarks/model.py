@@ -199,8 +199,8 @@ def _exchange(of: Spans, device: Device) -> float:
 
 def _spans(of: Spans, device: Device, totals: dict[str, float]) -> tuple[float, list[int]]:
     """A block's span: all its warps compute, exchange, compute; other blocks of the multiprocessor compute meanwhile, where there
-    are any. (A simulation of the machine code of 16 blocks on 8 multiprocessors says that two blocks take 6,506 cycles for a span
-    of each forward, 9,368 backward: a block alone takes some 5,000 and 7,641, all their instructions 4,858 and 7,583.) Bytes are
+    are any. (A simulation of the machine code of 16 blocks on 8 multiprocessors says that two blocks take 6,252 cycles for a span
+    of each forward, 9,254 backward: a block alone takes some 5,000 and 7,641, all their instructions 4,858 and 7,583.) Bytes are
     on their way all the time. And a span's start comes from anchor to anchor."""
     here = min(of.blocks, of.resident * device.multiprocessors)
     per_sm = -(-here // device.multiprocessors)

@@ -160,18 +160,22 @@ def of_stretch(code: Code, parts: int) -> list[str]:
     return found
 
 
-def instructions(kernel: Specialisation, architecture: int) -> dict[str, float]:
-    """Of whole tiles: padding, tails and other rare things have a copy of the loops to themselves, which is left out here."""
-    _, cubin = build(raw_kernels.source(), (*raw_kernels.options(kernel), "-DCUSRU_WHOLE_TILES"), architecture)
+def machine_code(kernel: Specialisation, architecture: int, *options: str) -> Code:
+    _, cubin = build(raw_kernels.source(), (*raw_kernels.options(kernel), *options), architecture)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin + b"\0")  # CuPy leaves out the last byte
         file.flush()
-        sass = subprocess.run([find_nvdisasm(), file.name], capture_output=True, text=True, check=True).stdout
+        return code(subprocess.run([find_nvdisasm(), file.name], capture_output=True, text=True, check=True).stdout)
+
+
+def instructions(kernel: Specialisation, architecture: int) -> dict[str, float]:
+    """Of whole tiles: padding, tails and other rare things have a copy of the loops to themselves, which is left out here."""
+    found = machine_code(kernel, architecture, "-DCUSRU_WHOLE_TILES")
     if kernel.split and kernel.direction == "backward":
-        loops, steps = [of_stretch(code(sass), kernel.parts)], kernel.columns * kernel.stretch
+        loops, steps = [of_stretch(found, kernel.parts)], kernel.columns * kernel.stretch
     else:
         mark = "LDG" if kernel.direction == "reduce" else "LDS" if kernel.cell in FORMS else "MUFU"  # of all loops over time
-        loops, steps = smallest_loops(code(sass), mark), kernel.columns * (1 if kernel.direction == "reduce" else kernel.tile)
+        loops, steps = smallest_loops(found, mark), kernel.columns * (1 if kernel.direction == "reduce" else kernel.tile)
     special = sum("MUFU" in instruction for loop in loops for instruction in loop)
     return {"instructions": round(sum(map(len, loops)) / steps, 1), "special_functions": special / steps}
 

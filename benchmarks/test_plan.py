@@ -13,8 +13,6 @@ import json
 import math
 import re
 import statistics
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +24,7 @@ from benchmarks.cases import Case
 from benchmarks.model import Cost, Spans, Walk
 from benchmarks.plan import Planned
 from benchmarks.workload import PASSES, Workload
-from cusru import measuring, raw_kernels
+from cusru import measuring
 from cusru.arguments import ITEMSIZES
 from cusru.specialisation import FORMS, POOLINGS, Specialisation, specialisations
 
@@ -347,24 +345,33 @@ def test_what_it_takes_to_add_up_a_stretch_is_what_ptxas_makes() -> None:
     pytest.importorskip("cupy", reason='needs CuPy and NVRTC: pip install "cusru[cuda13]"')
     kernel = Specialisation("forward", "bfloat16", "x", columns=2, packed=True, split=2)
     try:
-        disassemble = resources.find_nvdisasm()
+        code = resources.machine_code(kernel, 90)
     except RuntimeError as error:
         pytest.skip(str(error))
-    _, cubin = resources.build(raw_kernels.source(), raw_kernels.options(kernel), 90)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin + b"\0")
-        file.flush()
-        sass = subprocess.run([disassemble, file.name], capture_output=True, text=True, check=True).stdout
-    lines = [line.strip() for line in sass.splitlines()]
     found: dict[bool, int] = {}
-    for last, line in enumerate(lines):
-        if jump := re.search(r"\bBRA\b.*?(\.L_x_\d+)", line):
-            loop = [line for line in lines[lines.index(f"{jump[1]}:") : last + 1] if re.match(r"/\*[0-9a-f]{4,}\*/\s", line)]
-            if sum(" LDS" in line for line in loop) == 4 and not any(" LDG" in line or " BAR" in line for line in loop):
-                found[any(" STS" in line for line in loop)] = len(loop)
+    for first, last in code.loops:
+        loop = code.instructions[first : last + 1]
+        if sum("LDS" in line for line in loop) == 4 and not any("LDG" in line or "BAR" in line for line in loop):
+            found[any("STS" in line for line in loop)] = len(loop)
     assert found[False] + found[True] == pytest.approx(4 * 2 * model.FOLDED, rel=0.15), (
         "make FOLDED and HEARD of benchmarks/model.py again"
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_states_take_is_worked_out_before_their_turn(dtype: str) -> None:
+    """Between the barrier that a turn waits for and the one that ends it there is no special function: without weights a gate
+    reads no state, and the compiler would put it off until the turn has come."""
+    pytest.importorskip("cupy", reason='needs CuPy and NVRTC: pip install "cusru[cuda13]"')
+    kernel = Specialisation("backward", dtype, "x", columns=2, packed=True, recompute=True, split=2)
+    try:
+        code = resources.machine_code(kernel, 90, "-DCUSRU_WHOLE_TILES").instructions
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    barriers = [i for i, line in enumerate(code) if re.search(r"BAR\.(SYNC|ARV)\S* R", line)]  # by number: between two warps
+    (waits, ends) = next((a, b) for a, b in itertools.pairwise(barriers) if "SYNC" in code[a] and "ARV" in code[b])
+    assert any("FFMA" in line for line in code[waits:ends]), "the chain"
+    assert not any("MUFU" in line for line in code[waits:ends])
 
 
 # ---- time split: what must hold of any time, and the planner's choice --------------------------------------------------------

@@ -55,6 +55,7 @@ SPANS = (
     _SPANS,
     _SPANS._replace(name="spans-inference", save_every=None),
     _SPANS._replace(name="spans-S32", save_every=32),
+    Case("spans-narrow", 2048, 1, 128, save_every=32),
 )
 CASES = LAYOUTS + STATES + FAMILIES + SPANS
 

@@ -123,11 +123,6 @@ class Specialisation(NamedTuple):
         return 8 if eight and self.dtype != "float64" and (self.weight, self.skip) != ("column", "projected") else 4
 
     @property
-    def group(self) -> int:
-        """Steps whose parameter gradients are added up plainly."""
-        return min(self.tile, 4)
-
-    @property
     def stretch(self) -> int:
         """Steps that a warp has of a span, where time is split."""
         return STRETCH if self.direction == "backward" else self.tile
@@ -163,17 +158,12 @@ class Specialisation(NamedTuple):
         if self.split and not self.affine:  # the state that a warp is given; notes
             return warps * (32 * self.columns * state + self.tile * self.step_bytes) + 64
         if self.split:  # what a stretch does to any state, where it starts, what its warp hands on; and two numbers
-            forward = self.direction == "forward"
+            forward, column = self.direction == "forward", self.columns * state
             warps -= forward  # one talks
-            of_warp = 3 + (1 if forward else self.parts * self.sums + self.recompute)
-            waiting = (
-                0 if forward else self.stretch * self.waiting * self.columns * state + 4 * self.parts * (self.cell not in FORMS)
-            )
-            return (
-                32 * (self.columns * state * (warps * of_warp + 5) + warps * waiting)
-                + 16
-                + warps * self.stretch * self.step_bytes
-            )
+            of_warp = (3 + (1 if forward else self.parts * self.sums + self.recompute)) * column
+            if not forward:  # what waits, and of each part a word
+                of_warp += self.stretch * self.waiting * column + 4 * self.parts * (self.cell not in FORMS)
+            return 32 * (warps * of_warp + 5 * column) + 16 + warps * self.stretch * self.step_bytes
         sums = 0 if self.direction == "forward" else self.sums
         values = 0  # of each column: what each warp is given (carry, sums with what they lost, state), and a group's sum
         if not self.alone:
