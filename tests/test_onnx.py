@@ -18,7 +18,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason='needs onnxruntime: pip 
 
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 
-from cusru.torch import SRU, SRUCell, linear_recurrence, qrnn, sru  # noqa: E402
+from cusru.torch import QRNN, SRU, SRUCell, fastai, linear_recurrence, qrnn, sru  # noqa: E402
 from cusru.torch import onnx as cusru_onnx  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -139,6 +139,11 @@ MODULES: dict[str, tuple[Any, dict[str, Any], str, torch.dtype]] = {
         SRU, dict(input_size=6, hidden_size=3, num_layers=2, bidirectional=True, nn_rnn_compatible_return=True), "c0", F32
     ),
     "sequences end to end": (SRU, dict(input_size=6, hidden_size=3, bidirectional=True, batch_first=True), "starts", F32),
+    "QRNN": (QRNN, dict(input_size=6, hidden_size=4, window=2, zoneout=0.25, num_layers=2), "hidden starts", F64),
+    "QRNN, two directions": (
+        QRNN, dict(input_size=6, hidden_size=4, window=3, bidirectional=True, batch_first=True), "mask_pad", F32
+    ),
+    "QRNN, fastai's": (fastai.QRNN, dict(input_size=6, hidden_size=4, n_layers=2, bidirectional=True), "", F32),
     "half precision": (SRU, dict(input_size=6, hidden_size=4, num_layers=1, bidirectional=True), "mask_pad", F16),
 }  # fmt: skip
 
@@ -153,18 +158,22 @@ def module_of(name: str) -> tuple[torch.nn.Module, dict[str, str]]:
             for parameter in model.parameters():
                 parameter.uniform_(-0.8, 0.8)  # biases and v1's weight_c included
     time = "BL" if getattr(model, "batch_first", False) else "LB"
-    layouts = dict(input=time + "D", c0="BD" if kind is SRUCell else "-BD", mask_pad=time, starts=time)
-    return model.to(dtype).eval(), {n: a for n, a in layouts.items() if n == "input" or n in given.split()}
+    first = "inp" if kind is fastai.QRNN else "input"
+    state = "BD" if kind is SRUCell else "-BD"
+    layouts = {first: time + "D", "c0": state, "hidden": state, "mask_pad": time, "starts": time}
+    return model.to(dtype).eval(), {n: a for n, a in layouts.items() if n == first or n in given.split()}
 
 
 def inputs_of(model: Any, layouts: dict[str, str], length: int, batch: int) -> dict[str, torch.Tensor]:
-    dtype = model.bias.dtype if isinstance(model, SRUCell) else model.rnn_lst[0].bias.dtype
-    d, layers = model.output_size, getattr(model, "num_layers", 1)
+    dtype = next(p.dtype for p in model.parameters())
+    d, layers = getattr(model, "output_size", 4), getattr(model, "num_layers", 1)
     if getattr(model, "nn_rnn_compatible_return", False):
         d, layers = model.hidden_size, layers * model.num_directions
     inputs = dict(
         input=normal(length, batch, 6, dtype=dtype),
+        inp=normal(length, batch, 6, dtype=dtype),
         c0=normal(layers, batch, d, dtype=dtype),
+        hidden=normal(layers, batch, d, dtype=dtype),
         mask_pad=torch.arange(length).unsqueeze(1) >= length - torch.arange(batch) % length,
         starts=(torch.arange(length).unsqueeze(1) + torch.arange(batch)) % 3 == 1,
     )

@@ -1,4 +1,4 @@
-"""cusru in PyTorch: the recurrence as a differentiable function, and drop-ins for the sru package's modules."""
+"""cusru in PyTorch: the recurrences as differentiable functions, and drop-ins for the modules of sru and of torchqrnn."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from typing import Any
 from cusru.torch.functions import linear_recurrence, qrnn, sru
 from cusru.torch.legacy import PAGE
 from cusru.torch.modules import SRU, SRUCell
+from cusru.torch.torchqrnn import QRNN, ForgetMult, QRNNLayer
 
-__all__ = ["SRU", "SRUCell", "install_as_sru", "linear_recurrence", "qrnn", "sru"]
+__all__ = [
+    "QRNN", "SRU", "ForgetMult", "QRNNLayer", "SRUCell", "install_as_sru", "install_as_torchqrnn", "linear_recurrence", "qrnn",
+    "sru",
+]  # fmt: skip
 
 _SRU_VERSION = "2.6.0"  # the one whose interface these are
 
@@ -53,9 +57,36 @@ def install_as_sru() -> None:
         sys.modules["cuda_functional"] = original
 
 
+def install_as_torchqrnn() -> None:
+    """Make `import torchqrnn` find QRNN, QRNNLayer and ForgetMult: for code that imports it, and for models pickled whole.
+
+    Registers the modules `torchqrnn`, `torchqrnn.qrnn` and `torchqrnn.forget_mult`. Call it before anything imports torchqrnn; a
+    second call does nothing. (fastai's QRNN: see `cusru.torch.fastai`.)
+
+    Raises:
+        RuntimeError: the real torchqrnn package is imported already.
+    """
+    ours = sys.modules.get("torchqrnn")
+    if getattr(ours, "QRNN", None) is QRNN:
+        return
+    if ours is not None:
+        where = getattr(ours, "__file__", None) or "unknown"
+        raise RuntimeError(
+            f"the torchqrnn package is imported already (from {where}), and objects of its classes may exist: call "
+            "cusru.torch.install_as_torchqrnn() before anything imports torchqrnn"
+        )
+    package, layers, forget_mult = (_module(name) for name in ("torchqrnn", "torchqrnn.qrnn", "torchqrnn.forget_mult"))
+    layers.__dict__.update(QRNN=QRNN, QRNNLayer=QRNNLayer, ForgetMult=ForgetMult)
+    forget_mult.__dict__.update(ForgetMult=ForgetMult, CPUForgetMult=ForgetMult, GPUForgetMult=ForgetMult)
+    package.__dict__.update(
+        QRNN=QRNN, QRNNLayer=QRNNLayer, ForgetMult=ForgetMult, qrnn=layers, forget_mult=forget_mult, __path__=[]
+    )
+    sys.modules |= {"torchqrnn": package, "torchqrnn.qrnn": layers, "torchqrnn.forget_mult": forget_mult}
+
+
 def _module(name: str) -> ModuleType:
-    module = ModuleType(name, install_as_sru.__doc__)
-    module.__spec__ = ModuleSpec(name, None, origin=__name__, is_package=name == "sru")
+    module = ModuleType(name, f"cusru.torch, in the place of {name}.")
+    module.__spec__ = ModuleSpec(name, None, origin=__name__, is_package=name in ("sru", "torchqrnn"))
     return module
 
 

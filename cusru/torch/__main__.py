@@ -1,4 +1,4 @@
-"""`python -m cusru.torch`: run a program in which `import sru` and `import cuda_functional` find cusru.torch's classes."""
+"""`python -m cusru.torch`: run a program in which `import sru`, `cuda_functional` and `torchqrnn` find cusru.torch's classes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from importlib.machinery import BuiltinImporter, ModuleSpec, SourceFileLoader
 from types import CodeType, ModuleType
 from typing import Any, NoReturn
 
-from cusru.torch import install_as_sru
+from cusru.torch import install_as_sru, install_as_torchqrnn
 
 USAGE = """\
 usage: python -m cusru.torch SCRIPT [ARGUMENT ...]
        python -m cusru.torch -m MODULE [ARGUMENT ...]
        python -m cusru.torch -c CODE [ARGUMENT ...]
 
-Run a program as python itself does, with cusru.torch.install_as_sru() called first: `import sru` finds the classes of
-cusru.torch, and so does `from cuda_functional import SRU`. SCRIPT may be a folder or a zip file with a __main__.py.
-Processes that the program starts find them too.
+Run a program as python itself does, with cusru.torch.install_as_sru() and install_as_torchqrnn() called first: `import sru` and
+`import torchqrnn` find the classes of cusru.torch, and so does `from cuda_functional import SRU`. SCRIPT may be a folder or a
+zip file with a __main__.py. Processes that the program starts find them too.
 """
 
 
@@ -42,6 +42,7 @@ def main() -> None:
         rest = arguments
 
     install_as_sru()
+    install_as_torchqrnn()
     _let_other_processes_find_it()
     if kind == "-c":
         sys.argv = ["-c", *rest[1:]]

@@ -43,20 +43,22 @@ def number(name: str, value: Any) -> float:
     return value if isinstance(value, int | float) else float(value)
 
 
-def probability(name: str, value: Any) -> float:
-    if not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
-        raise ValueError(f"{name} must be a probability, at least 0 and below 1; got {value!r}")
+def probability(name: str, value: Any, including_1: bool = False) -> float:
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1 or (value == 1 and not including_1):
+        limits = "from 0 to 1" if including_1 else "at least 0 and below 1"
+        raise ValueError(f"{name} must be a probability, {limits}; got {value!r}")
     return float(value)
 
 
 # ---- of a call -------------------------------------------------------------------------------------------------------
 
 
-def tensors(input: Any, c0: Any, mask_pad: Any = None, starts: Any = None) -> None:
+def tensors(input: Any, c0: Any, mask_pad: Any = None, starts: Any = None, names: tuple[str, str] = ("input", "c0")) -> None:
+    """names: what the caller calls the first two."""
     if _are_plain(input, c0, mask_pad, starts):
         return
-    for name, a in (("input", input), ("c0", c0), ("mask_pad", mask_pad), ("starts", starts)):
-        if not isinstance(a, Tensor) and (a is not None or name == "input"):
+    for name, a in ((names[0], input), (names[1], c0), ("mask_pad", mask_pad), ("starts", starts)):
+        if not isinstance(a, Tensor) and (a is not None or name == names[0]):
             raise TypeError(f"{name} must be a torch.Tensor, not {type_name(a)}")
         if a is not None and not torch.compiler.is_compiling():
             check_torch(a, name)
@@ -64,10 +66,10 @@ def tensors(input: Any, c0: Any, mask_pad: Any = None, starts: Any = None) -> No
 
 def inputs(
     cell: nn.Module, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None = None, is_own: bool = True,
-    starts: Tensor | None = None,
+    starts: Tensor | None = None, names: tuple[str, str] = ("input", "c0"),
 ) -> None:  # fmt: skip
     """What torch's own errors would not name; `is_own`: the cell's own weight is what input meets. Parameters are looked at where
-    they are plain: one that a parametrisation or a wrapper computes is not computed for this."""
+    they are plain: one that a parametrisation or a wrapper computes is not computed for this. names: of input and c0."""
     bias, weight = cell._parameters.get("bias"), cell._parameters.get("weight")
     if (
         bias is not None
@@ -77,16 +79,17 @@ def inputs(
         and (c0 is None or c0.is_floating_point())
     ):
         return
-    tensors(input, c0, mask_pad, starts)
-    for name, a in (("input", input), ("c0", c0), ("mask_pad", mask_pad), ("starts", starts)):
-        if a is not None and bias is not None and a.device != bias.device:
-            raise ValueError(f"{name} is on {a.device}, and the parameters on {bias.device}")
-    for name, a in (("input", input if is_own else None), ("c0", c0)):
+    tensors(input, c0, mask_pad, starts, names)
+    device, where = (input.device, names[0]) if bias is None else (bias.device, "the parameters")
+    for name, a in ((names[0], input), (names[1], c0), ("mask_pad", mask_pad), ("starts", starts)):
+        if a is not None and a.device != device:
+            raise ValueError(f"{name} is on {a.device}, and {where} on {device}")
+    for name, a in ((names[0], input if is_own else None), (names[1], c0)):
         if a is not None and not a.is_floating_point():
             raise TypeError(f"{name} has dtype {a.dtype}; expected a floating-point one")
     autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
     if weight is not None and input.dtype != weight.dtype and not autocast:
-        raise TypeError(f"input has dtype {input.dtype}, and the parameters {weight.dtype}")
+        raise TypeError(f"{names[0]} has dtype {input.dtype}, and the parameters {weight.dtype}")
 
 
 def _are_plain(input: Any, c0: Any, mask_pad: Any, starts: Any, device: torch.device | None = None) -> bool:

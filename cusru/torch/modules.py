@@ -189,15 +189,15 @@ class SRUCell(nn.Module):
         """
         if not torch.jit.is_scripting():
             checks.inputs(self, input, c0, mask_pad, is_own=self.custom_m is None, starts=starts)
-        shape = _sizes(input)
+        shape = sizes(input)
         if len(shape) != 2 and len(shape) != 3:
             raise ValueError(f"input has shape {shape}; expected (L, B, input_size) or (B, input_size)")
         if self.custom_m is None and shape[-1] != self.input_size:
             raise ValueError(f"input has shape {shape}; expected a last size of input_size = {self.input_size}")
         if c0 is None:
             c0 = torch.zeros(input.size(-2), self.output_size, dtype=input.dtype, device=input.device)
-        elif _sizes(c0) != [shape[-2], self.output_size]:
-            raise ValueError(f"c0 has shape {_sizes(c0)}; expected {[shape[-2], self.output_size]}, (B, output_size)")
+        elif sizes(c0) != [shape[-2], self.output_size]:
+            raise ValueError(f"c0 has shape {sizes(c0)}; expected {[shape[-2], self.output_size]}, (B, output_size)")
         if mask_pad is not None:
             mask_pad = _as_mask("mask_pad", mask_pad, shape)
         if starts is not None:
@@ -251,7 +251,7 @@ class SRUCell(nn.Module):
             dtype = torch.promote_types(torch.promote_types(dtype, residual.dtype), own_bias.dtype)
         steps = residual if residual.dim() == 3 else residual.unsqueeze(0)
         shape, width = steps.shape, self.output_size
-        k = _sizes(U)[-1] // width
+        k = sizes(U)[-1] // width
 
         u = U.reshape(shape[0], shape[1], width, k)
         x: Tensor | None = None
@@ -295,18 +295,18 @@ class SRUCell(nn.Module):
             if len(ret) != 2:
                 raise ValueError(f"custom_m must return U or (U, V); it returned {len(ret)} tensors")
             U, V = ret[0], ret[1]
-            if V.dim() == 3 and input.dim() == 3 and _sizes(V)[:2] != _sizes(input)[:2]:
-                raise ValueError(f"custom_m returned V of shape {_sizes(V)} for an input of shape {_sizes(input)}")
-            if _sizes(V)[-1] != self.output_size * 2:
-                raise ValueError(f"custom_m returned V of shape {_sizes(V)}; expected a last size of {self.output_size * 2}")
+            if V.dim() == 3 and input.dim() == 3 and sizes(V)[:2] != sizes(input)[:2]:
+                raise ValueError(f"custom_m returned V of shape {sizes(V)} for an input of shape {sizes(input)}")
+            if sizes(V)[-1] != self.output_size * 2:
+                raise ValueError(f"custom_m returned V of shape {sizes(V)}; expected a last size of {self.output_size * 2}")
             V = V + self.weight_c
         else:
             U, V = ret, self.weight_c
-        if U.dim() == 3 and input.dim() == 3 and _sizes(U)[:2] != _sizes(input)[:2]:
-            raise ValueError(f"custom_m returned U of shape {_sizes(U)} for an input of shape {_sizes(input)}")
-        if _sizes(U)[-1] != self.output_size * self.num_matrices:
+        if U.dim() == 3 and input.dim() == 3 and sizes(U)[:2] != sizes(input)[:2]:
+            raise ValueError(f"custom_m returned U of shape {sizes(U)} for an input of shape {sizes(input)}")
+        if sizes(U)[-1] != self.output_size * self.num_matrices:
             raise ValueError(
-                f"custom_m returned U of shape {_sizes(U)}; expected a last size of output_size * num_matrices = "
+                f"custom_m returned U of shape {sizes(U)}; expected a last size of output_size * num_matrices = "
                 f"{self.output_size * self.num_matrices}"
             )
         return U, V
@@ -516,12 +516,12 @@ class SRU(nn.Module):
         if not self.batch_first:
             return self._forward(input, c0, mask_pad, starts)
         if mask_pad is not None:
-            if _sizes(mask_pad) != _sizes(input)[:2]:
-                raise ValueError(f"mask_pad has shape {_sizes(mask_pad)}; expected {_sizes(input)[:2]}, (B, L)")
+            if sizes(mask_pad) != sizes(input)[:2]:
+                raise ValueError(f"mask_pad has shape {sizes(mask_pad)}; expected {sizes(input)[:2]}, (B, L)")
             mask_pad = mask_pad.transpose(0, 1)
         if starts is not None:
-            if _sizes(starts) != _sizes(input)[:2]:
-                raise ValueError(f"starts has shape {_sizes(starts)}; expected {_sizes(input)[:2]}, (B, L)")
+            if sizes(starts) != sizes(input)[:2]:
+                raise ValueError(f"starts has shape {sizes(starts)}; expected {sizes(input)[:2]}, (B, L)")
             starts = starts.transpose(0, 1)
         h, c = self._forward(input.transpose(0, 1), c0, mask_pad, starts)
         return h.transpose(0, 1), c
@@ -549,7 +549,7 @@ class SRU(nn.Module):
         return PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices), c
 
     def _forward(self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        shape = _sizes(input)
+        shape = sizes(input)
         if shape[2] != self.input_size:
             raise ValueError(f"input has shape {shape}; expected a last size of input_size = {self.input_size}")
         if c0 is None:
@@ -581,7 +581,7 @@ class SRU(nn.Module):
     def _states_of_layers(self, c0: Tensor, batch: int) -> Tensor:
         """c0 as (num_layers, B, D)."""
         of_layers = [self.num_layers, batch, self.output_size]
-        shape = _sizes(c0)
+        shape = sizes(c0)
         if shape == of_layers:
             return c0
         of_rnn = [self.num_layers * self.num_directions, batch, self.hidden_size]
@@ -601,7 +601,7 @@ def _own(cell: SRUCell, name: str) -> Tensor:
     return tensors[name] if name in tensors else getattr(cell, name)
 
 
-def _sizes(a: Tensor) -> list[int]:
+def sizes(a: Tensor) -> list[int]:
     if not torch.jit.is_scripting() and _tracing_state() is not None:
         return sizes_of(a)
     return list(a.shape)
@@ -617,8 +617,8 @@ def _as_mask(name: str, mask: Tensor, shape: list[int]) -> Tensor:
         expected = [1, expected[0]]
         if mask.dim() == 1:
             mask = mask.unsqueeze(0)
-    if _sizes(mask) != expected:
-        raise ValueError(f"{name} has shape {_sizes(mask)}; expected {expected}, (L, B)")
+    if sizes(mask) != expected:
+        raise ValueError(f"{name} has shape {sizes(mask)}; expected {expected}, (L, B)")
     return mask if mask.dtype == torch.bool else mask != 0
 
 
