@@ -21,7 +21,10 @@ import cusru
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ("README.md", "docs/torch.md", "docs/migrating-from-sru.md", "docs/linear-recurrence.md", "docs/sru-and-qrnn.md")
+DOCUMENTS = (
+    "README.md", "docs/torch.md", "docs/migrating-from-sru.md", "docs/migrating-from-qrnn.md", "docs/linear-recurrence.md",
+    "docs/sru-and-qrnn.md",
+)  # fmt: skip
 BLOCKS = {name: re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), flags=re.M | re.S) for name in DOCUMENTS}
 HEAVY = ("cupy", "torch", "jax", "tensorflow", "ml_dtypes", "scipy", "cusru.reference", "cusru.simulator", "cusru.torch")
 
@@ -263,6 +266,21 @@ def test_every_argument_of_a_module_is_documented_with_its_default(module, colum
     rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (\S+) \|", section("Arguments"), flags=re.M)
     shown = {row[0]: row[column].strip("`") for row in rows if row[column] != "-"}
     parameters = inspect.signature(getattr(importlib.import_module("cusru.torch"), module)).parameters
+    assert shown == {n: "required" if p.default is p.empty else repr(p.default) for n, p in parameters.items()}
+
+
+@pytest.mark.parametrize(("kind", "column"), [("QRNNLayer", 1), ("QRNN", 1), ("fastai.QRNNLayer", 2), ("fastai.QRNN", 2)])
+def test_every_argument_of_a_qrnn_is_documented_with_its_default(kind, column):
+    need("torch")
+    guide = (ROOT / "docs/migrating-from-qrnn.md").read_text()
+    table = guide.split("Of the layers:" if "Layer" in kind else "Of the stacks:")[1].split("\n\n")[1]
+    shown = {}
+    for row in re.findall(r"^\| (`.*?) \| (.*?) \| (.*?) \|", table, flags=re.M):
+        names, values = re.findall(r"`(\w+)`", row[0]), row[column].split(", ")
+        shown |= {n: v.strip("`") for n, v in zip(names, values * len(names), strict=False) if v not in ("-", "by keyword")}
+    module, _, name = kind.rpartition(".")
+    found = getattr(importlib.import_module(f"cusru.torch.{module}" if module else "cusru.torch"), name)
+    parameters = {n: p for n, p in inspect.signature(found).parameters.items() if p.kind is not p.VAR_KEYWORD}
     assert shown == {n: "required" if p.default is p.empty else repr(p.default) for n, p in parameters.items()}
 
 

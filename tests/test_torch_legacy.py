@@ -673,7 +673,10 @@ file = globals().get("__file__")
 names = sorted(n for n in globals() if n not in ("__cached__", "json", "os", "sys", "spec", "file"))
 print(json.dumps([sys.argv, sys.path[0], file, __package__, spec, type(__loader__).__name__, __doc__, names]))
 """
-FIND = "import sru, cuda_functional; assert sru.SRU.__module__ == 'cusru.torch.modules' and cuda_functional.SRU; "
+FIND = (
+    "import sru, cuda_functional, torchqrnn; assert sru.SRU.__module__ == 'cusru.torch.modules' and cuda_functional.SRU; "
+    "assert torchqrnn.QRNN.__module__ == 'cusru.torch.torchqrnn'; "
+)
 
 
 def start(*arguments, folder, python=(sys.executable,), **environment):
@@ -763,9 +766,10 @@ def test_processes_that_a_program_starts_find_sru_too(tmp_path):
         """
 import multiprocessing, subprocess, sys
 from sru import SRU
-import sru.modules, cuda_functional
+import sru.modules, cuda_functional, torchqrnn
 
 def work(model):
+    assert torchqrnn.QRNN.__module__ == "cusru.torch.torchqrnn"
     assert SRU.__module__ == "cusru.torch.modules", SRU.__module__
     assert sru.modules.SRU is sru.SRU is SRU is type(model)
 
@@ -775,9 +779,9 @@ if __name__ == "__main__":
         process.start()
         process.join()
         assert process.exitcode == 0, method
-    find = "import importlib.util as u; print(*(u.find_spec(name).origin for name in ('sru', 'cuda_functional')))"
+    find = "import importlib.util as u; print(*(u.find_spec(name).origin for name in ('sru', 'cuda_functional', 'torchqrnn')))"
     found = subprocess.run([sys.executable, "-c", find], check=True, text=True, capture_output=True).stdout
-    assert found.count("stand_in") == 2, found  # without the import of torch: spawn has shown what that gives
+    assert found.count("stand_in") == 3, found  # without the import of torch: spawn has shown what that gives
     print("all found it")
 """
     )

@@ -496,21 +496,21 @@ def test_replicas_on_threads_as_data_parallel_makes_them():
 DISTRIBUTED = """
 import os, sys, torch
 import torch.distributed as dist
-from cusru.torch import SRU
+from cusru.torch import QRNN, SRU
 
 dist.init_process_group("gloo", rank=int(sys.argv[1]), world_size=2, init_method="tcp://127.0.0.1:" + sys.argv[2])
 torch.manual_seed(0)
-layers = SRU(6, 5, 2, bidirectional=True, layer_norm=True).double()
 x = torch.randn(7, 4, 6, dtype=torch.float64)
-(layers(x)[0].sin().sum() / 2).backward()
-expected = [p.grad.clone() for p in layers.parameters()]
-layers.zero_grad()
-parallel = torch.nn.parallel.DistributedDataParallel(layers)
-mine = x.chunk(2, 1)[dist.get_rank()]
-for _ in range(2):
+for layers in (SRU(6, 5, 2, bidirectional=True, layer_norm=True).double(), QRNN(6, 5, 2, window=2).double()):
+    (layers(x)[0].sin().sum() / 2).backward()
+    expected = [p.grad.clone() for p in layers.parameters()]
     layers.zero_grad()
-    parallel(mine)[0].sin().sum().backward()
-torch.testing.assert_close([p.grad for p in layers.parameters()], expected, rtol=1e-11, atol=1e-11)
+    parallel = torch.nn.parallel.DistributedDataParallel(layers)
+    mine = x.chunk(2, 1)[dist.get_rank()]
+    for _ in range(2):
+        layers.zero_grad()
+        parallel(mine)[0].sin().sum().backward()
+    torch.testing.assert_close([p.grad for p in layers.parameters()], expected, rtol=1e-11, atol=1e-11)
 dist.destroy_process_group()
 print("equal")
 """
