@@ -12,6 +12,7 @@ speed
     profile     what ncu counts of those that have one in bandwidth, where it is installed and permitted
     table       the table of cases, forward and backward, with cold and with warm L2, beside the original SRU's design
     host        what the Python before a kernel takes, and its share of the kernel's time (host.py)
+    layers      one layer, forward and backward, beside LSTM, GRU and convolutions, by torch (layers.py)
     peers       other packages' recurrences, where they can be imported (peers.py)
 
 Each step is a process of its own with a share of the time: one that fails, crashes or is out of time is reported, with what it
@@ -48,6 +49,7 @@ import numpy as np
 
 from benchmarks import cases, peers
 from benchmarks import host as on_host
+from benchmarks import layers as one_layer
 from benchmarks import report as reports
 from benchmarks.workload import PASSES, Workload
 from cusru import measuring, raw_kernels
@@ -55,8 +57,8 @@ from cusru.measuring import Floor, address
 
 ROOT = Path(__file__).parent.parent
 PARTS = {  # what one step leaves of its seconds, the next may use
-    "correctness": {"tests": 190, "sanitizer": 80},
-    "speed": {"bandwidth": 10, "goals": 150, "profile": 60, "table": 80, "host": 20, "peers": 68},
+    "correctness": {"tests": 190, "sanitizer": 55},
+    "speed": {"bandwidth": 10, "goals": 150, "profile": 50, "table": 80, "host": 20, "layers": 40, "peers": 64},
 }
 SECONDS = {**PARTS["correctness"], **PARTS["speed"]}
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
@@ -535,6 +537,10 @@ def host(simulate: bool, seconds: float) -> Iterator[Row]:
     return map(on_host.as_object, on_host.rows(["launch", "torch"] if simulate else ["device", "launch", "torch"]))
 
 
+def layers(simulate: bool, seconds: float) -> Iterator[Row]:
+    return one_layer.rows("cpu" if simulate else "cuda", quick=simulate)
+
+
 def environment(simulate: bool, seconds: float) -> Iterator[Row]:
     here = find(simulate)
     _, versions, _ = measuring.look_around()
@@ -548,7 +554,7 @@ def environment(simulate: bool, seconds: float) -> Iterator[Row]:
 
 STEPS: dict[str, Callable[[bool, float], Iterator[Row]]] = {
     "environment": environment, "tests": tests, "sanitizer": sanitizer, "bandwidth": bandwidth, "goals": goals,
-    "profile": profile, "table": table, "host": host, "peers": beside,
+    "profile": profile, "table": table, "host": host, "layers": layers, "peers": beside,
     "small": small, "hand_overs": hand_overs, "profiled": profiled,  # programs that an outside one watches
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.device` found, as Markdown and as a picture."""
+"""What `python -m benchmarks.device` and `benchmarks.layers` found, as Markdown and as pictures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def markdown(report: Row) -> str:
         "",
         *_table("step | status | seconds | why", ([n, s["status"], s["seconds"], s.get("why", "")] for n, s in steps)),
     ]
-    for section in (_tests, _sanitizer, _bandwidth, _goals, _profile, _passes, _host, _peers):
+    for section in (_tests, _sanitizer, _bandwidth, _goals, _profile, _passes, _host, layers, _peers):
         lines += section(report)
     if "picture" in report:
         lines += ["", f"![fraction of the ceiling]({report['picture']})"]
@@ -182,6 +182,40 @@ def _peers(report: Row) -> Iterator[str]:
     yield from ["", "Not run:", "", *(f"- {peer}: {why}" for peer, why in missing)] if missing else []
 
 
+WHICH = {"both": "forward and backward", "forward": "forward"}
+
+
+def layers(report: Row) -> Iterator[str]:
+    """benchmarks/layers.py's table of each pass, and what each layer computes."""
+    if found := _rows(report, "layers", "seconds"):
+        cells = list(dict.fromkeys(row["cell"] for row in found))
+        yield from ("", "## One layer", "")
+        yield from (f"{name}: {value}  " for row in _rows(report, "layers", "torch") for name, value in row.items())
+        yield from (
+            "",
+            "Milliseconds; in brackets the LSTM's time over it. What they compute is not the same (benchmarks/layers.py).",
+        )
+        for which, title in WHICH.items():
+            for dtype in dict.fromkeys(row["dtype"] for row in found):
+                lines: dict[str, dict[str, str]] = {}
+                for row in found:
+                    if row["dtype"] == dtype:
+                        over = f" ({row['lstm_over_it'][which]:.2f})" if which in row["lstm_over_it"] else ""
+                        lines.setdefault(_shape(row), {})[row["cell"]] = f"{_ms(row['seconds'][which])}{over}"
+                yield from ("", f"{title[0].upper()}{title[1:]}, {dtype}:", "")
+                heads = " | ".join(["L, B, D", *cells])
+                yield from _table(heads, ([shape, *(of.get(cell, "") for cell in cells)] for shape, of in lines.items()))
+        last = [row for row in found if (row["shape"], row["dtype"]) == (found[-1]["shape"], found[-1]["dtype"])]
+        yield from ("", f"At {_shape(last[0])}:", "")
+        counts = ([row["cell"], f"{row['parameters']:,}", f"{row['flops'] / 1e9:.4g}"] for row in last)
+        yield from _table("layer | parameters | GEMMs, forward: GFLOP", counts)
+    missing = {row["cell"]: row["missing"] for row in _rows(report, "layers", "missing")}
+    missing |= {
+        f"{row['cell']}, {_shape(row)}, {row['dtype']}": f"failed: {row['failed']}" for row in _rows(report, "layers", "failed")
+    }
+    yield from ["", "Layers that did not run:", "", *(f"- {cell}: {why}" for cell, why in missing.items())] if missing else []
+
+
 def _rows(report: Row, step: str, key: str) -> list[Row]:
     return [row for row in report["steps"].get(step, {}).get("rows", []) if key in row]
 
@@ -234,4 +268,50 @@ def picture(report: Row, path: Path) -> bool:
     panels[-1].set_xticks(range(len(names)), [f"{name}\n{shape}" for name, shape in shapes.items()])
     panels[-1].tick_params("x", rotation=60, labelsize="small")
     figure.savefig(path, dpi=110)
+    return True
+
+
+LOOKS = {  # of a layer: colour, line, marker; two of one kind share the colour
+    "LSTM": ("black", "-", "o"), "GRU": ("grey", "-", "o"),
+    "conv1d, 2 wide": ("#e69f00", "-", "s"), "conv1d, 3 wide": ("#e69f00", "--", "s"),
+    "QRNN, window 1": ("#009e73", "-", "^"), "QRNN, window 2": ("#009e73", "--", "^"),
+    "SRU v1": ("#0072b2", "-", "D"), "SRU v2": ("#0072b2", "--", "D"), "SRU++": ("#cc3377", ":", "v"),
+}  # fmt: skip
+
+
+def picture_of_layers(report: Row, path: Path) -> bool:
+    """Milliseconds of forward and backward over L, a panel for each D, a row of panels for each dtype. Whether there was
+    anything to draw."""
+    found = _rows(report, "layers", "seconds")
+    if not found:
+        return False
+    from matplotlib.figure import Figure
+
+    dtypes, widths = (list(dict.fromkeys(values)) for values in zip(*((r["dtype"], r["shape"][2]) for r in found), strict=True))
+    figure = Figure(figsize=(9.5, 0.6 + 3.4 * len(dtypes)), layout="constrained")
+    panels = figure.subplots(len(dtypes), len(widths), sharex=True, sharey=True, squeeze=False)
+    for dtype, in_row in zip(dtypes, panels, strict=True):
+        for D, panel in zip(widths, in_row, strict=True):
+            of_panel = [row for row in found if row["dtype"] == dtype and row["shape"][2] == D]
+            for i, (cell, (color, line, marker)) in enumerate(LOOKS.items()):
+                points = sorted((row["shape"][0], row["seconds"]["both"] * 1e3) for row in of_panel if row["cell"] == cell)
+                if points:
+                    wide = 1 + 0.1 * i  # and below: of lines that coincide each is seen
+                    look = {"color": color, "linestyle": line, "marker": marker, "linewidth": 1.2 * wide, "markersize": 4 * wide}
+                    panel.plot(*zip(*points, strict=True), **look, zorder=20 - i, label=cell)
+            lengths = sorted({row["shape"][0] for row in of_panel})
+            panel.set(xscale="log", yscale="log", title=f"D = {D}" + f", {dtype}" * (len(dtypes) > 1))
+            panel.set_xticks(lengths, map(str, lengths))
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+        in_row[0].set_ylabel("milliseconds")
+    for panel in panels[-1]:
+        panel.set_xlabel("L, steps")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center", fontsize="small", frameon=False)
+    device = _rows(report, "layers", "torch")[0]["device"]
+    figure.suptitle(
+        f"One layer, forward and backward, batch {found[0]['shape'][1]}: {device}, {' and '.join(dtypes)}, {report['date'][:10]}",
+        fontsize="medium",
+    )
+    figure.savefig(path, dpi=100 if len(dtypes) == 1 else 80, pil_kwargs={"optimize": True})  # under 150 KB
     return True

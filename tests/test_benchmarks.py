@@ -21,7 +21,7 @@ import pytest
 import strategies
 from conftest import missing
 
-from benchmarks import cases, device, peers, report, resources, traffic, workload
+from benchmarks import cases, device, layers, peers, report, resources, traffic, workload
 from benchmarks.workload import PASSES, Workload
 from cusru import measuring, raw_kernels, simulator, specialisation
 from cusru.measuring import Floor
@@ -580,6 +580,101 @@ def test_a_peer_that_cannot_run_says_why(on_numpy: measuring.Numpy, monkeypatch:
     ):
         with pytest.raises(peers.Unavailable, match=why):
             make(work)
+
+
+# ---- one layer beside others ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch() -> Any:
+    return pytest.importorskip("torch", reason='torch is missing: pip install ".[torch]"')
+
+
+def a_layer(torch: Any, name: str, shape: layers.Shape) -> tuple[Any, dict[str, layers.Call]]:
+    try:
+        return layers.passes(torch, layers.CELLS[name], shape, "float64", "cpu")
+    except peers.Unavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", layers.CELLS)
+def test_what_is_timed_is_one_layer_forward_and_backward(torch: Any, name: str) -> None:
+    L, B, D = shape = (6, 3, 8)
+    layer, calls = a_layer(torch, name, shape)
+    h = calls["forward"]()
+    wide = int(name[8]) if name.startswith("conv1d") else 0
+    x = (B, D, L) if wide else shape
+    assert h.shape == ((B, D, L + wide - 1) if wide else shape)
+    assert not h.requires_grad
+    learnt = [tuple(p.shape) for p in layer.parameters() if p.requires_grad]
+    assert all(getattr(layer, "num_layers", 1) == 1 and shape for shape in learnt)
+    gradients = calls["both"]()
+    assert [tuple(a.shape) for a in gradients] == [x, *learnt]
+    assert gradients[0].any()
+    assert all(a.isfinite().all() for a in gradients)
+
+
+@pytest.mark.parametrize("name", layers.CELLS)
+def test_flops_are_those_that_torch_counts(torch: Any, name: str) -> None:
+    """In float64, and attention by its plain way: so torch runs all of them as GEMMs that it sees. Of a QRNN's window the first
+    step may have less."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    L, B, D = shape = (6, 3, 16)
+    _, calls = a_layer(torch, name, shape)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        calls["forward"]()
+    expected = 2 * B * layers.CELLS[name].products(L, D)
+    assert expected - (2 * B * 3 * D * D if name == "QRNN, window 2" else 0) <= counter.get_total_flops() <= expected
+
+
+def test_each_layer_and_shape_has_a_row_and_what_is_not_there_says_why(
+    torch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = pytest.importorskip("matplotlib.image", reason='matplotlib is missing: pip install ".[examples]"')
+    monkeypatch.delattr("cusru.torch.SRU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert layers.main(["--quick", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    found = json.loads((tmp_path / "layers.json").read_text())
+    about, *rows = found["steps"]["layers"]["rows"]
+    assert about == found["environment"]
+    assert about["torch"] == torch.__version__
+    assert [(tuple(row["shape"]), row["cell"]) for row in rows] == [
+        (shape, name) for shape in layers.SHAPES["quick"] for name in layers.CELLS
+    ]
+    for row in rows:
+        if "missing" in row:
+            assert row["missing"].startswith("this cusru.torch has no ")
+            assert f"- {row['cell']}: {row['missing']}" in text.splitlines()
+        else:
+            assert row["seconds"]["forward"] > 0
+            assert row["seconds"]["both"] > 0
+            assert row["lstm_over_it"]["both"] == 1 or row["cell"] != "LSTM"
+    assert {row["cell"] for row in rows if "missing" in row} >= {"SRU v1", "SRU v2"}
+    assert image.imread(tmp_path / "layers.png").std() > 0.05
+    for private in (str(ROOT), str(tmp_path), sys.prefix, socket.gethostname()):
+        assert private not in text + json.dumps(found)
+    rows = list(device.layers(simulate=True, seconds=10))
+    assert [row.get("cell") for row in rows] == [None, *layers.CELLS, *layers.CELLS]
+    text = report.markdown({**a_report(), "steps": {"layers": {"status": "ok", "seconds": 1, "rows": rows}}})
+    assert f"device: {about['device']}" in text
+    assert "Forward and backward, float32:" in text.splitlines()
+    assert report.LOOKS.keys() == layers.CELLS.keys()
+    assert next(layers.rows("cuda"))["missing"] == "this torch has no CUDA device"
+
+
+def test_a_machine_that_slows_down_changes_no_ratio(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An LSTM of 2 and 6 seconds and a GRU of 1 and 2, in rounds that take ten times as long each; something disturbs the first
+    LSTM."""
+    monkeypatch.setattr(layers, "CELLS", {name: layers.CELLS[name] for name in ("LSTM", "GRU")})
+    seconds = iter([1.0] * 8 + [40, 120, 1, 2] + [pace * of for pace in (10, 100) for of in (2, 6, 1, 2)])
+    monkeypatch.setattr(layers, "_clock", lambda torch, device: lambda call, count: next(seconds))
+    lstm, gru = layers.measure(torch, (4, 2, 8), "float32", "cpu", 3, turn=1)
+    assert lstm["seconds"] == {"forward": 40, "both": 120}
+    assert gru["seconds"] == {"forward": 10, "both": 20}
+    assert gru["lstm_over_it"] == {"forward": 2, "both": 3}
 
 
 # ---- the report for a GPU -------------------------------------------------------------------------------------------------
