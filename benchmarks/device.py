@@ -57,8 +57,8 @@ from cusru.measuring import Floor, address
 
 ROOT = Path(__file__).parent.parent
 PARTS = {  # what one step leaves of its seconds, the next may use
-    "correctness": {"tests": 190, "sanitizer": 55},
-    "speed": {"bandwidth": 10, "goals": 150, "profile": 50, "table": 80, "host": 20, "layers": 40, "peers": 64},
+    "correctness": {"tests": 190, "sanitizer": 70},
+    "speed": {"bandwidth": 10, "goals": 145, "profile": 50, "table": 75, "host": 20, "layers": 35, "peers": 64},
 }
 SECONDS = {**PARTS["correctness"], **PARTS["speed"]}
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
