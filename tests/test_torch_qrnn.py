@@ -351,6 +351,19 @@ def test_reset_is_a_new_sequence_and_no_state_dict_has_the_kept_x(kind: Any) -> 
     assert forgetful.prevX is None
 
 
+def test_a_call_that_is_refused_leaves_the_kept_x_as_it_was() -> None:
+    layer, model = QRNNLayer(3, 4, window=2, save_prev_x=True), QRNN(3, 4, 2, window=2, save_prev_x=True)
+    layer(torch.rand(5, 2, 3))
+    model(torch.rand(5, 2, 3))
+    kept = [layer.prevX, *(one.prevX for one in model.layers)]
+    with pytest.raises(ValueError, match=r"hidden has shape \[2, 5\]"):
+        layer(torch.rand(5, 2, 3), torch.zeros(2, 5))
+    for states in (torch.zeros(2, 3, 4), [torch.zeros(2, 4), torch.zeros(3, 4)]):
+        with pytest.raises(ValueError, match=r"hidden has shape \[2, 3, 4\]; expected 2 states of a batch of 2"):
+            model(torch.rand(5, 2, 3), states)
+    assert all(a is b for a, b in zip(kept, [layer.prevX, *(one.prevX for one in model.layers)], strict=True))
+
+
 def test_another_batch_size_is_refused_by_torchqrnn_s_layer_and_fitted_by_fastai_s() -> None:
     layer = QRNNLayer(3, 4, window=2, save_prev_x=True)
     layer(torch.rand(5, 4, 3))
@@ -709,6 +722,8 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "hidden": (lambda: QRNNLayer(3)(X, torch.zeros(3, 3)), ValueError, r"hidden has shape \[3, 3\]; expected \[2, 3\]"),
     "hid": (lambda: fastai.QRNNLayer(3)(X, torch.zeros(3)), ValueError, r"hid has shape \[3\]; expected \[4, 3\]"),
     "states": (lambda: QRNN(3, 3, 2)(X, torch.zeros(1, 2, 3)), ValueError, r"hidden has 1 states; expected 2"),
+    "states' type": (lambda: QRNN(3, 3, 2)(X, 3), TypeError, r"hidden must be a torch.Tensor, or a sequence .* not int"),
+    "states' number": (lambda: QRNN(3, 3, 2)(X, []), ValueError, r"hidden has 0 states; expected 2"),
     "states, fastai": (
         lambda: fastai.QRNN(3, 3, 2, bidirectional=True)(X, torch.zeros(2, 2, 3)), ValueError, r"hid has 2 .*4"
     ),

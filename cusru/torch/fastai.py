@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cusru.torch import checks
 from cusru.torch.functions import linear_recurrence, qrnn
-from cusru.torch.torchqrnn import PAGE, Layer, check_states, forget_mult
+from cusru.torch.torchqrnn import PAGE, Layer, check_shapes, check_states, forget_mult
 
 __all__ = [
     "QRNN", "BwdForgetMult", "BwdForgetMultGPU", "ForgetMultGPU", "ForwardForgetMult", "QRNNLayer", "dispatch_cuda",
@@ -181,7 +181,8 @@ class QRNN(nn.Module):
         """
         stacks = self._stacks()
         checks.tensors(inp, None, mask_pad, starts, ("inp", "hid"))
-        check_states("hid", hid, self.n_layers * len(stacks))
+        shape = check_shapes(self.layers[0], self.batch_first, "inp", inp, mask_pad, starts)
+        check_states("hid", hid, self.n_layers * len(stacks), shape[0 if self.batch_first else 1])
         given = {name: mask for name, mask in (("mask_pad", mask_pad), ("starts", starts)) if mask is not None}
         outputs, states = [inp] * len(stacks), []
         for i, layers in enumerate(zip(*stacks, strict=True)):

@@ -60,12 +60,13 @@ class Layer(nn.Module):
     def _run(self, x: Tensor, hidden: Tensor | None, mask_pad: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         """h, as x lies, and the last state, (B, H)."""
         checks.inputs(self.linear if _is_plain(self.linear) else self, x, hidden, mask_pad, starts=starts, names=self.names)
-        shape = check_shapes(self, self.names[0], x, mask_pad, starts)
+        shape = check_shapes(self, self.batch_first, self.names[0], x, mask_pad, starts)
         if mask_pad is not None and self.save_prev_x and self.window > 1:
             raise ValueError("mask_pad cannot be given with save_prev_x, which would keep padding: give sequences of one length")
         mask_pad, starts = (None if mask is None else mask != 0 for mask in (mask_pad, starts))
 
-        y = self.linear(self._source(x, mask_pad, starts) if self.window > 1 else x)
+        source, kept = self._source(x, mask_pad, starts) if self.window > 1 else (x, None)
+        y = self.linear(source)
         gates = 3 if self.output_gate else 2
         width = sizes(y)[-1] // gates
         u = y.reshape(x.size(0), x.size(1), gates, width).transpose(2, 3)
@@ -78,6 +79,8 @@ class Layer(nn.Module):
                 raise ValueError(f"{self.names[1]} has shape {sizes(hidden)}; expected {expected}, (B, hidden_size)")
             hidden = to_parameter(hidden[0] if hidden.dim() == 3 else hidden, u.dtype)
         h, c = self._pool(u, hidden, mask_pad, starts)
+        if kept is not None:  # by now nothing has been refused
+            self._before, self.prevX = kept
         return (h.transpose(0, 1) if self.batch_first else h), c
 
     def _pool(self, u: Tensor, c0: Tensor | None, mask_pad: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -91,8 +94,11 @@ class Layer(nn.Module):
 
     # ---- the window -----------------------------------------------------------------------------------------------------
 
-    def _source(self, x: Tensor, mask_pad: Tensor | None, starts: Tensor | None) -> Tensor:
-        """What `linear` sees of each step: x at t, t - 1, ..., t - window + 1; zeros at padded steps and across a start."""
+    def _source(
+        self, x: Tensor, mask_pad: Tensor | None, starts: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor | None, Tensor] | None]:
+        """What `linear` sees of each step: x at t, t - 1, ..., t - window + 1, zeros at padded steps and across a start; and what
+        is then kept: the x before this call, and that before the next."""
         if mask_pad is not None:
             x = x.masked_fill(mask_pad.unsqueeze(-1), 0)
         reach = self.window - 1
@@ -118,15 +124,13 @@ class Layer(nn.Module):
                 for piece, place in zip(pieces, places, strict=True)
             ]
             kept = kept.masked_fill((self._cut(of_joined, *end) != (0 if self.backward else latest)).unsqueeze(-1), 0)
-        if last_call is not None:
-            if not torch.equal(kept.nan_to_num(), last_call.nan_to_num()):
-                raise RuntimeError(
-                    "save_prev_x under activation checkpointing: the call that is run again is not this layer's last, whose x it "
-                    f"would read. Let a backward follow each call, or leave the layer out of the checkpoint ({PAGE})"
-                )
-        elif self.save_prev_x:
-            self._before, self.prevX = before, kept
-        return torch.cat([x, *pieces], -1)
+        if last_call is not None and not torch.equal(kept.nan_to_num(), last_call.nan_to_num()):
+            raise RuntimeError(
+                "save_prev_x under activation checkpointing: the call that is run again is not this layer's last, whose x it "
+                f"would read. Let a backward follow each call, or leave the layer out of the checkpoint ({PAGE})"
+            )
+        stays = not self.save_prev_x or last_call is not None
+        return torch.cat([x, *pieces], -1), None if stays else (before, kept)
 
     def _joined(self, x: Tensor, before: Tensor | None) -> Tensor:
         """x after the window - 1 steps that were before it, or, of a layer that runs backward, before those; None: zeros."""
@@ -159,13 +163,15 @@ class Layer(nn.Module):
         return s
 
 
-def check_shapes(module: Any, name: str, x: Tensor, mask_pad: Tensor | None, starts: Tensor | None) -> list[int]:
-    """Of a layer's or a stack's call; that of x."""
-    shape, axes = sizes(x), "B, L" if module.batch_first else "L, B"
+def check_shapes(
+    layer: Any, batch_first: bool, name: str, x: Tensor, mask_pad: Tensor | None, starts: Tensor | None
+) -> list[int]:  # fmt: skip
+    """Of the call of that layer, or of the stack whose first it is; the shape of x."""
+    shape, axes, input_size = sizes(x), "B, L" if batch_first else "L, B", getattr(layer, "input_size", None)
     if len(shape) != 3:
         raise ValueError(f"{name} has shape {shape}; expected 3 dimensions, ({axes}, input_size)")
-    if module.input_size is not None and shape[2] != module.input_size:
-        raise ValueError(f"{name} has shape {shape}; expected a last size of input_size = {module.input_size}")
+    if input_size is not None and shape[2] != input_size:
+        raise ValueError(f"{name} has shape {shape}; expected a last size of input_size = {input_size}")
     for mask_name, mask in (("mask_pad", mask_pad), ("starts", starts)):
         if mask is not None and sizes(mask) != shape[:2]:
             raise ValueError(f"{mask_name} has shape {sizes(mask)}; expected {shape[:2]}, ({axes})")
@@ -346,8 +352,8 @@ class QRNN(nn.Module):
         """
         layers = self._all_layers()
         checks.tensors(input, None, mask_pad, starts)
-        check_shapes(self, "input", input, mask_pad, starts)
-        check_states("hidden", hidden, len(layers))
+        shape = check_shapes(layers[0], self.batch_first, "input", input, mask_pad, starts)
+        check_states("hidden", hidden, len(layers), shape[0 if self.batch_first else 1])
         given = {name: mask for name, mask in (("mask_pad", mask_pad), ("starts", starts)) if mask is not None}
         states: list[Tensor] = []
         directions = 2 if self.bidirectional else 1
@@ -363,13 +369,19 @@ class QRNN(nn.Module):
         return input, torch.cat(states)
 
 
-def check_states(name: str, states: Any, count: int) -> None:
-    """One for each layer and direction, as a tensor or a sequence of tensors."""
+def check_states(name: str, states: Any, count: int, batch: int) -> None:
+    """One for each layer and direction, as a tensor or a sequence of tensors; before the first layer runs, and keeps its x."""
     if states is None:
         return
-    given = sizes(states)[0] if isinstance(states, Tensor) and states.dim() else len(states)
-    if given != count:
-        raise ValueError(f"{name} has {given} states; expected {count}, one for each layer and direction")
+    if not isinstance(states, Tensor | list | tuple):
+        raise TypeError(f"{name} must be a torch.Tensor, or a sequence of one for each layer, not {type(states).__name__}")
+    shapes = [sizes(states)] if isinstance(states, Tensor) else [[len(states), *sizes(state)] for state in states]
+    for shape in shapes or [[0]]:
+        if len(shape) < 2 or shape[0] != count:
+            given = shape[0] if shape else 0
+            raise ValueError(f"{name} has {given} states; expected {count}, one for each layer and direction")
+        if shape[-2] != batch:
+            raise ValueError(f"{name} has shape {shape}; expected {count} states of a batch of {batch}, (B, hidden_size)")
 
 
 def _check_layers(layers: list[nn.Module], batch_first: bool, bidirectional: bool) -> None:
