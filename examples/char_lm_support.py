@@ -23,6 +23,7 @@ import numpy as np
 
 FORMAT = "cusru char_lm 2"
 REST = "\ufffd"  # stands for every character that is not in the vocabulary
+COLOURS = {"sru": ("lightsteelblue", "C0"), "qrnn": ("peachpuff", "C1")}  # of the training and of the held-out text
 WINDOWS, WINDOW = 64, 512  # of held-out text that is evaluated: how many, and of how many characters
 # Not code that people wrote to be read: tests (with deliberate oddities), tables that scripts generated; or not the library.
 SKIPPED = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"}
@@ -89,6 +90,10 @@ def heldout_windows(heldout: np.ndarray) -> np.ndarray:
 # ---- files -------------------------------------------------------------------------------------------------------------
 
 
+def checkpoint_path(folder: Path, cell: str) -> Path:
+    return folder / ("checkpoint.npz" if cell == "sru" else f"checkpoint-{cell}.npz")
+
+
 def prepare_folder(*files: Path) -> None:
     """Theirs, so that they can be written at the end."""
     folder = files[0].parent
@@ -137,6 +142,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         about = json.loads(arrays["about"].item())
         if about["format"] != FORMAT:
             raise ValueError(f"its format is {about['format']!r}, not {FORMAT!r}")
+        about["config"].setdefault("cell", "sru")  # there was a time when it was the only one
         if arrays.pop("sha256").item() != digest(arrays):
             raise ValueError("it is not as it was written")
         return about, arrays
@@ -163,16 +169,21 @@ def restore(run: Any, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> N
     run.train_bits, run.heldout_bits = arrays["train_bits"].tolist(), arrays["heldout_bits"].tolist()
 
 
-def draw(path: Path, train: list[float], heldout: list[tuple[int, float]], unigram: float) -> None:
-    """Bits per character: of each step, at some steps as (step, bits), and by the characters' frequencies alone."""
+def draw(path: Path, reaches: list[tuple[Any, float]], unigram: float) -> None:
+    """Bits per character: of each run and what it has reached, at each step and held out, and by frequencies alone."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(range(1, len(train) + 1), train, color="0.7", label="training text, each step")
-    axes.plot(*zip(*heldout, strict=True), color="C0", marker=".", label="held-out text")
+    axes, titles = figure.add_subplot(), []
+    for run, reached in reaches:
+        name, (pale, strong) = run.config["cell"].upper(), COLOURS[run.config["cell"]]
+        steps, heldout = zip(*run.heldout_bits, (run.step, reached), strict=True)
+        axes.plot(range(1, run.step + 1), run.train_bits, color=pale, zorder=1, label=f"{name}, training text, each step")
+        label = f"{name}, held-out text ({run.model.size:,} parameters)"
+        axes.plot(steps, heldout, color=strong, marker=".", zorder=2, label=label)
+        titles.append(f"{name} {reached:.3f}")
     axes.axhline(unigram, color="C3", linestyle="--", label="unigram entropy of the held-out text")
-    axes.set(xlabel="step", ylabel="bits per character", title=f"held out: {heldout[-1][1]:.3f} bits per character")
+    axes.set(xlabel="step", ylabel="bits per character", title=f"held out: {', '.join(titles)} bits per character")
     axes.legend()
     axes.grid(alpha=0.3)
     write(path, lambda file: figure.savefig(file, format="png", dpi=120))
@@ -201,6 +212,17 @@ def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
     return parse
 
 
+def choice(*names: str) -> Callable[[str], str]:
+    """A type for argparse: choices, which a checkpoint's options go through too."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(names)}")
+        return text
+
+    return parse
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -209,14 +231,14 @@ def parse(arguments: list[str] | None, table: dict[str, Any]) -> tuple[argparse.
     """The options; and what `read_checkpoint` returns, whose config takes the place of the table's defaults, or empty dicts."""
     parser = argparse.ArgumentParser(
         prog="char_lm",
-        description="Train a character language model of SRU layers on the source of Python's standard library.",
+        description="Train a character language model of SRU or QRNN layers on the source of Python's standard library.",
         epilog="Exit status: 0; 2 for what it refuses; 130 after Ctrl-C and 143 after SIGTERM, which save the checkpoint.",
         allow_abbrev=False,
     )
     add, until, default = parser.add_argument, parser.add_mutually_exclusive_group().add_argument, "(default %(default)s)"
     until("--seconds", type=number(float, 1e-9, 1e7), default=60.0, help=f"how long it trains {default}")
     until("--steps", type=number(int, 1, 10**9), help="train to this step instead, those before --resume included")
-    files = f"for checkpoint.npz and loss.png, of one run at a time {default}"
+    files = f"for checkpoint.npz (QRNN: checkpoint-qrnn.npz) and loss.png, of one run at a time {default}"
     add("--out", type=Path, default="char_lm", metavar="DIR", help=files)
     add("--resume", action="store_true", help="go on from the checkpoint in --out; without it, one there is overwritten")
     add("--text", type=Path, nargs="+", metavar="FILE", help="other text, whose last tenth is held out")
@@ -229,7 +251,7 @@ def parse(arguments: list[str] | None, table: dict[str, Any]) -> tuple[argparse.
     for package in ("matplotlib", "tqdm"):
         importlib.import_module(package)  # before the work whose results they show
     if options.resume:
-        path = options.out / "checkpoint.npz"
+        path = checkpoint_path(options.out, options.cell)
         about, arrays = read_checkpoint(path)
         parser.set_defaults(**about["config"])
         options = parser.parse_args(arguments)  # again: what differs from the checkpoint now, the user has asked for
