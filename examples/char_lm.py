@@ -8,10 +8,11 @@ Needs `pip install ".[examples]"`, which brings matplotlib and tqdm; on a GPU al
 (`pip install nvidia-cublas`; for CUDA 12 ".[cuda12]" and nvidia-cublas-cu12).
 
 The recurrences and their gradients are `cusru.sru_forward`, `sru_backward`, `qrnn_forward` and `qrnn_backward`; all else that
-learns is here, in the order: model, loss, Adam, training. The two cells get the same text in the same batches, the same width,
-Adam and rates, and the same seconds or steps; not the same number of parameters, which is printed and stands in the picture. What serves it, such as text, files and options, is in char_lm_support.py. Nothing in training
-depends on the clock, or on when a run ends: N steps, and --resume up to M, give bit for bit what M steps in one go give (same
-machine, backend, libraries and number of threads).
+learns is here, in the order: model, loss, Adam, training. What serves it, such as text, files and options, is in
+char_lm_support.py. Both cells get the same text in the same batches, the same width, Adam and rates, and the same seconds or
+steps; not the same number of parameters, which the picture names. Nothing in training depends on the clock, or on when a run
+ends: N steps, and --resume up to M, give bit for bit what M steps in one go give (same machine, backend, libraries and number of
+threads).
 """
 
 from __future__ import annotations
@@ -96,13 +97,12 @@ class Model:
         xp, (length, batch, width), p, save_every = self.xp, x.shape, self.p, 1 if keep else None
         joined = x if self.cell == "sru" else xp.concatenate([xp.concatenate([state[1:], x[:-1]]), x], axis=2)
         u = joined.reshape(length * batch, -1) @ p[f"weight{i}"]  # one GEMM for all steps and the three projections
-        if self.cell == "qrnn":
-            u += p[f"bias{i}"].reshape(-1)
         u = u.reshape(length, batch, 3, width).transpose(0, 1, 3, 2)  # (L, B, D, 3)
         if self.cell == "sru":
             options = dict(bias=p[f"bias{i}"], weight_c=p[f"weight_c{i}"], c0=state, scale_x=self.scale_x)
             h, c, after = cusru.sru_forward(u, x, **options, save_every=save_every)
         else:  # Bradbury et al. 2016, https://arxiv.org/abs/1611.01576, fo-pooling
+            u += p[f"bias{i}"].T
             options = dict(pooling="fo", c0=state[0])
             h, c, c_last = cusru.qrnn_forward(u, **options, save_every=save_every)
             after = xp.stack([c_last, x[-1]])
@@ -119,14 +119,14 @@ class Model:
             grad_x = cusru.sru_backward(grad_h, None, c, u, joined, **options, out=out).x
         else:
             cusru.qrnn_backward(grad_h, None, c, u, **options, out=out)
-            g[f"bias{i}"].reshape(-1)[...] = grad_u.sum(axis=(0, 1)).reshape(-1)
+            grad_u.sum(axis=(0, 1), out=g[f"bias{i}"])
         grad_u = grad_u.reshape(-1, 3 * width)
         g[f"weight{i}"][...] = joined.reshape(length * batch, -1).T @ grad_u
         grad_joined = (grad_u @ self.p[f"weight{i}"].T).reshape(joined.shape)
         if self.cell == "sru":
             return grad_x + grad_joined
         grad_x = grad_joined[..., width:].copy()
-        grad_x[:-1] += grad_joined[1:, :, :width]  # the first step's went to the earlier chunk's last x, where it is cut too
+        grad_x[:-1] += grad_joined[1:, :, :width]  # the first step's is the earlier chunk's: cut there too
         return grad_x
 
     def forward(self, characters: Array, state: list[Array], keep: bool = True) -> Any:

@@ -51,8 +51,8 @@ def train(text, monkeypatch, tmp_path):
     return run
 
 
-def members(folder):
-    with np.load(folder / "checkpoint.npz", allow_pickle=False) as file:
+def members(folder, name="checkpoint.npz"):
+    with np.load(folder / name, allow_pickle=False) as file:
         return {name: (file[name].dtype.str, file[name].shape, file[name].tobytes()) for name in file.files}
 
 
@@ -92,7 +92,7 @@ def check_results(printed, folder, least):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = matplotlib.image.imread(folder / "loss.png")
     assert min(pixels.shape[:2]) >= 300
-    for line in ("0.7", "C0", "C3"):  # the training text's, the held-out text's, the unigram entropy's
+    for line in ("lightsteelblue", "C0", "C3"):  # the training text's, the held-out text's, the unigram entropy's
         wanted = matplotlib.colors.to_rgb(line)
         assert (np.abs(pixels[..., :3] - wanted).max(axis=2) < 0.01).sum() > 100, line
 
@@ -149,14 +149,15 @@ def test_held_out_windows_are_spread_and_predict_no_character_twice():
         assert windows.max() > 0.4 * size, "not only of its beginning"
 
 
-def test_held_out_bits_are_those_of_each_character_after_all_before_it(text):
+@pytest.mark.parametrize("cell", char_lm.CELLS)
+def test_held_out_bits_are_those_of_each_character_after_all_before_it(text, cell):
     """Against the model run on each window whole, in one piece."""
     run = char_lm.Run(np, support.prepare([text]), {name: default for name, (_, default, _) in char_lm.OPTIONS.items()} | {
-        "width": 12, "batch": 3, "length": 7,
+        "cell": cell, "width": 12, "batch": 3, "length": 7,
     })  # fmt: skip
     windows = np.asarray(run.windows)
     assert len(windows) > 2 * 64, "more than one part"
-    logits, _, _ = run.model.forward(windows[:-1], run.fresh_state(windows.shape[1]), keep=False)
+    logits, _, _ = run.model.forward(windows[:-1], run.model.fresh_state(windows.shape[1]), keep=False)
     logits = logits.astype(np.float64)
     nats = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), windows[1:].ravel()]
     assert run.evaluate() == pytest.approx(nats.mean() / np.log(2), abs=1e-5)
@@ -182,15 +183,16 @@ def test_what_no_terminal_should_print_is_no_character(tmp_path):
 # ---- the gradient ------------------------------------------------------------------------------------------------------
 
 
-def test_the_gradient_is_that_of_the_loss(monkeypatch):
+@pytest.mark.parametrize("cell", char_lm.CELLS)
+def test_the_gradient_is_that_of_the_loss(monkeypatch, cell):
     """Of every kind of parameter, in float64, against central differences; characters repeat, and a state is carried in."""
     monkeypatch.delenv("CUSRU_SIMULATE", raising=False)
     rng, length, batch, vocabulary, width, layers = np.random.default_rng(1), 5, 3, 6, 4, 2
-    model = char_lm.Model(np, vocabulary, width, layers, dtype="float64")
+    model = char_lm.Model(np, vocabulary, width, layers, cell, dtype="float64")
     model.initialise(rng)
     model.parameters += rng.normal(0, 0.2, model.size)
     characters = rng.integers(vocabulary, size=(length + 1, batch))
-    state = [rng.normal(size=(batch, width)) for _ in range(layers)]
+    state = [rng.normal(size=zero.shape) for zero in model.fresh_state(batch)]  # the QRNN's last x too, a constant
 
     def loss():
         logits, _, _ = model.forward(characters[:-1], state, keep=False)
@@ -198,7 +200,7 @@ def test_the_gradient_is_that_of_the_loss(monkeypatch):
 
     logits, after, tape = model.forward(characters[:-1], state)
     model.backward(characters[:-1], char_lm.cross_entropy(np, logits, characters[1:])[1], tape)
-    assert [c.shape for c in after] == [(batch, width)] * layers
+    assert [a.shape for a in after] == [a.shape for a in state]
     numeric, step = np.empty_like(model.parameters), 1e-5
     for i in range(model.size):
         there = model.parameters[i]
@@ -211,6 +213,28 @@ def test_the_gradient_is_that_of_the_loss(monkeypatch):
     assert all(np.abs(g).max() > 1e-4 for g in model.g.values())
 
 
+def test_the_qrnn_is_the_paper_s(monkeypatch):
+    """Bradbury et al. 2016, equations 2 (a window of 2) and 4 (fo-pooling), character by character and without cusru."""
+    monkeypatch.delenv("CUSRU_SIMULATE", raising=False)
+    rng, width = np.random.default_rng(7), 5
+    model = char_lm.Model(np, 6, width, 2, "qrnn", dtype="float64")
+    model.parameters[:] = rng.normal(size=model.size)
+    characters, zero, p = rng.integers(6, size=9), np.zeros(width), model.p
+    last, c, expected = [zero, zero], [zero, zero], []
+    for character in characters:
+        x = p["embedding"][character]
+        for i in range(2):
+            w1, w2 = p[f"weight{i}"].reshape(2, width, 3, width)
+            z, f, o = np.einsum("i,ikj->kj", last[i], w1) + np.einsum("i,ikj->kj", x, w2) + p[f"bias{i}"]
+            f, o = 1 / (1 + np.exp(-f)), 1 / (1 + np.exp(-o))
+            last[i], c[i] = x, f * c[i] + (1 - f) * np.tanh(z)
+            x = o * c[i]
+        expected.append(x @ p["softmax_weight"] + p["softmax_bias"])
+    logits, after, _ = model.forward(characters[:, None], model.fresh_state(1))
+    np.testing.assert_allclose(logits, expected, rtol=1e-12)
+    np.testing.assert_allclose([a[:, 0] for a in after], np.stack([c, last], axis=1), rtol=1e-12)
+
+
 def test_weights_start_with_the_variance_that_keeps_the_input_s():
     model = char_lm.Model(np, 50, 200, 2)
     model.initialise(np.random.default_rng(0))
@@ -218,6 +242,10 @@ def test_weights_start_with_the_variance_that_keeps_the_input_s():
         assert model.p[name].std() == pytest.approx(deviation, rel=0.02), name
         assert np.abs(model.p[name]).max() <= deviation * 3**0.5 * (1 + 1e-6), name
     assert (model.p["bias0"] == [[0], [char_lm.RESET_BIAS]]).all()
+    qrnn = char_lm.Model(np, 50, 200, 1, "qrnn")
+    qrnn.initialise(np.random.default_rng(0))
+    assert qrnn.p["weight0"].std() == pytest.approx(400**-0.5, rel=0.02)
+    assert not qrnn.p["bias0"].any()
     assert model.scale_x == pytest.approx((1 + 2 * np.exp(char_lm.RESET_BIAS)) ** 0.5)
 
 
@@ -243,21 +271,24 @@ def test_clipping_shortens_what_is_too_long_and_nothing_else():
         np.testing.assert_allclose(a, expected)
 
 
-def test_chunks_with_the_state_carried_are_one_long_text(text, monkeypatch):
+@pytest.mark.parametrize("cell", char_lm.CELLS)
+def test_chunks_with_the_state_carried_are_one_long_text(text, monkeypatch, cell):
     monkeypatch.delenv("CUSRU_SIMULATE", raising=False)
-    model = char_lm.Model(np, 6, 8, 2)
+    model = char_lm.Model(np, 6, 8, 2, cell)
     model.initialise(np.random.default_rng(2))
-    characters, zero = np.random.default_rng(3).integers(6, size=(20, 3)), [np.zeros((3, 8), np.float32)] * 2
+    characters, zero = np.random.default_rng(3).integers(6, size=(20, 3)), model.fresh_state(3)
     whole, after, _ = model.forward(characters, zero)
     first, state, _ = model.forward(characters[:7], zero)
-    second, state, _ = model.forward(characters[7:], state)
-    np.testing.assert_allclose(np.concatenate([first, second]), whole, atol=1e-5)
+    second, state, _ = model.forward(characters[7:8], state)  # of one step
+    third, state, _ = model.forward(characters[8:], state)
+    np.testing.assert_allclose(np.concatenate([first, second, third]), whole, atol=1e-5)
     np.testing.assert_allclose(state, after, atol=1e-5)
 
 
-def test_a_step_starts_from_the_state_in_which_the_last_one_ended(text, monkeypatch):
+@pytest.mark.parametrize("cell", char_lm.CELLS)
+def test_a_step_starts_from_the_state_in_which_the_last_one_ended(text, monkeypatch, cell):
     monkeypatch.delenv("CUSRU_SIMULATE", raising=False)
-    config = dict(width=4, layers=2, batch=3, length=7, seed=0, rate=0.1, clip=1.0)
+    config = dict(cell=cell, width=4, layers=2, batch=3, length=7, seed=0, rate=0.1, clip=1.0)
     run, twin = (char_lm.Run(np, support.prepare([text]), config) for _ in range(2))
     state = twin.state
     for _ in range(3):
@@ -270,7 +301,7 @@ def test_a_step_starts_from_the_state_in_which_the_last_one_ended(text, monkeypa
 
 
 def test_an_epoch_reads_every_stream_on_from_where_it_was(text):
-    run = char_lm.Run(np, support.prepare([text]), dict(width=4, layers=1, batch=3, length=7, seed=0))
+    run = char_lm.Run(np, support.prepare([text]), dict(cell="sru", width=4, layers=1, batch=3, length=7, seed=0))
     chunks = [run.next_chunk() for _ in range(run.chunks)]
     assert run.chunk == 0
     for chunk, following in itertools.pairwise(chunks):
@@ -296,6 +327,29 @@ def test_a_resumed_run_is_bit_for_bit_the_run_in_one_go(train, tmp_path, capsys,
     for part in (r"after \d+ steps:\n(?:  .*\n){3}", r"a sample:\n(?s:.*)"):
         assert re.search(part, again)[0] == re.search(part, printed)[0]
     assert (tmp_path / "parts" / "loss.png").read_bytes() == (tmp_path / "whole" / "loss.png").read_bytes()
+
+
+@pytest.mark.parametrize("stops", [(8,), (1, 2, 7), (86, 90)], ids=str)
+def test_a_resumed_qrnn_is_bit_for_bit_the_run_in_one_go(train, tmp_path, stops):
+    last, name = stops[-1] + 6, "checkpoint-qrnn.npz"
+    assert train("whole", "--cell", "qrnn", "--steps", str(last)) == 0
+    assert train("parts", "--cell", "qrnn", "--steps", str(stops[0])) == 0
+    for stop in (*stops[1:], last):
+        assert train("parts", "--cell", "qrnn", "--resume", "--steps", str(stop), sizes=SMALL[:2]) == 0
+    assert members(tmp_path / "parts", name) == members(tmp_path / "whole", name)
+    assert (tmp_path / "parts" / "loss.png").read_bytes() == (tmp_path / "whole" / "loss.png").read_bytes()
+    assert not (tmp_path / "parts" / "checkpoint.npz").exists()
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_of_cells_is_an_sru_s(train, tmp_path, capsys):
+    for folder, steps in (("whole", "9"), ("old", "5")):
+        assert train(folder, "--steps", steps) == 0
+    path = tmp_path / "old" / "checkpoint.npz"
+    about, arrays = support.read_checkpoint(path)
+    assert about["config"].pop("cell") == "sru"
+    support.write_checkpoint(path, about, {name: a for name, a in arrays.items() if name != "about"})
+    assert train("old", "--resume", "--steps", "9", sizes=SMALL[:2]) == 0
+    assert members(tmp_path / "old") == members(tmp_path / "whole")
 
 
 def test_a_run_of_some_seconds_is_the_run_of_as_many_steps(train, tmp_path):
@@ -342,6 +396,49 @@ def test_ctrl_c_saves_a_checkpoint_that_resumes(train, text, tmp_path, number):
     assert train("cut", "--resume", "--steps", str(step + 5)) == 0
     assert train("whole", "--steps", str(step + 5)) == 0
     assert members(tmp_path / "cut") == members(tmp_path / "whole")
+
+
+# ---- two cells ---------------------------------------------------------------------------------------------------------
+
+
+def drawn(folder):
+    """The cells whose held-out curve is in the picture."""
+    import matplotlib.colors
+    import matplotlib.image
+
+    pixels = matplotlib.image.imread(folder / "loss.png")[..., :3]
+    colours = {cell: matplotlib.colors.to_rgb(strong) for cell, (_, strong) in support.COLOURS.items()}
+    return [cell for cell, colour in colours.items() if (np.abs(pixels - colour).max(axis=2) < 0.01).sum() > 100]
+
+
+def test_both_cells_are_in_one_picture_whichever_ran_first(train, tmp_path, capsys):
+    assert train("run", "--steps", "10") == 0
+    assert drawn(tmp_path / "run") == ["sru"]
+    before = members(tmp_path / "run")
+    reached = re.search(r"held-out bits per character +(\S+)", capsys.readouterr().out)[1]
+    assert train("run", "--steps", "13", "--cell", "qrnn") == 0
+    assert re.search(rf"^drawn beside it: SRU, [\d,]+ parameters, after 10 steps: {reached}$", capsys.readouterr().out, re.M)
+    assert drawn(tmp_path / "run") == ["sru", "qrnn"]
+    assert members(tmp_path / "run") == before
+    assert train("other", "--steps", "13", "--cell", "qrnn") == 0
+    assert train("other", "--steps", "10") == 0
+    for name in ("checkpoint.npz", "checkpoint-qrnn.npz"):
+        assert members(tmp_path / "other", name) == members(tmp_path / "run", name)
+    assert (tmp_path / "other" / "loss.png").read_bytes() == (tmp_path / "run" / "loss.png").read_bytes()
+
+
+@pytest.mark.parametrize("what", ["--rate", "--text", "damaged"])
+def test_what_cannot_be_compared_is_left_out_with_a_line(checkpoint, train, text, tmp_path, capsys, what):
+    path, data = checkpoint
+    if what == "--text":
+        text.write_text(text.read_text("utf-8").replace("7", "8", 1), encoding="utf-8")
+    if what == "damaged":
+        path.write_bytes(data[:-30])
+    assert train("run", "--cell", "qrnn", "--steps", "5", *(["--rate", "0.02"] if what == "--rate" else [])) == 0
+    (line,) = re.findall(r"^not drawn: .*", capsys.readouterr().out, re.M)
+    assert str(path) in line
+    assert what in line
+    assert drawn(path.parent) == ["qrnn"]
 
 
 # ---- damage ------------------------------------------------------------------------------------------------------------
@@ -509,6 +606,7 @@ def test_a_failed_write_leaves_what_was_there(checkpoint, train, monkeypatch, ca
         ("--seed", "-1"),
         ("--sample", "-1"),
         ("--backend", "torch"),
+        ("--cell", "lstm"),
     ],
 )
 def test_a_bad_value_is_refused_by_the_option_s_name(train, tmp_path, capsys, option, value):
@@ -540,6 +638,14 @@ def test_an_option_that_contradicts_the_checkpoint_is_refused_by_name(checkpoint
     assert f"argument {option}: " in line
     assert str(path) in line
     assert path.read_bytes() == data
+
+
+def test_another_cell_s_checkpoint_is_refused_and_the_choices_are_named(checkpoint, train, capsys):
+    path = checkpoint[0].rename(checkpoint[0].with_name("checkpoint-qrnn.npz"))
+    assert train("run", "--resume", "--cell", "qrnn", sizes=SMALL[:2]) == 2
+    assert f"argument --cell: qrnn contradicts {path}, which was made with sru" in error_line(capsys)
+    assert train("run", "--cell", "lstm") == 2
+    assert "lstm is not one of sru, qrnn" in error_line(capsys)
 
 
 def test_a_text_too_short_for_a_step_is_refused(train, capsys):
@@ -689,18 +795,19 @@ def test_values_that_training_never_leaves_are_damage(checkpoint, train, capsys,
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_it_learns_and_resumes_bit_for_bit(train, tmp_path, capsys):
+@pytest.mark.parametrize("cell", char_lm.CELLS)
+def test_on_a_gpu_it_learns_and_resumes_bit_for_bit(train, tmp_path, capsys, cell):
     if reason := missing("gpu"):
         pytest.skip(reason)
-    sizes = SMALL[2:]
+    sizes, name = [*SMALL[2:], "--cell", cell], support.checkpoint_path(Path(), cell).name
     assert train("whole", "--backend", "cupy", "--steps", "40", sizes=sizes) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("backend   CuPy")
     assert train("parts", "--backend", "cupy", "--steps", "25", sizes=sizes) == 0
     assert train("parts", "--backend", "cupy", "--steps", "40", "--resume", sizes=sizes) == 0
-    assert members(tmp_path / "whole") == members(tmp_path / "parts")
+    assert members(tmp_path / "whole", name) == members(tmp_path / "parts", name)
     assert train("numpy", "--backend", "numpy", "--steps", "40", sizes=sizes) == 0
-    on_gpu, on_cpu = (np.load(tmp_path / folder / "checkpoint.npz")["train_bits"] for folder in ("whole", "numpy"))
+    on_gpu, on_cpu = (np.load(tmp_path / folder / name)["train_bits"] for folder in ("whole", "numpy"))
     np.testing.assert_allclose(on_gpu, on_cpu, atol=0.02)
     assert on_gpu[-1] < on_gpu[0]
     shutil.rmtree(tmp_path / "whole")
