@@ -18,7 +18,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason='needs onnxruntime: pip 
 
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 
-from cusru.torch import QRNN, SRU, SRUCell, fastai, linear_recurrence, qrnn, sru  # noqa: E402
+from cusru.torch import QRNN, SRU, SRUCell, SRUpp, fastai, linear_recurrence, qrnn, sru  # noqa: E402
 from cusru.torch import onnx as cusru_onnx  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +113,13 @@ class Projections(torch.nn.Module):
         return self.u(input) if self.v is None else (self.u(input), self.v(input))
 
 
+class Attending(SRUpp):
+    """Without the saved inputs."""
+
+    def forward(self, input: torch.Tensor, mask_pad: torch.Tensor | None = None) -> Any:  # type: ignore[override]
+        return super().forward(input, mask_pad=mask_pad)[:2]
+
+
 F64, F32, F16 = torch.float64, torch.float32, torch.float16
 MODULES: dict[str, tuple[Any, dict[str, Any], str, torch.dtype]] = {
     "cell": (SRUCell, dict(input_size=6, hidden_size=6), "", F32),
@@ -144,6 +151,7 @@ MODULES: dict[str, tuple[Any, dict[str, Any], str, torch.dtype]] = {
         QRNN, dict(input_size=6, hidden_size=4, window=3, bidirectional=True, batch_first=True), "mask_pad", F32
     ),
     "QRNN, fastai's": (fastai.QRNN, dict(input_size=6, hidden_size=4, n_layers=2, bidirectional=True), "", F32),
+    "SRU++": (Attending, dict(input_size=6, hidden_size=4, proj_size=6, num_heads=2, bidirectional=True), "mask_pad", F32),
     "half precision": (SRU, dict(input_size=6, hidden_size=4, num_layers=1, bidirectional=True), "mask_pad", F16),
 }  # fmt: skip
 

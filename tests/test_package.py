@@ -269,6 +269,15 @@ def test_every_argument_of_a_module_is_documented_with_its_default(module, colum
     assert shown == {n: "required" if p.default is p.empty else repr(p.default) for n, p in parameters.items()}
 
 
+def test_every_argument_of_srupp_is_documented_with_its_default():
+    need("torch")
+    shown = {
+        name: value.strip("`") for name, value in re.findall(r"^\| `(\w+)` \| (required|`.*?`) \| ", section("SRU++"), flags=re.M)
+    }
+    parameters = inspect.signature(importlib.import_module("cusru.torch").SRUpp).parameters
+    assert shown == {n: "required" if p.default is p.empty else repr(p.default) for n, p in parameters.items()}
+
+
 @pytest.mark.parametrize(("kind", "column"), [("QRNNLayer", 1), ("QRNN", 1), ("fastai.QRNNLayer", 2), ("fastai.QRNN", 2)])
 def test_every_argument_of_a_qrnn_is_documented_with_its_default(kind, column):
     need("torch")

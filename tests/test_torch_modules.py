@@ -496,12 +496,15 @@ def test_replicas_on_threads_as_data_parallel_makes_them():
 DISTRIBUTED = """
 import os, sys, torch
 import torch.distributed as dist
-from cusru.torch import QRNN, SRU
+from cusru.torch import QRNN, SRU, SRUpp
 
 dist.init_process_group("gloo", rank=int(sys.argv[1]), world_size=2, init_method="tcp://127.0.0.1:" + sys.argv[2])
 torch.manual_seed(0)
 x = torch.randn(7, 4, 6, dtype=torch.float64)
-for layers in (SRU(6, 5, 2, bidirectional=True, layer_norm=True).double(), QRNN(6, 5, 2, window=2).double()):
+modules = [SRU(6, 5, 2, bidirectional=True, layer_norm=True), QRNN(6, 5, 2, window=2), SRUpp(6, 5, 4)]
+for layers in (module.double() for module in modules):
+    for name, parameter in layers.named_parameters():
+        parameter.data.fill_(0.5) if name.endswith("alpha") else None  # at 0 attention does not show
     (layers(x)[0].sin().sum() / 2).backward()
     expected = [p.grad.clone() for p in layers.parameters()]
     layers.zero_grad()

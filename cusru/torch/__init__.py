@@ -11,11 +11,12 @@ from typing import Any
 from cusru.torch.functions import linear_recurrence, qrnn, sru
 from cusru.torch.legacy import PAGE
 from cusru.torch.modules import SRU, SRUCell
+from cusru.torch.srupp import SRUpp, SRUppAttention, SRUppCell, SRUppProjectedLinear
 from cusru.torch.torchqrnn import QRNN, ForgetMult, QRNNLayer
 
 __all__ = [
-    "QRNN", "SRU", "ForgetMult", "QRNNLayer", "SRUCell", "install_as_sru", "install_as_torchqrnn", "linear_recurrence", "qrnn",
-    "sru",
+    "QRNN", "SRU", "ForgetMult", "QRNNLayer", "SRUCell", "SRUpp", "SRUppAttention", "SRUppCell", "SRUppProjectedLinear",
+    "install_as_sru", "install_as_torchqrnn", "linear_recurrence", "qrnn", "sru",
 ]  # fmt: skip
 
 _SRU_VERSION = "2.6.0"  # the one whose interface these are
@@ -43,9 +44,11 @@ def install_as_sru() -> None:
         )
     package, modules, version = (_module(name) for name in ("sru", "sru.modules", "sru.version"))
     package.__dict__.update(
-        SRU=SRU, SRUCell=SRUCell, modules=modules, version=version, __version__=_SRU_VERSION, __path__=[], __getattr__=_not_in_sru
-    )
-    modules.__dict__.update(SRU=SRU, SRUCell=SRUCell, __getattr__=_not_in_sru)
+        SRU=SRU, SRUCell=SRUCell, SRUpp=SRUpp, SRUppCell=SRUppCell,
+        modules=modules, version=version, __version__=_SRU_VERSION, __path__=[], __getattr__=_not_in_sru,
+    )  # fmt: skip
+    modules.__dict__.update(SRU=SRU, SRUCell=SRUCell, SRUpp=SRUpp, SRUppCell=SRUppCell, __getattr__=_not_in_sru)
+    modules.__dict__.update(SRUppAttention=SRUppAttention, SRUppProjectedLinear=SRUppProjectedLinear)
     version.__dict__.update(__version__=_SRU_VERSION)
     sys.modules |= {"sru": package, "sru.modules": modules, "sru.version": version}
     sys.meta_path.append(_Refused())
@@ -94,8 +97,6 @@ def _module(name: str) -> ModuleType:
 
 
 def _not_in_sru(name: str) -> Any:
-    if name.startswith("SRUpp"):
-        raise ImportError(f"{name}: cusru.torch has no SRU++; run it with the sru package 3.0 itself ({PAGE})", name="sru")
     raise AttributeError(f"cusru.torch, in the place of the sru package {_SRU_VERSION}, has no {name} ({PAGE})")
 
 

@@ -43,6 +43,12 @@ def number(name: str, value: Any) -> float:
     return value if isinstance(value, int | float) else float(value)
 
 
+def bound(name: str, value: Any) -> float:
+    if number(name, value) < 0:
+        raise ValueError(f"{name} must be at least 0; got {value}")
+    return number(name, value)
+
+
 def probability(name: str, value: Any, including_1: bool = False) -> float:
     if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1 or (value == 1 and not including_1):
         limits = "from 0 to 1" if including_1 else "at least 0 and below 1"
@@ -90,6 +96,25 @@ def inputs(
     autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
     if weight is not None and input.dtype != weight.dtype and not autocast:
         raise TypeError(f"{names[0]} has dtype {input.dtype}, and the parameters {weight.dtype}")
+
+
+def projected(linear: nn.Module, input: Tensor, **others: Tensor | None) -> None:
+    """What `linear` is to take, and tensors that come with it."""
+    for name, a in {"input": input, **others}.items():
+        if not isinstance(a, Tensor) and (a is not None or name == "input"):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type_name(a)}")
+        if a is None or torch.compiler.is_compiling():
+            continue
+        check_torch(a, name)
+        if a.device != input.device:
+            raise ValueError(f"{name} is on {a.device}, and the input on {input.device}")
+    weight = linear._parameters.get("weight")
+    if weight is None or (input.dtype == weight.dtype and input.device == weight.device):
+        return
+    if input.device != weight.device:
+        raise ValueError(f"input is on {input.device}, and the parameters on {weight.device}")
+    if not (input.device.type != "meta" and torch.is_autocast_enabled(input.device.type) and input.is_floating_point()):
+        raise TypeError(f"input has dtype {input.dtype}, and the parameters {weight.dtype}")
 
 
 def _are_plain(input: Any, c0: Any, mask_pad: Any, starts: Any, device: torch.device | None = None) -> bool:

@@ -93,9 +93,7 @@ class SRUCell(nn.Module):
         dropout, rnn_dropout = checks.probability("dropout", dropout), checks.probability("rnn_dropout", rnn_dropout)
         highway_bias = checks.number("highway_bias", highway_bias)
         if weight_c_init is not None:
-            weight_c_init = checks.number("weight_c_init", weight_c_init)
-            if weight_c_init < 0:
-                raise ValueError(f"weight_c_init must be at least 0, or None; got {weight_c_init}")
+            weight_c_init = checks.bound("weight_c_init", weight_c_init)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.output_size = hidden_size * 2 if bidirectional else hidden_size
@@ -199,9 +197,9 @@ class SRUCell(nn.Module):
         elif sizes(c0) != [shape[-2], self.output_size]:
             raise ValueError(f"c0 has shape {sizes(c0)}; expected {[shape[-2], self.output_size]}, (B, output_size)")
         if mask_pad is not None:
-            mask_pad = _as_mask("mask_pad", mask_pad, shape)
+            mask_pad = as_mask("mask_pad", mask_pad, shape)
         if starts is not None:
-            starts = _as_mask("starts", starts, shape)
+            starts = as_mask("starts", starts, shape)
 
         if not self.keep_memory_order:
             input = input.contiguous()
@@ -529,24 +527,9 @@ class SRU(nn.Module):
     def _forward_packed(
         self, input: PackedSequence, c0: Tensor | None, mask_pad: Tensor | None, starts: Tensor | None
     ) -> tuple[Any, Tensor]:
-        if mask_pad is not None:
-            raise ValueError("mask_pad cannot be given with a PackedSequence, whose lengths say what is padding")
-        if starts is not None:
-            raise ValueError("starts cannot be given with a PackedSequence, each of whose sequences has a place of its own")
-        checks.tensors(input.data, c0, mask_pad)
-        if input.data.dim() != 2:
-            raise ValueError(f"input packs data of shape {list(input.data.shape)}; expected 2 dimensions, (steps, input_size)")
-        padded, lengths = pad_packed_sequence(input)
-        steps = torch.arange(padded.size(0), device=padded.device)
-        h, c = self._forward(padded, c0, steps.unsqueeze(1) >= lengths.to(padded.device), None)
-        # The rows of .data keep their places, as those of nn.LSTM do: sequences of one length are not sorted anew.
-        order = input.sorted_indices
-        if order is None and input.unsorted_indices is not None:
-            order = torch.argsort(input.unsorted_indices)
-        if order is not None:
-            h, lengths = h.index_select(1, order), lengths[order.to(lengths.device)]
-        data = pack_padded_sequence(h, lengths).data
-        return PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices), c
+        padded, lengths, mask_pad = unpacked(input, c0, mask_pad, starts)
+        h, c = self._forward(padded, c0, mask_pad, None)
+        return repacked(h, lengths, input), c
 
     def _forward(self, input: Tensor, c0: Tensor | None, mask_pad: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         shape = sizes(input)
@@ -558,9 +541,9 @@ class SRU(nn.Module):
         else:
             states = self._states_of_layers(c0, shape[1]).unbind(0)
         if mask_pad is not None:
-            mask_pad = _as_mask("mask_pad", mask_pad, shape)
+            mask_pad = as_mask("mask_pad", mask_pad, shape)
         if starts is not None:
-            starts = _as_mask("starts", starts, shape)
+            starts = as_mask("starts", starts, shape)
         h = input
         if self.input_to_hidden is not None:
             h = self.input_to_hidden(h.transpose(0, 1)).transpose(0, 1) if self.batch_first else self.input_to_hidden(h)
@@ -595,6 +578,33 @@ class SRU(nn.Module):
         """Does nothing, for callers of sru's method: the models that needed it name modules that sru 2.6.0 has not either."""
 
 
+def unpacked(
+    input: PackedSequence, c0: Tensor | None, mask_pad: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sequences side by side, (L, B, input_size), their lengths (B,), and mask_pad (L, B)."""
+    if mask_pad is not None:
+        raise ValueError("mask_pad cannot be given with a PackedSequence, whose lengths say what is padding")
+    if starts is not None:
+        raise ValueError("starts cannot be given with a PackedSequence, each of whose sequences has a place of its own")
+    checks.tensors(input.data, c0, mask_pad)
+    if input.data.dim() != 2:
+        raise ValueError(f"input packs data of shape {list(input.data.shape)}; expected 2 dimensions, (steps, input_size)")
+    padded, lengths = pad_packed_sequence(input)
+    steps = torch.arange(padded.size(0), device=padded.device)
+    return padded, lengths, steps.unsqueeze(1) >= lengths.to(padded.device)
+
+
+def repacked(h: Tensor, lengths: Tensor, like: PackedSequence) -> Any:
+    # The rows of .data keep their places, as those of nn.LSTM do: sequences of one length are not sorted anew.
+    order = like.sorted_indices
+    if order is None and like.unsorted_indices is not None:
+        order = torch.argsort(like.unsorted_indices)
+    if order is not None:
+        h, lengths = h.index_select(1, order), lengths[order.to(lengths.device)]
+    data = pack_padded_sequence(h, lengths).data
+    return PackedSequence(data, like.batch_sizes, like.sorted_indices, like.unsorted_indices)
+
+
 def _own(cell: SRUCell, name: str) -> Tensor:
     """cell.name, a parameter or buffer, without the detour of torch's __getattr__, which costs 0.5 us."""
     tensors = cell._buffers if name == "scale_x" else cell._parameters
@@ -610,7 +620,7 @@ def sizes(a: Tensor) -> list[int]:
 _tracing_state = torch._C._get_tracing_state
 
 
-def _as_mask(name: str, mask: Tensor, shape: list[int]) -> Tensor:
+def as_mask(name: str, mask: Tensor, shape: list[int]) -> Tensor:
     """(L, B) bool, for an input of that shape; where it is one step of 2 dimensions also (B,)."""
     expected = shape[:-1]
     if len(shape) == 2:
