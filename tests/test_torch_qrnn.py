@@ -538,6 +538,17 @@ def test_exported_for_any_length_and_batch(name: str) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_what_keeps_x_is_not_exported_without_a_word() -> None:
+    model, x = QRNN(4, 6, window=2, save_prev_x=True).eval(), torch.rand(5, 3, 4)
+    model(x)
+    kept = model.layers[0].prevX
+    for export in (lambda: torch.export.export(model, (x,)), lambda: torch.jit.trace(model, x)):
+        with pytest.raises(RuntimeError, match="save_prev_x=True keeps x in the module"):
+            export()
+    assert model.layers[0].prevX is kept
+
+
 @models
 def test_autocast_runs_the_gemm_in_its_dtype_and_keeps_the_state_in_float32(name: str) -> None:
     model, x = MODELS[name](), torch.rand(5, 5, 4)

@@ -99,6 +99,11 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor | None, Tensor] | None]:
         """What `linear` sees of each step: x at t, t - 1, ..., t - window + 1, zeros at padded steps and across a start; and what
         is then kept: the x before this call, and that before the next."""
+        if self.save_prev_x and (torch.jit.is_tracing() or _is_exporting()):
+            raise RuntimeError(
+                "save_prev_x=True keeps x in the module, which an exported or traced program cannot: set save_prev_x = False, "
+                f"and export whole sequences ({PAGE})"
+            )
         if mask_pad is not None:
             x = x.masked_fill(mask_pad.unsqueeze(-1), 0)
         reach = self.window - 1
@@ -161,6 +166,9 @@ class Layer(nn.Module):
             if getattr(self, name) != default:
                 s += f", {name}={getattr(self, name)}"
         return s
+
+
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)  # from torch 2.7 on
 
 
 def check_shapes(
