@@ -173,6 +173,8 @@ def test_sizes_of_deeper_layers_and_the_smallest_calls() -> None:
         h, c = fastai.QRNN(4, 6, 2)(torch.rand(batch, length, 4))
         assert (h.shape, c.shape) == ((batch, length, 6), (2, batch, 6))
     hidden = torch.rand(2, 3, 256)
+    x = torch.rand(4, 3, 32)
+    assert torch.equal(model(x, [None, hidden[1]])[0], model(x, torch.stack([torch.zeros(3, 256), hidden[1]]))[0])
     assert torch.equal(model(torch.rand(0, 3, 32), hidden)[1], hidden)
 
 
@@ -358,8 +360,8 @@ def test_a_call_that_is_refused_leaves_the_kept_x_as_it_was() -> None:
     kept = [layer.prevX, *(one.prevX for one in model.layers)]
     with pytest.raises(ValueError, match=r"hidden has shape \[2, 5\]"):
         layer(torch.rand(5, 2, 3), torch.zeros(2, 5))
-    for states in (torch.zeros(2, 3, 4), [torch.zeros(2, 4), torch.zeros(3, 4)]):
-        with pytest.raises(ValueError, match=r"hidden has shape \[2, 3, 4\]; expected 2 states of a batch of 2"):
+    for states, which in ((torch.zeros(2, 3, 4), 0), ([torch.zeros(2, 4), torch.zeros(2, 5)], 1), ([None, torch.zeros(4)], 1)):
+        with pytest.raises(ValueError, match=rf"hidden\[{which}\] has shape .*; expected \[2, 4\]"):
             model(torch.rand(5, 2, 3), states)
     assert all(a is b for a, b in zip(kept, [layer.prevX, *(one.prevX for one in model.layers)], strict=True))
 
@@ -544,9 +546,21 @@ def test_what_keeps_x_is_not_exported_without_a_word() -> None:
     model(x)
     kept = model.layers[0].prevX
     for export in (lambda: torch.export.export(model, (x,)), lambda: torch.jit.trace(model, x)):
-        with pytest.raises(RuntimeError, match="save_prev_x=True keeps x in the module"):
+        with pytest.raises(RuntimeError, match="save_prev_x keeps x in the module"):
             export()
+    model.layers[0].save_prev_x = False  # what was kept would be in the program
+    with pytest.raises(RuntimeError, match=r"save_prev_x keeps x in the module.*call reset\(\)"):
+        torch.export.export(model, (x,))
     assert model.layers[0].prevX is kept
+    model.reset()
+    assert torch.equal(torch.export.export(model, (x,)).module()(x)[0], model(x)[0])
+
+
+def test_what_keeps_x_is_not_mapped() -> None:
+    layer, x = QRNNLayer(4, 5, window=2, save_prev_x=True), torch.rand(3, 2, 4)
+    with pytest.raises(RuntimeError, match="save_prev_x keeps x in the module"):
+        torch.vmap(lambda one: layer(one)[0])(torch.rand(7, 3, 2, 4))
+    assert layer(x)[0].shape == (3, 2, 5)
 
 
 @models
@@ -578,6 +592,22 @@ def test_checkpointing_gives_the_gradients_of_the_call(use_reentrant: bool, opti
         results.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_and_a_reset_before_the_backward(use_reentrant: bool) -> None:
+    layer, a, b = QRNNLayer(3, 4, window=2, save_prev_x=True).double(), normal(3, 2, 3), normal(3, 2, 3, seed=2)
+    gradients = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
+        layer.reset()
+        layer(a)
+        x = b.clone().requires_grad_()
+        h, _ = run(x)
+        layer.reset()
+        h.square().sum().backward()
+        assert layer.prevX is None
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
 
 
 def test_checkpointing_of_a_call_that_is_not_the_last_is_refused_where_x_is_kept() -> None:
@@ -701,6 +731,7 @@ def test_a_model_that_the_package_pickled_whole_loads(package: str, monkeypatch:
     assert type(loaded) is type(ours)
     x = torch.rand(5, 5, 3)
     assert torch.equal(loaded(x)[0], ours(x)[0])
+    assert "QRNNLayer" in repr(loaded)
 
 
 # ---- bad input --------------------------------------------------------------------------------------------------------------
@@ -733,6 +764,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "hidden": (lambda: QRNNLayer(3)(X, torch.zeros(3, 3)), ValueError, r"hidden has shape \[3, 3\]; expected \[2, 3\]"),
     "hid": (lambda: fastai.QRNNLayer(3)(X, torch.zeros(3)), ValueError, r"hid has shape \[3\]; expected \[4, 3\]"),
     "states": (lambda: QRNN(3, 3, 2)(X, torch.zeros(1, 2, 3)), ValueError, r"hidden has 1 states; expected 2"),
+    "a bool for a number": (lambda: fastai.QRNN(3, 4, 2, True, True), ValueError, r"dropout must be a number.*bias"),
     "states' type": (lambda: QRNN(3, 3, 2)(X, 3), TypeError, r"hidden must be a torch.Tensor, or a sequence .* not int"),
     "states' number": (lambda: QRNN(3, 3, 2)(X, []), ValueError, r"hidden has 0 states; expected 2"),
     "states, fastai": (

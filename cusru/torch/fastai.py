@@ -126,6 +126,8 @@ class QRNN(nn.Module):
         super().__init__()
         n_layers, hidden_size = checks.size("n_layers", n_layers), checks.size("hidden_size", hidden_size)
         batch_first, bidirectional, bias = checks.flags(batch_first=batch_first, bidirectional=bidirectional, bias=bias)
+        if dropout is True:
+            raise ValueError("dropout must be a number, not True: bias, fastai 1's fourth argument, goes by keyword here")
         if save_prev_x and bidirectional:
             raise ValueError("save_prev_x=True excludes bidirectional=True, whose windows look ahead: give whole sequences")
         if not bias:
@@ -163,7 +165,7 @@ class QRNN(nn.Module):
     def forward(
         self,
         inp: Tensor,
-        hid: Tensor | Sequence[Tensor] | None = None,
+        hid: Tensor | Sequence[Tensor | None] | None = None,
         mask_pad: Tensor | None = None,
         starts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -182,7 +184,8 @@ class QRNN(nn.Module):
         stacks = self._stacks()
         checks.tensors(inp, None, mask_pad, starts, ("inp", "hid"))
         shape = check_shapes(self.layers[0], self.batch_first, "inp", inp, mask_pad, starts)
-        check_states("hid", hid, self.n_layers * len(stacks), shape[0 if self.batch_first else 1])
+        in_order = [layer for layers in zip(*stacks, strict=True) for layer in layers]
+        check_states("hid", hid, in_order, shape[0 if self.batch_first else 1])
         given = {name: mask for name, mask in (("mask_pad", mask_pad), ("starts", starts)) if mask is not None}
         outputs, states = [inp] * len(stacks), []
         for i, layers in enumerate(zip(*stacks, strict=True)):

@@ -35,10 +35,11 @@ class Layer(nn.Module):
 
     # What a pickle of torchqrnn or fastai has not
     input_size: int | None = None
+    hidden_size: int | None = None
     batch_first = False
     backward = False  # runs from the last step to the first; its window looks at t + 1, t + 2, ...
     prevX: Tensor | None = None  # the last window - 1 steps of the input, kept over calls; in no state dict
-    _before: Tensor | None = None  # the prevX that the last call began with
+    _call: tuple[Tensor | None, Tensor] | None = None  # the prevX that the last call began with, and what it left
 
     def _build(
         self, input_size: int, hidden_size: int | None, save_prev_x: bool, zoneout: float, window: int, output_gate: bool,
@@ -55,7 +56,7 @@ class Layer(nn.Module):
 
     def reset(self) -> None:
         """Forget the x that is kept: the next call begins a sequence."""
-        self.prevX = self._before = None
+        self.prevX = None
 
     def _run(self, x: Tensor, hidden: Tensor | None, mask_pad: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
         """h, as x lies, and the last state, (B, H)."""
@@ -80,7 +81,7 @@ class Layer(nn.Module):
             hidden = to_parameter(hidden[0] if hidden.dim() == 3 else hidden, u.dtype)
         h, c = self._pool(u, hidden, mask_pad, starts)
         if kept is not None:  # by now nothing has been refused
-            self._before, self.prevX = kept
+            self._call, self.prevX = kept, kept[1]
         return (h.transpose(0, 1) if self.batch_first else h), c
 
     def _pool(self, u: Tensor, c0: Tensor | None, mask_pad: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -99,17 +100,18 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor | None, Tensor] | None]:
         """What `linear` sees of each step: x at t, t - 1, ..., t - window + 1, zeros at padded steps and across a start; and what
         is then kept: the x before this call, and that before the next."""
-        if self.save_prev_x and (torch.jit.is_tracing() or _is_exporting()):
+        if (self.save_prev_x or self.prevX is not None) and _is_recorded(x):
             raise RuntimeError(
-                "save_prev_x=True keeps x in the module, which an exported or traced program cannot: set save_prev_x = False, "
-                f"and export whole sequences ({PAGE})"
+                "save_prev_x keeps x in the module, which an exported, traced or mapped call cannot: set save_prev_x = False, "
+                f"call reset(), and give whole sequences ({PAGE})"
             )
         if mask_pad is not None:
             x = x.masked_fill(mask_pad.unsqueeze(-1), 0)
         reach = self.window - 1
-        # Within a backward activation checkpointing runs the last call again, which must see what that saw.
-        last_call = None if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1 else self.prevX
-        before = self.prevX if last_call is None else self._before
+        # Within a backward activation checkpointing runs the last call again, which must see what that saw, and leave nothing.
+        again = self.save_prev_x and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        last_call = self._call if again else None
+        before = self.prevX if last_call is None else last_call[0]
         if before is not None:
             before = self._fitted(before.to(x), x)
         joined = self._joined(x, before)
@@ -129,13 +131,12 @@ class Layer(nn.Module):
                 for piece, place in zip(pieces, places, strict=True)
             ]
             kept = kept.masked_fill((self._cut(of_joined, *end) != (0 if self.backward else latest)).unsqueeze(-1), 0)
-        if last_call is not None and not torch.equal(kept.nan_to_num(), last_call.nan_to_num()):
+        if last_call is not None and not torch.equal(kept.nan_to_num(), last_call[1].nan_to_num()):
             raise RuntimeError(
                 "save_prev_x under activation checkpointing: the call that is run again is not this layer's last, whose x it "
                 f"would read. Let a backward follow each call, or leave the layer out of the checkpoint ({PAGE})"
             )
-        stays = not self.save_prev_x or last_call is not None
-        return torch.cat([x, *pieces], -1), None if stays else (before, kept)
+        return torch.cat([x, *pieces], -1), (before, kept) if self.save_prev_x and not again else None
 
     def _joined(self, x: Tensor, before: Tensor | None) -> Tensor:
         """x after the window - 1 steps that were before it, or, of a layer that runs backward, before those; None: zeros."""
@@ -169,6 +170,13 @@ class Layer(nn.Module):
 
 
 _is_exporting = getattr(torch.compiler, "is_exporting", bool)  # from torch 2.7 on
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Whether the call is exported, traced, or one of many that vmap makes at once: what it keeps would not be a plain tensor."""
+    if torch.jit.is_tracing() or _is_exporting():
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x)
 
 
 def check_shapes(
@@ -342,7 +350,7 @@ class QRNN(nn.Module):
     def forward(
         self,
         input: Tensor,
-        hidden: Tensor | Sequence[Tensor] | None = None,
+        hidden: Tensor | Sequence[Tensor | None] | None = None,
         mask_pad: Tensor | None = None,
         starts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -361,7 +369,7 @@ class QRNN(nn.Module):
         layers = self._all_layers()
         checks.tensors(input, None, mask_pad, starts)
         shape = check_shapes(layers[0], self.batch_first, "input", input, mask_pad, starts)
-        check_states("hidden", hidden, len(layers), shape[0 if self.batch_first else 1])
+        check_states("hidden", hidden, layers, shape[0 if self.batch_first else 1])
         given = {name: mask for name, mask in (("mask_pad", mask_pad), ("starts", starts)) if mask is not None}
         states: list[Tensor] = []
         directions = 2 if self.bidirectional else 1
@@ -377,19 +385,23 @@ class QRNN(nn.Module):
         return input, torch.cat(states)
 
 
-def check_states(name: str, states: Any, count: int, batch: int) -> None:
-    """One for each layer and direction, as a tensor or a sequence of tensors; before the first layer runs, and keeps its x."""
+def check_states(name: str, states: Any, layers: list[Any], batch: int) -> None:
+    """One for each layer and direction, as a tensor or a sequence; before the first layer runs, and keeps its x."""
     if states is None:
         return
     if not isinstance(states, Tensor | list | tuple):
         raise TypeError(f"{name} must be a torch.Tensor, or a sequence of one for each layer, not {type(states).__name__}")
-    shapes = [sizes(states)] if isinstance(states, Tensor) else [[len(states), *sizes(state)] for state in states]
-    for shape in shapes or [[0]]:
-        if len(shape) < 2 or shape[0] != count:
-            given = shape[0] if shape else 0
-            raise ValueError(f"{name} has {given} states; expected {count}, one for each layer and direction")
-        if shape[-2] != batch:
-            raise ValueError(f"{name} has shape {shape}; expected {count} states of a batch of {batch}, (B, hidden_size)")
+    given = (sizes(states) or [0])[0] if isinstance(states, Tensor) else len(states)
+    if given != len(layers):
+        raise ValueError(f"{name} has {given} states; expected {len(layers)}, one for each layer and direction")
+    for i, layer in enumerate(layers):
+        if states[i] is None:
+            continue
+        if not isinstance(states[i], Tensor):
+            raise TypeError(f"{name}[{i}] must be a torch.Tensor, not {type(states[i]).__name__}")
+        shape, width = sizes(states[i]), getattr(layer, "hidden_size", None)
+        if shape[-2:-1] != [batch] or (width is not None and shape[-1] != width):
+            raise ValueError(f"{name}[{i}] has shape {shape}; expected {[batch, width or 'H']}, (B, hidden_size)")
 
 
 def _check_layers(layers: list[nn.Module], batch_first: bool, bidirectional: bool) -> None:
