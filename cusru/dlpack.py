@@ -146,7 +146,7 @@ def stream_handle(stream: Any, u: Any, device: tuple[str, int]) -> int:
         if version != 0:
             raise TypeError(f"stream speaks version {version} of __cuda_stream__, and cusru version 0")
     else:
-        raise TypeError(f"stream must be an integer handle or an object with __cuda_stream__, not {_type(stream)}")
+        raise TypeError(f"stream must be an integer handle or an object with __cuda_stream__, not {type_name(stream)}")
     if handle < 0:
         raise ValueError(f"stream must be a cudaStream_t, which is never negative: got {handle}")
     return int(handle)
@@ -178,7 +178,7 @@ def borrow(
         stream = None
     array = _READERS.get(framework, _read_capsule)(obj, name, device, stream, allowed)
     if not array.pointer and array.size:
-        raise TypeError(f"{name} holds no memory: {_type(obj)} of shape {array.shape} (a fake or traced tensor?)")
+        raise TypeError(f"{name} holds no memory: {type_name(obj)} of shape {array.shape} (a fake or traced tensor?)")
     if array.pointer % array.itemsize and array.size:
         raise ValueError(f"{name} starts at an address that is not aligned to its dtype {array.dtype}")
     return array
@@ -223,9 +223,10 @@ def _read_torch(obj: Any, name: str, device: tuple[str, int], stream: int | None
         raise TypeError(f"{name} carries a forward-mode tangent, and cusru has no forward-mode derivative: use reverse mode")
     if type(obj) is not torch.Tensor:
         if type(obj).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-            raise TypeError(f"{name} is a {_type(obj)}, which is more than its memory: {_TRACEABLE}, or pass the tensor within")
+            what = f"{name} is a {type_name(obj)}, which is more than its memory"
+            raise TypeError(f"{what}: {_TRACEABLE}, or pass the tensor within")
         if torch.nn.parameter.is_lazy(obj):
-            raise TypeError(f"{name} is a {_type(obj)}: its module must run once before it has memory")
+            raise TypeError(f"{name} is a {type_name(obj)}: its module must run once before it has memory")
     check_torch(obj, name)
     try:
         pointer, shape, strides = obj.data_ptr(), tuple(obj.shape), obj.stride()
@@ -328,7 +329,7 @@ def _read_capsule(obj: Any, name: str, device: tuple[str, int], stream: int | No
     capsule = _export(obj, name, device, stream)
     tensor, owner, readonly = _consume(capsule, name)
     shape = tuple(tensor.shape[: tensor.ndim]) if tensor.ndim else ()
-    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.ndim and tensor.strides else _compact(shape)
+    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.ndim and tensor.strides else compact(shape)
     kind = _TYPE_CODES.get(tensor.code, f"dlpack{tensor.code}_")
     dtype = kind if (kind, tensor.bits) == ("bool", 8) else f"{kind}{tensor.bits}"
     if tensor.lanes != 1:
@@ -352,7 +353,7 @@ def _export(obj: Any, name: str, device: tuple[str, int], stream: int | None) ->
             return obj.__dlpack__(**wishes)
     except Exception as error:
         kind = type(error) if type(error) in (ValueError, RuntimeError, MemoryError) else TypeError
-        raise kind(f"{name}: {_type(obj)} could not be exported through DLPack: {error}") from error
+        raise kind(f"{name}: {type_name(obj)} could not be exported through DLPack: {error}") from error
 
 
 # ---- plain arrays, as fast as they can be read -----------------------------------------------------------------------
@@ -519,6 +520,15 @@ def see(addresses: list[int], views: Iterable[View]) -> list[Any]:
 _MEMORY = ctypes.c_char * sys.maxsize
 
 
+def as_cupy(obj: Any, name: str, device: tuple[str, int]) -> Any:
+    """Any framework's device array as CuPy's over the same memory, ready for CuPy's current stream. It must outlive this."""
+    array = borrow(obj, name, None, device)
+    cupy, dtype = sys.modules["cupy"], _bfloat16() if array.dtype == "bfloat16" else storage(array.dtype)
+    memory = cupy.cuda.UnownedMemory(array.pointer, array.size * array.itemsize, array.owner, device[1])
+    strides = tuple([stride * array.itemsize for stride in array.strides])
+    return cupy.ndarray(array.shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
+
+
 # ---- out -----------------------------------------------------------------------------------------------------------
 
 
@@ -540,7 +550,7 @@ def blank(shape: tuple[int, ...], dtype: str, order: tuple[int, ...] | None = No
     axes = None if order is None else tuple([order.index(axis) for axis in range(len(shape))])
     laid_out = shape if order is None else tuple([shape[axis] for axis in order])
     nbytes = math.prod(shape) * storage(dtype).itemsize
-    return Blank(shape, _compact(shape, order), dtype, laid_out, order, axes, storage(dtype), nbytes)
+    return Blank(shape, compact(shape, order), dtype, laid_out, order, axes, storage(dtype), nbytes)
 
 
 def new(framework: str, what: Blank, device: tuple[str, int]) -> tuple[Any, int]:
@@ -630,7 +640,7 @@ def give(array: Array, u: Array) -> Any:
         if array.device[0] == "cuda":  # its import knows no streams
             sys.modules["cupy"].cuda.get_current_stream().synchronize()
         capsule = export.__dlpack__()
-        if array.strides == _compact(array.shape):
+        if array.strides == compact(array.shape):
             _peek(capsule).strides = None  # it checks them more strictly than need be where an extent is 0
         tensorflow = sys.modules["tensorflow"]
         result = tensorflow.experimental.dlpack.from_dlpack(capsule)
@@ -837,7 +847,7 @@ def _view(a: Array, typestr: str, readonly: bool) -> np.ndarray:
     return np.asarray(_Memory(interface, a.owner))
 
 
-def _compact(shape: tuple[int, ...], order: Sequence[int] | None = None) -> tuple[int, ...]:
+def compact(shape: tuple[int, ...], order: Sequence[int] | None = None) -> tuple[int, ...]:
     """Strides without gaps, the axes in this order in memory, outermost first; None: C order."""
     strides, stride = [0] * len(shape), 1
     for axis in reversed(range(len(shape)) if order is None else order):
@@ -955,12 +965,14 @@ def _is_traced(obj: Any) -> bool:
 
 def _no_array(obj: Any, name: str) -> TypeError:
     if _is_traced(obj):
-        return TypeError(f"{name} is a traced value ({_type(obj)}): it has no memory while jit, grad, vmap or the like trace")
+        what = f"{name} is a traced value ({type_name(obj)}): it has no memory while jit, grad, vmap or the like trace"
+        jax = any(base.__module__.startswith("jax") for base in type(obj).__mro__)
+        return TypeError(f"{what}; call cusru.jax.sru, qrnn or linear_recurrence, which can be traced" if jax else what)
     hint = ": pass its .value()" if type(obj).__name__.endswith("Variable") else ""  # TensorFlow's
-    return TypeError(f"{name} must be an array (NumPy's, or one that speaks DLPack), not {_type(obj)}{hint}")
+    return TypeError(f"{name} must be an array (NumPy's, or one that speaks DLPack), not {type_name(obj)}{hint}")
 
 
-def _type(obj: Any) -> str:
+def type_name(obj: Any) -> str:
     kind = type(obj)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 

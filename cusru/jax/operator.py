@@ -1,0 +1,330 @@
+"""The recurrences as differentiable functions of JAX, and what JAX's transforms need to know about them: `functions.py` names
+their arguments.
+
+From the outside in: `run` checks, at trace time; `_recurrence` has the derivative; `_kernel` has the rule for vmap, by which so
+many problems are one of so many times the columns; `_callback` is what XLA calls when the program runs, on its own stream, with
+its own memory for results and workspace. Nothing of JAX is called from there."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental.buffer_callback import buffer_callback
+
+from cusru import call, dlpack, problem, raw_kernels
+from cusru.arguments import ARRAYS, GRADIENTS, INPUTS, MASK, OPERATORS
+from cusru.dlpack import Array
+from cusru.problem import Checked, Options
+
+SAVE_EVERY = 32  # as in cusru.torch: states are then 0.4% of the bytes that a float32 training step moves
+
+Arrays = tuple[jax.Array, ...]
+
+
+class Static(NamedTuple):
+    """What a program is compiled for, beside shapes and dtypes."""
+
+    operator: str
+    slots: tuple[str, ...]  #: of the arrays that are given, in their order
+    options: Options
+    number: float | None  #: scale_x or zoneout, where it is one
+
+    def of(self, direction: str, before: tuple[str, ...] = ()) -> Static:
+        """Of the other pass, which is given these arrays before the others."""
+        family = OPERATORS[self.operator].family
+        return self._replace(operator=f"{family}_{direction}", slots=(*before, *self.slots))
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The slots of the results that there are."""
+        results = OPERATORS[self.operator].results
+        if "c" in results:
+            return results if self.options.save_every else ("h", "c_last")
+        return tuple(slot for slot in results if slot.removeprefix("grad_") in self.slots)
+
+
+def run(family: str, inputs: Sequence[Any], options: Options) -> tuple[jax.Array, jax.Array]:
+    """h and c_last; the inputs by slot."""
+    operator = OPERATORS[f"{family}_forward"]
+    given, number = dict(zip(INPUTS, inputs, strict=False)), None
+    if operator.number:
+        name, value = operator.number, given[operator.number]
+        if name == "zoneout":
+            problem.check_probability(name, value)
+        if problem.is_number(name, value):
+            number, given[name] = float(value), None
+    arrays = {}
+    for slot in operator.inputs:
+        required = slot in operator.required or (slot == "scale_x" and number is None)
+        if given[slot] is not None or required:
+            arrays[slot] = _array(operator.public(slot), given[slot])
+    _check_devices({operator.public(slot): a for slot, a in arrays.items()})
+    options = Options(
+        tuple(problem.check_choices(operator, options.choices).values()),
+        problem.check_flag("bidirectional", options.bidirectional),
+        problem.check_save_every(options.save_every),
+        problem.check_flag("reverse", options.reverse),
+    )
+    static = Static(operator.name, tuple(arrays), options, number)
+    _check(static, arrays.values())
+    h, c_last = _recurrence(static, _varying(arrays.values(), arrays.values()))
+    return h, c_last
+
+
+# ---- checks, at trace time -------------------------------------------------------------------------------------------
+
+
+def _array(name: str, value: Any) -> jax.Array:
+    if isinstance(value, jax.Array):
+        return value
+    if not isinstance(value, np.ndarray | np.generic):
+        raise TypeError(f"{name} must be an array of JAX's or NumPy's, not {dlpack.type_name(value)}")
+    try:
+        return jnp.asarray(value)
+    except TypeError as error:
+        raise TypeError(f"{name} has dtype {value.dtype}, which JAX does not take: {error}") from error
+
+
+def _check_devices(arrays: dict[str, jax.Array]) -> None:
+    """Of those that are bound to devices: others go to where these are."""
+    first: tuple[str, Any] | None = None
+    for name, a in arrays.items():
+        if isinstance(a, jax.core.Tracer) or not getattr(a, "committed", True):
+            continue
+        if first is None:
+            first = name, a
+        elif a.devices() != first[1].devices():
+            here, there = (", ".join(sorted(f"{d.platform}:{d.id}" for d in one.devices())) for one in (a, first[1]))
+            raise ValueError(f"{name} is on {here} and {first[0]} on {there}; all arrays must share one device")
+
+
+def _check(static: Static, arrays: Iterable[jax.Array]) -> Checked:
+    operator = OPERATORS[static.operator]
+    given: dict[str, Any] = {}
+    for slot, a in zip(static.slots, arrays, strict=True):
+        strides = dlpack.compact(a.shape)
+        given[slot] = Array(operator.public(slot), 0, a.shape, strides, a.dtype.name, ("meta", 0), False, "jax", None, a)
+    if operator.number and static.number is not None:
+        given[operator.number] = static.number
+    return problem.check(operator, {slot: given.get(slot) for slot in operator.inputs}, static.options, 0)
+
+
+def _axes_of(a: jax.Array) -> frozenset[Any]:
+    """The mesh axes over which it varies, within shard_map."""
+    kind = jax.typeof(a)
+    manual = getattr(kind, "manual_axis_type", None)  # jax 0.10; before, the axes themselves
+    return frozenset(manual.varying if manual is not None else getattr(kind, "vma", ()))
+
+
+def _varying(arrays: Iterable[jax.Array], like: Iterable[jax.Array]) -> Arrays:
+    """The arrays as varying over every mesh axis over which one of `like` does: so shard_map wants them, whose sum over the
+    shards is then the gradient of what they all share."""
+    axes = frozenset[Any]().union(*map(_axes_of, like))
+    return tuple(jax.lax.pcast(a, tuple(sorted(axes - _axes_of(a))), to="varying") for a in arrays)
+
+
+# ---- the derivative --------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recurrence(static: Static, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    h, c_last = _kernel(static._replace(options=static.options._replace(save_every=None)))(*arrays)
+    return h, c_last
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recurrence_and_states(static: Static, arrays: Arrays) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What a derivative needs. It has one itself: that of h and c_last, for whoever wants a derivative of the derivative."""
+    h, c, c_last = _kernel(static)(*arrays)
+    return h, c, c_last
+
+
+def _forward(static: Static, primals: tuple[Any, ...]) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    (h, _, c_last), kept = _forward_and_states(static, primals)
+    return (h, c_last), kept
+
+
+def _forward_and_states(static: Static, primals: tuple[Any, ...]) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
+    operator = OPERATORS[static.operator]
+    for slot, primal in zip(static.slots, primals, strict=True):
+        if primal.perturbed and f"grad_{slot}" not in GRADIENTS and operator.arrays[slot].dtype != MASK:
+            raise TypeError(f"cusru has no gradient of {slot}: pass jax.lax.stop_gradient({slot})")
+    if static.options.save_every is None:
+        raise ValueError("save_every=None keeps no states, and the gradients need them: give 1 or more")
+    arrays = tuple(primal.value for primal in primals)
+    results = _recurrence_and_states(static, arrays)
+    return results, (results[1], arrays)
+
+
+def _backward(static: Static, kept: tuple[jax.Array, Arrays], given: tuple[Any, ...]) -> tuple[tuple[Any, ...]]:
+    c, arrays = kept
+    grad_h, grad_c_last = (None if isinstance(g, SymbolicZero) else g for g in (given[0], given[-1]))
+    if grad_h is None and grad_c_last is None:
+        return ((None,) * len(arrays),)
+    if grad_h is None:
+        u = arrays[static.slots.index("u")]
+        (grad_h,) = _varying([jnp.zeros(u.shape[:3], u.dtype)], [u])
+    before = {slot: a for slot, a in (("grad_h", grad_h), ("grad_c_last", grad_c_last), ("c", c)) if a is not None}
+    backward = static.of("backward", tuple(before))
+    found = dict(zip(backward.results, _gradients(backward, (*before.values(), *arrays)), strict=True))
+    return (tuple(found.get(f"grad_{slot}") for slot in static.slots),)
+
+
+_recurrence.defvjp(_forward, _backward, symbolic_zeros=True)
+_recurrence_and_states.defvjp(_forward_and_states, _backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradients(static: Static, arrays: Arrays) -> Arrays:
+    return _kernel(static)(*arrays)
+
+
+#: A family's gradients as functions that have derivatives: of (grad_h, grad_c_last) and the function's own arguments
+composites: dict[str, Callable[..., Sequence[jax.Array | None]]] = {}
+
+
+def _gradients_again(static: Static, arrays: Arrays) -> tuple[Arrays, Any]:
+    operator = OPERATORS[static.operator]
+    if operator.family not in composites:
+        title = {"sru": "SRU", "qrnn": "QRNN"}[operator.family]
+        raise NotImplementedError(f"cusru has no derivative of the {title} recurrence's gradients (grad of grad)")
+
+    def composite(arrays: Arrays) -> Arrays:
+        given = {operator.public(slot): a for slot, a in zip(static.slots, arrays, strict=True)}
+        del given["c"]
+        choices = zip(operator.choices, static.options.choices, strict=True)
+        found = composites[operator.family](
+            given.pop("grad_h"), given.pop("grad_c_last", None), **given, **dict(choices),
+            bidirectional=static.options.bidirectional, save_every=static.options.save_every, reverse=static.options.reverse,
+        )  # fmt: skip
+        return tuple(g for g in found if g is not None)
+
+    return jax.vjp(composite, arrays)
+
+
+_gradients.defvjp(_gradients_again, lambda static, pullback, given: pullback(given))
+
+
+# ---- vmap ------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(call.KEPT)
+def _kernel(static: Static) -> Callable[..., Arrays]:
+    """The results of one pass, with a rule for vmap."""
+
+    @jax.custom_batching.custom_vmap
+    def kernel(*arrays: jax.Array) -> Arrays:
+        return _launch(static, arrays)
+
+    @kernel.def_vmap
+    def _(size: int, mapped: Sequence[bool], *arrays: jax.Array) -> tuple[Arrays, tuple[bool, ...]]:
+        results = _batched(static, size, mapped, arrays)
+        return results, (True,) * len(results)
+
+    return kernel
+
+
+def _batched(static: Static, size: int, mapped: Sequence[bool], arrays: Sequence[jax.Array]) -> Arrays:
+    """`size` problems as one, their results with the mapped axis in front.
+
+    Of so many times the columns, for a column has its own parameters and its own gradients of them. Padding, starts and scale_x
+    are shared by all columns: where they differ, of so many times the batch, if no gradient is wanted of what batch rows share,
+    and that is the same in each problem. Else one after the other."""
+    operator = OPERATORS[static.operator]
+    given = dict(zip(static.slots, arrays, strict=True))
+    is_mapped = dict(zip(static.slots, mapped, strict=True))
+    # "F", the two rows of a parameter laid end to end, as "RD"
+    axes = {slot: operator.axes(slot, a.ndim - is_mapped[slot]).replace("F", "RD") for slot, a in given.items()}
+    flat = {slot for slot, a in given.items() if a.ndim - is_mapped[slot] < len(axes[slot])}
+    letter, halves = "D", 2 if static.options.bidirectional else 1
+    if any(is_mapped[slot] and "D" not in axes[slot] for slot in given):
+        letter, halves = "B", 1
+        shared = [slot for slot in given if "B" not in axes[slot]]
+        if any(is_mapped[slot] or f"grad_{slot}" in static.results for slot in shared):
+            return _one_by_one(static, mapped, arrays)
+    folded = []
+    for slot, a in given.items():
+        if slot in flat:
+            a = a.reshape(*a.shape[:-1], 2, a.shape[-1] // 2)
+        if letter not in axes[slot]:
+            folded.append(a)
+            continue
+        if not is_mapped[slot]:
+            a = jnp.broadcast_to(a, (size, *a.shape))
+        folded.append(_fold(a, axes[slot].index(letter), halves))
+    unfolded = []
+    for slot, a in zip(static.results, _kernel(static)(*folded), strict=True):
+        like = slot.removeprefix("grad_")
+        a = _unfold(a, (axes.get(like) or operator.axes(slot, a.ndim)).index(letter), halves, size)
+        unfolded.append(a.reshape(size, -1) if like in flat else a)
+    return tuple(unfolded)
+
+
+def _fold(a: jax.Array, axis: int, halves: int) -> jax.Array:
+    """(size, ..., D, ...) -> (..., size * D, ...), where D is (halves, width) and becomes (halves, size, width)."""
+    size, shape = a.shape[0], a.shape[1:]
+    a = a.reshape(size, *shape[:axis], halves, shape[axis] // halves, *shape[axis + 1 :])
+    return jnp.moveaxis(a, 0, axis + 1).reshape(*shape[:axis], size * shape[axis], *shape[axis + 1 :])
+
+
+def _unfold(a: jax.Array, axis: int, halves: int, size: int) -> jax.Array:
+    """The reverse of _fold."""
+    shape, width = a.shape, a.shape[axis] // size if size else 0
+    a = a.reshape(*shape[:axis], halves, size, width // halves, *shape[axis + 1 :])
+    return jnp.moveaxis(a, axis + 1, 0).reshape(size, *shape[:axis], width, *shape[axis + 1 :])
+
+
+def _one_by_one(static: Static, mapped: Sequence[bool], arrays: Sequence[jax.Array]) -> Arrays:
+    def one(own: Arrays) -> Arrays:
+        rest = iter(own)
+        return _kernel(static)(*(next(rest) if yes else a for a, yes in zip(arrays, mapped, strict=True)))
+
+    found: Arrays = jax.lax.map(one, tuple(a for a, yes in zip(arrays, mapped, strict=True) if yes))
+    return found
+
+
+# ---- the call --------------------------------------------------------------------------------------------------------
+
+
+def _launch(static: Static, arrays: Arrays) -> Arrays:
+    """The workspace is a result that nobody looks at: so it is XLA's memory too."""
+    checked = _check(static, arrays)
+    wanted = [result for result in problem.wanted_results(checked).values() if result is not None]
+    shapes = [jax.ShapeDtypeStruct(result.shape, jnp.dtype(result.dtype)) for result in wanted]
+    if workspace := call.workspace_size(checked):
+        shapes.append(jax.ShapeDtypeStruct((workspace,), jnp.uint8))
+    results = buffer_callback(_callback(static), tuple(shapes))(*arrays)
+    return _varying(results[: len(wanted)], arrays)
+
+
+@functools.lru_cache(call.KEPT)
+def _callback(static: Static) -> Callable[..., None]:
+    """One for each program: by it JAX tells them apart."""
+    operator = OPERATORS[static.operator]
+    count = max(map(ARRAYS.index, operator.inputs)) + 1
+
+    def callback(context: Any, results: Sequence[Any], *buffers: Any) -> None:
+        device = dlpack.device_of(results[0], "u")
+        stream = context.stream if device[0] == "cuda" else None
+        with raw_kernels.current(device, stream):
+            given = dict(zip(static.slots, map(_view, buffers), strict=True))
+            out = dict(zip((*static.results, "workspace"), map(_view, results), strict=False))
+            if operator.number and static.number is not None:
+                given[operator.number] = static.number
+            inputs = [given.get(slot) for slot in ARRAYS[:count]]
+            members = [out.get(slot) for slot in operator.results]
+            call.run(operator, inputs, static.options, members, out.get("workspace"), None)
+
+    return callback
+
+
+def _view(buffer: Any) -> Any:
+    """XLA's memory as an array of NumPy's or CuPy's."""
+    device = dlpack.device_of(buffer, "a buffer of XLA's")
+    return np.asarray(buffer) if device == dlpack.CPU else dlpack.as_cupy(buffer, "a buffer of XLA's", device)
