@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -180,7 +182,7 @@ def _gradients(
     if pad is not None:
         coefficients = jnp.where(pad, 1.0 if form == "affine" else 0.0, coefficients)
         summand, gh = jnp.where(pad, 0, summand), jnp.where(pad, 0, gh)
-    ways = dict(bidirectional=bidirectional, save_every=save_every)
+    ways: dict[str, Any] = dict(bidirectional=bidirectional, save_every=save_every)
     c, _ = linear_recurrence(coefficients, summand, form=form, c0=first, starts=starts, reverse=reverse, **ways)
     through = coefficients * gh if form == "affine" else gh - coefficients * gh
     begins = ends = None if starts is None else (starts != 0)[..., None]

@@ -205,7 +205,8 @@ def _gradients_again(static: Static, arrays: Arrays) -> tuple[Arrays, Any]:
         )  # fmt: skip
         return tuple(g for g in found if g is not None)
 
-    return jax.vjp(composite, arrays)
+    found: tuple[Arrays, Any] = jax.vjp(composite, arrays)
+    return found
 
 
 _gradients.defvjp(_gradients_again, lambda static, pullback, given: pullback(given))
@@ -227,7 +228,7 @@ def _kernel(static: Static) -> Callable[..., Arrays]:
         results = _batched(static, size, mapped, arrays)
         return results, (True,) * len(results)
 
-    return kernel
+    return kernel  # type: ignore[no-any-return]
 
 
 def _batched(static: Static, size: int, mapped: Sequence[bool], arrays: Sequence[jax.Array]) -> Arrays:
