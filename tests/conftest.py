@@ -24,6 +24,9 @@ from hypothesis import HealthCheck, given, seed, settings
 import cusru
 from cusru import raw_kernels
 
+# Of JAX, which reads this when it first looks for devices: what is sharded is tested on this many
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+
 _COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], print_blob=True)
 settings.register_profile("repeatable", derandomize=True, database=None, **_COMMON)
 settings.register_profile("explore", **_COMMON)  # keeps its failures in .hypothesis/; long_run.py explores further

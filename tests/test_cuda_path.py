@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import strategies
 from conftest import missing
 
 import cusru
@@ -19,6 +20,7 @@ from cusru.specialisation import Limits
 cupy = pytest.importorskip("cupy", reason='needs CuPy: pip install "cusru[cuda13]"')
 
 DEVICE, CURRENT = 1, 4242
+EXPORT = dlpack._export
 L, B, D = 70, 3, 16
 
 
@@ -195,6 +197,60 @@ def test_each_kernel_is_built_once_for_a_device(driver: Driver) -> None:
     cusru.sru_forward(**given)
     assert raw_kernels._kernels == built
     assert {device for _, device in built} == {DEVICE}
+
+
+class Buffer:
+    """Stands in for XLA's: a device's memory, by DLPack alone."""
+
+    def __init__(self, a: np.ndarray) -> None:
+        self.a = a
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, DEVICE
+
+    def __dlpack__(self, **_: Any) -> Any:
+        capsule = (self.a.view(np.uint16) if self.a.dtype.name == "bfloat16" else self.a).__dlpack__()
+        tensor = dlpack._peek(capsule)
+        tensor.device_type, tensor.device_id = self.__dlpack_device__()
+        if self.a.dtype.name == "bfloat16":
+            tensor.code = dlpack._BFLOAT
+        return capsule
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_xlas_callback_runs_on_xlas_stream_in_xlas_memory(driver: Driver, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """What jax's program calls on a GPU, with stand-ins for its buffers: nothing is allocated, nothing looked at twice."""
+    pytest.importorskip("jax", reason='needs JAX: pip install "cusru[jax]"')
+    from cusru.jax import operator
+    from cusru.problem import Options
+
+    arguments = {n: np.ascontiguousarray(a) for n, a in problem().items()}
+    if dtype == "bfloat16":
+        arguments |= {n: arguments[n].astype(strategies.BFLOAT16) for n in ("u", "x")}
+    forward, backward = expected(arguments, 40, monkeypatch)
+    monkeypatch.setattr(dlpack, "_export", EXPORT)
+    monkeypatch.setattr(call, "_run_carefully", lambda *_: pytest.fail("looked at with care"))
+    options = Options(("identity", "identity", "state"), False, 40)
+    static = operator.Static("sru_forward", tuple(arguments), options, None)
+    context = types.SimpleNamespace(stream=77)
+
+    def run(static: Any, results: Any, given: dict[str, Any], **keywords: Any) -> list[np.ndarray]:
+        direction = "backward" if static.operator == "sru_backward" else "forward"
+        size = cusru.workspace_size(direction, **arguments, save_every=40)
+        made = [np.empty_like(a) for a in results] + [np.empty(size, np.uint8)] * bool(size)
+        operator._callback(static)(context, list(map(Buffer, made)), *[Buffer(a) for a in given.values()])
+        return made
+
+    h, c, c_last, *_ = run(static, forward, arguments)
+    before = {"grad_h": h, "grad_c_last": c_last, "c": c}
+    gradients = run(static.of("backward", tuple(before)), [g for g in backward if g is not None], before | arguments)
+    for got, right in zip((h, c, c_last, *gradients), (*forward, *backward), strict=False):
+        np.testing.assert_array_equal(got, right)
+    assert [launch[:3] for launch in driver.launches] == [
+        (name, DEVICE, 77) for name in ("cusru_forward", "cusru_backward", "cusru_reduce")
+    ]
+    assert not driver.memory
+    assert (driver.devices, driver.streams) == ([0], [CURRENT])
 
 
 def test_two_devices_are_named(driver: Driver) -> None:

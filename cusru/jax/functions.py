@@ -169,7 +169,7 @@ def linear_recurrence(
 
 
 def _gradients(
-    grad_h: jax.Array, grad_c_last: jax.Array | None, a: jax.Array, b: jax.Array, *, form: str, bidirectional: bool,
+    grad_h: jax.Array, grad_c_last: jax.Array, a: jax.Array, b: jax.Array, *, form: str, bidirectional: bool,
     save_every: int, reverse: bool, c0: jax.Array | None = None, mask_pad: jax.Array | None = None,
     starts: jax.Array | None = None,
 ) -> tuple[jax.Array | None, ...]:  # fmt: skip
@@ -177,7 +177,7 @@ def _gradients(
     change nothing, for the states between are needed here."""
     state = jnp.promote_types(b.dtype, jnp.float32)
     coefficients, summand, gh = jnp.broadcast_to(a.astype(state), b.shape), b.astype(state), grad_h.astype(state)
-    first, last = (jnp.zeros(b.shape[1:], state) if one is None else one.astype(state) for one in (c0, grad_c_last))
+    first, last = jnp.zeros(b.shape[1:], state) if c0 is None else c0.astype(state), grad_c_last.astype(state)
     pad = None if mask_pad is None else (mask_pad != 0)[..., None]
     if pad is not None:
         coefficients = jnp.where(pad, 1.0 if form == "affine" else 0.0, coefficients)

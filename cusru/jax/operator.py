@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 from jax.experimental.buffer_callback import buffer_callback
 
 from cusru import call, dlpack, problem, raw_kernels
@@ -28,7 +27,7 @@ Arrays = tuple[jax.Array, ...]
 
 
 class Static(NamedTuple):
-    """What a program is compiled for, beside shapes and dtypes."""
+    """What a pass is compiled for, beside shapes and dtypes."""
 
     operator: str
     slots: tuple[str, ...]  #: of the arrays that are given, in their order
@@ -73,6 +72,9 @@ def run(family: str, inputs: Sequence[Any], options: Options) -> tuple[jax.Array
     )
     static = Static(operator.name, tuple(arrays), options, number)
     _check(static, arrays.values())
+    for slot in arrays:
+        if f"grad_{slot}" not in GRADIENTS and operator.arrays[slot].dtype != MASK:
+            arrays[slot] = _without_gradient(slot, arrays[slot])
     h, c_last = _recurrence(static, _varying(arrays.values(), arrays.values()))
     return h, c_last
 
@@ -145,39 +147,27 @@ def _recurrence_and_states(static: Static, arrays: Arrays) -> tuple[jax.Array, j
     return h, c, c_last
 
 
-def _forward(static: Static, primals: tuple[Any, ...]) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    (h, _, c_last), kept = _forward_and_states(static, primals)
+def _forward(static: Static, arrays: Arrays) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    (h, _, c_last), kept = _forward_and_states(static, arrays)
     return (h, c_last), kept
 
 
-def _forward_and_states(static: Static, primals: tuple[Any, ...]) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
-    operator = OPERATORS[static.operator]
-    for slot, primal in zip(static.slots, primals, strict=True):
-        if primal.perturbed and f"grad_{slot}" not in GRADIENTS and operator.arrays[slot].dtype != MASK:
-            raise TypeError(f"cusru has no gradient of {slot}: pass jax.lax.stop_gradient({slot})")
+def _forward_and_states(static: Static, arrays: Arrays) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Any]:
     if static.options.save_every is None:
         raise ValueError("save_every=None keeps no states, and the gradients need them: give 1 or more")
-    arrays = tuple(primal.value for primal in primals)
     results = _recurrence_and_states(static, arrays)
     return results, (results[1], arrays)
 
 
-def _backward(static: Static, kept: tuple[jax.Array, Arrays], given: tuple[Any, ...]) -> tuple[tuple[Any, ...]]:
+def _backward(static: Static, kept: tuple[jax.Array, Arrays], given: tuple[jax.Array, ...]) -> tuple[tuple[Any, ...]]:
     c, arrays = kept
-    grad_h, grad_c_last = (None if isinstance(g, SymbolicZero) else g for g in (given[0], given[-1]))
-    if grad_h is None and grad_c_last is None:
-        return ((None,) * len(arrays),)
-    if grad_h is None:
-        u = arrays[static.slots.index("u")]
-        (grad_h,) = _varying([jnp.zeros(u.shape[:3], u.dtype)], [u])
-    before = {slot: a for slot, a in (("grad_h", grad_h), ("grad_c_last", grad_c_last), ("c", c)) if a is not None}
-    backward = static.of("backward", tuple(before))
-    found = dict(zip(backward.results, _gradients(backward, (*before.values(), *arrays)), strict=True))
+    backward = static.of("backward", ("grad_h", "grad_c_last", "c"))
+    found = dict(zip(backward.results, _gradients(backward, (given[0], given[-1], c, *arrays)), strict=True))
     return (tuple(found.get(f"grad_{slot}") for slot in static.slots),)
 
 
-_recurrence.defvjp(_forward, _backward, symbolic_zeros=True)
-_recurrence_and_states.defvjp(_forward_and_states, _backward, symbolic_zeros=True)
+_recurrence.defvjp(_forward, _backward)
+_recurrence_and_states.defvjp(_forward_and_states, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -200,7 +190,7 @@ def _gradients_again(static: Static, arrays: Arrays) -> tuple[Arrays, Any]:
         del given["c"]
         choices = zip(operator.choices, static.options.choices, strict=True)
         found = composites[operator.family](
-            given.pop("grad_h"), given.pop("grad_c_last", None), **given, **dict(choices),
+            given.pop("grad_h"), given.pop("grad_c_last"), **given, **dict(choices),
             bidirectional=static.options.bidirectional, save_every=static.options.save_every, reverse=static.options.reverse,
         )  # fmt: skip
         return tuple(g for g in found if g is not None)
@@ -210,6 +200,19 @@ def _gradients_again(static: Static, arrays: Arrays) -> tuple[Arrays, Any]:
 
 
 _gradients.defvjp(_gradients_again, lambda static, pullback, given: pullback(given))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _without_gradient(name: str, a: jax.Array) -> jax.Array:
+    """a, of which nobody may ask a gradient: JAX looks for its derivative only then."""
+    return a
+
+
+def _refuse(name: str, a: jax.Array) -> Any:
+    raise TypeError(f"cusru has no gradient of {name}: pass jax.lax.stop_gradient({name})")
+
+
+_without_gradient.defvjp(_refuse, _refuse)
 
 
 # ---- vmap ------------------------------------------------------------------------------------------------------------

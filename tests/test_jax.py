@@ -1,0 +1,623 @@
+"""cusru.jax: what it computes, under which of JAX's transforms it works, and that what is wrong is said when JAX traces."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import strategies
+from conftest import GRADIENTS, missing
+
+jax = pytest.importorskip("jax", reason='needs JAX: pip install "cusru[jax]"')
+
+import jax.numpy as jnp  # noqa: E402
+from jax.sharding import PartitionSpec  # noqa: E402
+from jax.test_util import check_grads  # noqa: E402
+
+import cusru  # noqa: E402
+import cusru.jax as cj  # noqa: E402
+from cusru.jax import operator  # noqa: E402
+
+L, B, D = 6, 4, 4
+FUNCTIONS = {"sru": cj.sru, "qrnn": cj.qrnn, "linear_recurrence": cj.linear_recurrence}
+
+
+@pytest.fixture(autouse=True)
+def _wide():
+    with jax.enable_x64(True):
+        yield
+
+
+def normal(*shape: int, seed: int = 0, dtype: Any = "float64") -> Any:
+    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape), dtype)
+
+
+def mask(*shape: int, seed: int = 0) -> Any:
+    chosen = np.random.default_rng([seed, *shape]).random(shape) < 0.3
+    chosen[0, 0] = True
+    return jnp.asarray(chosen)
+
+
+#: Arrays that have gradients by name, and the other arguments
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "v1": ("sru", dict(u=(L, B, D, 3), x=(L, B, D), bias=(2, D)), dict(save_every=2)),
+    "v2, two directions": (
+        "sru",
+        dict(u=(L, B, D, 3), x=(L, B, D), bias=(2 * D,), weight_c=(2 * D,), c0=(B, D)),
+        dict(save_every=4, bidirectional=True, activation="tanh", scale_x=1.5, mask_target="gate", mask_c="values"),
+    ),
+    "k = 4, padded": (
+        "sru",
+        dict(u=(L, B, D, 4), bias=(2, D), c0=(B, D)),
+        dict(mask_pad="mask", starts="mask", reverse=True, scale_x="value"),
+    ),
+    "weights per step": (
+        "sru",
+        dict(u=(L, B, D, 3), weight_c=(L, B, D, 2), c0=(B, D)),
+        dict(candidate="tanh", bidirectional=True),
+    ),
+    "fo": ("qrnn", dict(u=(L, B, D, 3), c0=(B, D)), dict(zoneout=0.2, bidirectional=True, save_every=1)),
+    "ifo": ("qrnn", dict(u=(L, B, D, 4)), dict(pooling="ifo", gate="update", zoneout="zoneout", mask_pad="mask")),
+    "affine": ("linear_recurrence", dict(a=(L, B, D), b=(L, B, D), c0=(B, D)), dict(save_every=2)),
+    "blend": ("linear_recurrence", dict(a=(B, D), b=(L, B, D), c0=(B, D)), dict(form="blend", starts="mask", bidirectional=True)),
+    "complement": ("linear_recurrence", dict(a=(D,), b=(L, B, D)), dict(form="complement", mask_pad="mask", reverse=True)),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+DRAWN = {
+    "mask": lambda: mask(L, B), "zoneout": lambda: mask(L, B, D, seed=1), "values": lambda: abs(normal(B, D, seed=2)),
+    "value": lambda: jnp.asarray([1.25]),
+}  # fmt: skip
+
+
+def problem(case: str, front: tuple[int, ...] = ()) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The function, its arrays, with more axes in front, and its options."""
+    family, shapes, options = CASES[case]
+    arrays = {n: normal(*front, *shape, seed=i) for i, (n, shape) in enumerate(shapes.items())}
+    return (
+        FUNCTIONS[family],
+        arrays,
+        {n: DRAWN[v]() if v in DRAWN else v for n, v in options.items() if isinstance(v, str)}
+        | {n: v for n, v in options.items() if not isinstance(v, str)},
+    )
+
+
+def loss(case: str, **others: Any) -> Any:
+    """A number, of the arrays by name."""
+    function, _, options = problem(case)
+
+    def of(arrays: dict[str, Any]) -> Any:
+        h, c_last = function(**arrays, **(options | others))
+        return (h * jnp.cos(jnp.arange(h.size)).reshape(h.shape)).sum() + (c_last**2).sum()
+
+    return of
+
+
+def close(found: Any, expected: Any, bound: float = 1e-12) -> None:
+    """Trees of arrays, by the largest value of each."""
+    paired = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    for a, b in paired:
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=0, atol=bound * max(1.0, float(abs(np.asarray(b)).max(initial=0))))
+
+
+# ---- what it computes ------------------------------------------------------------------------------------------------
+
+
+def drawn() -> list[Any]:
+    found = []
+    for family, seed in itertools.product(strategies.FAMILIES, range(16)):
+        choice = strategies.random_choice(random.Random(seed), family=family, length=(1, 2, 33, 65, 0), broadcast="none")
+        found.append(pytest.param(choice | {"save_every": choice["save_every"] or 7}, id=f"{family}-{seed}"))
+    return found
+
+
+@pytest.mark.parametrize("choice", drawn())
+def test_the_oracle_says_the_same(choice):
+    """Compiled: h, c_last and every gradient, of any options and dtypes."""
+    drawn = strategies.build_any(choice)
+    inputs, function = drawn.inputs, FUNCTIONS[drawn.family]
+    differentiable = [n for n in GRADIENTS[drawn.family]._fields if inputs.get(n) is not None]
+    given = {n: jnp.asarray(inputs[n]) for n in differentiable}
+    others = {n: v for n, v in inputs.items() if n not in given and v is not None}
+
+    @jax.jit
+    def run(given, cotangents):
+        results, pull = jax.vjp(lambda given: function(**given, **others), given)
+        return results, pull(cotangents)[0]
+
+    state = strategies.np_dtype(strategies.state_of(drawn.dtype))
+    grad_c_last = np.zeros(drawn.shape[1:], state) if drawn.grad_c_last is None else drawn.grad_c_last.astype(state)
+    (h, c_last), gradients = run(given, (jnp.asarray(drawn.grad_h), jnp.asarray(grad_c_last)))
+    plain = function(**given, **others)  # no states saved
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(plain, (h, c_last), strict=True))
+    expected = drawn.replace(save_every=None)
+    expected.check(cusru.api.Output(np.asarray(h), None, np.asarray(c_last)), expected.expected_forward())
+    found = GRADIENTS[drawn.family](*(np.asarray(gradients[n]) if n in given else None for n in GRADIENTS[drawn.family]._fields))
+    if drawn.grad_c_last is not None:
+        drawn = drawn.replace(grad_c_last=grad_c_last)
+    drawn.check(found, drawn.expected_backward())
+
+
+@every_case
+def test_gradients_are_finite_differences(case):
+    function, arrays, options = problem(case)
+    check_grads(lambda arrays: function(**arrays, **options), (arrays,), 1, modes=["rev"])
+
+
+@pytest.mark.parametrize("case", ["affine", "blend", "complement"])
+def test_the_linear_recurrence_has_derivatives_of_its_derivatives(case):
+    function, arrays, options = problem(case)
+    check_grads(lambda arrays: function(**arrays, **options), (arrays,), 2, modes=["rev"])
+
+
+def test_it_is_what_cusru_computes_bit_for_bit():
+    function, arrays, options = problem("v2, two directions")
+    h, c_last = function(**arrays, **options)
+    plain = {n: np.asarray(a) if isinstance(a, jax.Array) else a for n, a in (arrays | options).items()}
+    out = cusru.sru_forward(**plain)
+    assert np.array_equal(h, out.h)
+    assert np.array_equal(c_last, out.c_last)
+
+
+@pytest.mark.parametrize("case", ["v2, two directions", "ifo", "blend"])
+def test_the_kernels_run_in_a_compiled_program(case, monkeypatch):
+    if reason := missing("simulator"):
+        pytest.skip(reason)
+    expected = jax.value_and_grad(loss(case))(problem(case)[1])
+    monkeypatch.setenv("CUSRU_SIMULATE", "1")
+    started = []
+    monkeypatch.setattr(operator.call.raw_kernels, "run", watched(operator.call.raw_kernels.run, started))
+    close(jax.jit(jax.value_and_grad(loss(case)))(problem(case)[1]), expected)
+    assert len(started) == 2
+
+
+def watched(function: Any, seen: list[Any]) -> Any:
+    def watch(*arguments: Any, **keywords: Any) -> Any:
+        seen.append(arguments)
+        return function(*arguments, **keywords)
+
+    return watch
+
+
+def test_results_and_workspace_are_xlas_own_memory(monkeypatch):
+    """No copy: h is where the callback wrote it, and what it reads is where the arguments lie."""
+    seen: list[Any] = []
+    monkeypatch.setattr(operator.call, "run", watched(operator.call.run, seen))
+    u, c0 = normal(L, B, D, 3), normal(B, D)
+    h, c_last = jax.jit(lambda u, c0: cj.sru(u, c0=c0))(u, c0)
+    ((_, inputs, _, out, workspace, _),) = seen
+    assert [a.ctypes.data for a in (inputs[0], inputs[4], out[0], out[2])] == [
+        a.unsafe_buffer_pointer() for a in (u, c0, h, c_last)
+    ]
+    assert out[1] is None, "no states without a gradient"
+    assert workspace is None or workspace.nbytes == cusru.workspace_size("forward", np.asarray(u), c0=np.asarray(c0))
+
+
+def test_a_call_that_is_repeated_is_not_compiled_again():
+    u = normal(L, B, D, 3)
+    gradient = jax.grad(lambda u: cj.sru(u)[0].sum())
+    gradient(u)
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        compiled: list[Any] = []
+        patch.setattr("jax._src.compiler.backend_compile_and_load", lambda *a, **k: compiled.append(a))
+        gradient(u)
+    assert not compiled
+
+
+def test_the_gradients_of_h_and_of_c_last_add_up():
+    u, c0 = normal(L, B, D, 3), normal(B, D)
+    of_h, of_c, of_both = (
+        jax.grad(lambda c0, select=select: sum(a.sum() for a in select(cj.sru(u, c0=c0))))(c0)
+        for select in (lambda r: r[:1], lambda r: r[1:], lambda r: r)
+    )
+    close(of_h + of_c, of_both)
+    assert jax.grad(lambda c0: (cj.sru(u, c0=c0)[0] * 0).sum())(c0).max() == 0
+
+
+# ---- jit, scan, checkpoint -------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_compiled_or_recomputed_it_is_the_same(case):
+    arrays = problem(case)[1]
+    expected = jax.value_and_grad(loss(case))(arrays)
+    close(jax.jit(jax.value_and_grad(loss(case)))(arrays), expected)
+    close(jax.jit(jax.value_and_grad(jax.checkpoint(loss(case))))(arrays), expected)
+
+
+def test_scan_over_layers_is_the_loop_over_layers():
+    x, weight, bias = normal(L, B, D), normal(3, D, 3 * D) / 2, normal(3, 2, D)
+
+    def layer(x, parameters):
+        weight, bias = parameters
+        return cj.sru((x @ weight).reshape(L, B, D, 3), x, bias=bias, weight_c=bias)
+
+    def scanned(weight, bias):
+        return jax.lax.scan(jax.checkpoint(layer), x, (weight, bias))[0].sum()
+
+    def looped(weight, bias):
+        h = x
+        for parameters in zip(weight, bias, strict=True):
+            h, _ = layer(h, parameters)
+        return h.sum()
+
+    close(jax.jit(jax.grad(scanned, (0, 1)))(weight, bias), jax.grad(looped, (0, 1))(weight, bias))
+
+
+def test_scan_over_pieces_of_time_is_the_whole():
+    u, bias = normal(2 * L, B, D, 3), normal(2, D)
+
+    def piece(c, u):
+        h, c = cj.sru(u, bias=bias, c0=c)
+        return c, h
+
+    c_last, h = jax.lax.scan(piece, jnp.zeros((B, D)), u.reshape(2, L, B, D, 3))
+    close((h.reshape(2 * L, B, D), c_last), cj.sru(u, bias=bias))
+
+
+# ---- vmap ------------------------------------------------------------------------------------------------------------
+
+N = 3
+
+
+@every_case
+def test_gradients_of_each_example_are_those_of_the_examples(case):
+    arrays = problem(case, (N,))[1]
+    found = jax.jit(jax.vmap(jax.value_and_grad(loss(case))))(arrays)
+    for i in range(N):
+        close(jax.tree.map(lambda a, i=i: a[i], found), jax.value_and_grad(loss(case))({n: a[i] for n, a in arrays.items()}))
+
+
+@pytest.mark.parametrize("own", ["u", "bias", "weight_c", "x", "c0"])
+def test_what_is_not_mapped_is_shared_and_its_gradient_is_the_sum(own):
+    """One array mapped: examples of one model, or models of one example. Its axis may be any."""
+    case = "v2, two directions"
+    arrays, several = problem(case)[1], problem(case, (N,))[1][own]
+    axis = several.ndim - 1
+    one = loss(case)
+    whole = lambda several, arrays: jax.vmap(lambda a: one(arrays | {own: a}), in_axes=axis)(several).sum()  # noqa: E731
+    found = jax.grad(whole, (0, 1))(jnp.moveaxis(several, 0, axis), arrays)
+    each = [jax.grad(one)(arrays | {own: a}) for a in several]
+    close(jnp.moveaxis(found[0], axis, 0), jnp.stack([g[own] for g in each]))
+    for name in arrays.keys() - {own}:
+        close(found[1][name], sum(g[name] for g in each))
+
+
+def test_vmap_within_vmap():
+    u, bias = normal(2, N, L, B, D, 3), normal(N, 2, D)
+    inner = jax.vmap(lambda u, bias: cj.sru(u, bias=bias, bidirectional=True)[0])
+    found = jax.vmap(inner, in_axes=(0, None))(u, bias)
+    close(found, jnp.stack([jnp.stack([cj.sru(u[i, j], bias=bias[j], bidirectional=True)[0] for j in range(N)]) for i in (0, 1)]))
+
+
+@pytest.mark.parametrize(("name", "shape"), [("mask_pad", (L, B)), ("starts", (L, B)), ("zoneout", (L, B, D)), ("scale_x", ())])
+@pytest.mark.parametrize("shared", [False, True])
+def test_masks_of_each_example(name, shape, shared, monkeypatch):
+    """What columns share may differ too; a model's parameters, shared or each example's, have their gradients."""
+    values = normal(N, seed=5) if name == "scale_x" else mask(N, *shape)
+    u, x, bias = normal(N, L, B, D, 3), normal(N, L, B, D), normal(2, D) if shared else normal(N, 2, D)
+
+    def one(u, x, bias, value):
+        if name == "zoneout":
+            h, c = cj.qrnn(u, zoneout=value, bidirectional=True)
+        else:
+            h, c = cj.sru(u, x, bias=bias, bidirectional=True, **{name: value})
+        return (h * jnp.arange(L * B * D).reshape(h.shape)).sum() + (c**2).sum()
+
+    seen: list[Any] = []
+    monkeypatch.setattr(operator.call, "run", watched(operator.call.run, seen))
+    axes = (0, 0, None if shared else 0, 0)
+    run = jax.jit(jax.vmap(jax.value_and_grad(one, (0, 1, 2)), in_axes=axes))
+    found = jax.block_until_ready(run(u, x, bias, values))
+    both, _ = len(seen), seen.clear()
+    jax.block_until_ready(jax.jit(jax.vmap(one, in_axes=axes))(u, x, bias, values))
+    together = name in ("mask_pad", "starts") and shared
+    forward = 1 if name == "zoneout" or together else N
+    assert (len(seen), both) == (forward, 2 if name == "zoneout" else forward + N), "calls, of which each costs a launch"
+    for i in range(N):
+        own = u[i], x[i], bias if shared else bias[i], values[i]
+        close(jax.tree.map(lambda a, i=i: a[i], found), jax.value_and_grad(one, (0, 1, 2))(*own))
+
+
+# ---- shard_map -------------------------------------------------------------------------------------------------------
+
+
+def mesh(*sizes: int) -> Any:
+    names = ("i", "j")[: len(sizes)]
+    if len(jax.devices("cpu")) < np.prod(sizes):
+        pytest.skip("JAX had found its devices before tests/conftest.py could ask for four")
+    return jax.make_mesh(
+        sizes, names, devices=jax.devices("cpu")[: np.prod(sizes)], axis_types=(jax.sharding.AxisType.Auto,) * len(sizes)
+    )
+
+
+P = PartitionSpec
+BY_BATCH = dict(u=P(None, "i"), x=P(None, "i"), bias=P(), weight_c=P(), c0=P("i"), a=P(None, "i"), b=P(None, "i"))
+BY_COLUMN = dict(u=P(None, None, "i"), x=P(None, None, "i"), bias=P(None, "i"), weight_c=P(None, "i"), c0=P(None, "i"))
+
+
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize(("case", "specs"), [("v1", BY_BATCH), ("v1", BY_COLUMN), ("affine", BY_BATCH), ("v1", None)])
+def test_shards_have_the_gradients_of_the_whole(case, specs, checked):
+    """By batch, where each shard has the same bias and its gradient is their sum; by columns, each with its own; by both."""
+    function, arrays, options = problem(case)
+    grid = mesh(4) if specs else mesh(2, 2)
+    specs = specs or dict(u=P(None, "i", "j"), x=P(None, "i", "j"), bias=P(None, "j"))
+    specs = {n: specs[n] for n in arrays}
+    first = next(iter(specs[n] for n in ("u", "b") if n in specs))
+
+    def of_whole(arrays):
+        h, c_last = jax.shard_map(
+            lambda arrays: function(**arrays, **options), mesh=grid, in_specs=(specs,),
+            out_specs=(P(*first[:3]), P(*first[1:3])), check_vma=checked,
+        )(arrays)  # fmt: skip
+        return (h * jnp.cos(jnp.arange(h.size)).reshape(h.shape)).sum() + (c_last**2).sum()
+
+    close(jax.jit(jax.value_and_grad(of_whole))(arrays), jax.value_and_grad(loss(case))(arrays))
+
+
+def test_gradients_taken_within_a_shard_are_those_of_the_whole():
+    arrays = problem("v2, two directions")[1]
+    specs = {n: BY_BATCH[n] for n in arrays}
+
+    def one(arrays):
+        h, c_last = cj.sru(**arrays, bidirectional=True)
+        return (h**2).sum() + (c_last**3).sum()
+
+    found = jax.jit(jax.shard_map(jax.grad(one), mesh=mesh(4), in_specs=(specs,), out_specs=specs))(arrays)
+    close(found, jax.grad(one)(arrays))
+
+
+def test_vmap_within_a_shard():
+    u, bias, pad = normal(N, L, B, D, 3), normal(2, D), mask(N, L, B)
+
+    def one(u, bias, pad):
+        return (jax.vmap(lambda u, pad: cj.sru(u, bias=bias, mask_pad=pad)[0])(u, pad) ** 2).sum()
+
+    by = P(None, None, "i")
+    found = jax.shard_map(jax.grad(one, (0, 1)), mesh=mesh(4), in_specs=(by, P(), by), out_specs=(by, P()))(u, bias, pad)
+    close(found, jax.grad(one, (0, 1))(u, bias, pad))
+
+
+def test_results_stay_on_their_device():
+    u = jax.device_put(normal(L, B, D, 3), jax.devices("cpu")[mesh(4).size - 2])
+    for results in (cj.sru(u), jax.jit(cj.sru)(u), jax.grad(lambda u: cj.sru(u)[0].sum())(u)):
+        assert all(a.devices() == u.devices() for a in jax.tree.leaves(results))
+
+
+# ---- time that is sharded --------------------------------------------------------------------------------------------
+
+PARALLEL = {
+    "sru": cj.sequence_parallel_sru, "qrnn": cj.sequence_parallel_qrnn,
+    "linear_recurrence": cj.sequence_parallel_linear_recurrence,
+}  # fmt: skip
+
+
+WAYS = [(False, False), (True, True), (False, True), (True, False)]  # two directions, reverse
+
+
+LINEAR_IN_C = [case for case in CASES if "weight_c" not in CASES[case][1]]
+
+
+@pytest.mark.parametrize(
+    ("case", "ways"), [(case, WAYS[(i + j) % 4]) for i, case in enumerate(LINEAR_IN_C) for j in (0, 1)], ids=str
+)
+def test_sharded_time_is_the_whole(case, ways):
+    """With starts and padding, at the shards' first and last steps too, whatever the case has."""
+    family, _, options = CASES[case]
+    long = 4 * L
+    rng = np.random.default_rng(7)
+    arrays = {
+        n: normal(*(long if one == L else one for one in a.shape), seed=i) for i, (n, a) in enumerate(problem(case)[1].items())
+    }
+    options = problem(case)[2] | dict(bidirectional=ways[0], reverse=ways[1])
+    starts = rng.random((long, B)) < 0.2
+    starts[[0, L, 2 * L], [0, 1, 2]] = True
+    masks = dict(mask_pad=jnp.asarray(rng.random((long, B)) < 0.3), starts=jnp.asarray(starts))
+    if isinstance(options.get("zoneout"), jax.Array):
+        masks["zoneout"] = mask(long, B, D)
+    options = {n: v for n, v in options.items() if n not in masks}
+    time = {n: P("i") if a.shape[0] == long else P() for n, a in (arrays | masks).items()}
+
+    def weighted(results):
+        h, c_last = results
+        return (h * jnp.cos(jnp.arange(h.size)).reshape(h.shape)).sum() + (c_last**2).sum()
+
+    def one(arrays):
+        return weighted(FUNCTIONS[family](**arrays, **masks, **options))
+
+    def many(arrays):
+        run = functools.partial(PARALLEL[family], axis_name="i", **options)
+        return weighted(
+            jax.shard_map(lambda given: run(**given), mesh=mesh(4), in_specs=(time,), out_specs=(P("i"), P()))(arrays | masks)
+        )
+
+    close(jax.jit(jax.value_and_grad(many))(arrays), jax.value_and_grad(one)(arrays))
+
+
+def test_sru_v2_is_not_linear_in_c():
+    u = normal(4 * L, B, D, 3)
+    run = functools.partial(cj.sequence_parallel_sru, axis_name="i", weight_c=jnp.zeros((2, D)))
+    with pytest.raises(ValueError, match=r"weight_c must be None.*not linear in c.*pipeline"):
+        jax.shard_map(run, mesh=mesh(4), in_specs=P("i"), out_specs=(P("i"), P()))(u)
+
+
+# ---- nothing there, nothing right ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_steps_and_rows_of_length_0(compiled):
+    run = jax.jit if compiled else lambda f: f
+    u, x, bias, c0 = normal(L, B, D, 3), normal(L, B, D), normal(2, D), normal(B, D)
+    grad = run(jax.grad(lambda u, x, bias, c0: sum(a.sum() for a in cj.sru(u, x, bias=bias, weight_c=bias, c0=c0)), (0, 1, 2, 3)))
+    of_u, of_x, of_bias, of_c0 = grad(u[:0], x[:0], bias, c0)
+    assert of_u.shape == (0, B, D, 3)
+    assert of_x.shape == (0, B, D)
+    assert not of_bias.any()
+    assert (of_c0 == 1).all()
+    h, c_last = run(lambda u, c0: cj.sru(u, c0=c0))(u[:0], c0)
+    assert h.shape == (0, B, D)
+    assert np.array_equal(c_last, c0)
+
+    pad = jnp.arange(L)[:, None] >= jnp.asarray([L, 0, 2, 0])  # two rows of nothing
+    of = run(
+        jax.value_and_grad(
+            lambda u, bias: cj.sru(u * jnp.where(pad[..., None, None], jnp.nan, 1), bias=bias, mask_pad=pad)[0].sum(), 1
+        )
+    )
+    value, of_bias = of(u, bias)
+    assert np.isfinite(value)
+    assert np.isfinite(of_bias).all()
+    for empty in ((L, 0, D, 3), (L, B, 0, 3)):
+        assert run(jax.grad(lambda u: cj.sru(u)[0].sum()))(jnp.ones(empty)).shape == empty
+
+
+WRONG: list[tuple[type[Exception], str, Any]] = [
+    (ValueError, r"u has shape \(6, 4, 4\); expected \(L, B, D, 3\) or", lambda u, x: cj.sru(x)),
+    (ValueError, r"x has shape \(5, 4, 4\); expected \(6, 4, 4\)", lambda u, x: cj.sru(u, x[1:])),
+    (ValueError, r"bias has shape \(3, 4\); expected \(2, 4\) or \(8,\)", lambda u, x: cj.sru(u, bias=x[0, :3])),
+    (TypeError, "x has dtype float32; allowed here: float64", lambda u, x: cj.sru(u, x.astype("float32"))),
+    (TypeError, "u has dtype int64", lambda u, x: cj.sru(u.astype("int64"))),
+    (TypeError, "mask_pad has dtype float64; allowed here: bool, uint8", lambda u, x: cj.sru(u, mask_pad=x[..., 0])),
+    (TypeError, "u must be an array of JAX's or NumPy's, not list", lambda u, x: cj.sru([u])),
+    (TypeError, "b must be an array of JAX's or NumPy's, not NoneType", lambda u, x: cj.linear_recurrence(x, None)),
+    (TypeError, "scale_x must be an array", lambda u, x: cj.sru(u, x, scale_x=None)),
+    (ValueError, "scale_x has shape", lambda u, x: cj.sru(u, x, scale_x=x)),
+    (ValueError, "activation must be one of 'identity', 'tanh'", lambda u, x: cj.sru(u, activation="gelu")),
+    (ValueError, "pooling must be one of", lambda u, x: cj.qrnn(u, pooling="o")),
+    (ValueError, "form must be one of", lambda u, x: cj.linear_recurrence(x, x, form="sum")),
+    (ValueError, "zoneout must be a number from 0 to 1", lambda u, x: cj.qrnn(u, zoneout=1.5)),
+    (ValueError, "save_every must be at least 1", lambda u, x: cj.sru(u, save_every=0)),
+    (TypeError, "bidirectional must be a bool", lambda u, x: cj.sru(u, bidirectional=x[0, 0, 0] > 0)),
+    (ValueError, "bidirectional needs an even D", lambda u, x: cj.sru(u[:, :, :3], bidirectional=True)),
+    (ValueError, "x goes with k = 3", lambda u, x: cj.sru(jnp.concatenate([u, u[..., :1]], -1), x)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "message", "call"), WRONG, ids=[w[1][:30] for w in WRONG])
+@pytest.mark.parametrize("transform", ["none", "jit", "grad", "vmap"])
+def test_what_is_wrong_is_said_when_jax_traces(kind, message, call, transform):
+    """In SPEC.md's words and of one example's shapes, not as an error within a compiled program."""
+    u, x = normal(L, B, D, 3), normal(L, B, D)
+    if transform == "grad":
+        run = jax.grad(lambda u, x: call(u, x)[0].sum())
+    elif transform == "vmap":
+        run, u, x = jax.vmap(call), jnp.stack([u, u]), jnp.stack([x, x])
+    else:
+        run = jax.jit(call) if transform == "jit" else call
+    with pytest.raises(kind, match=message):
+        run(u, x)
+
+
+def test_arrays_that_are_bound_to_different_devices():
+    here, there = jax.devices("cpu")[: mesh(2).size]
+    u, x = jax.device_put(normal(L, B, D, 3), there), jax.device_put(normal(L, B, D), here)
+    with pytest.raises(ValueError, match=f"x is on cpu:{here.id} and u on cpu:{there.id}; all arrays must share one device"):
+        cj.sru(u, x)
+
+
+@pytest.mark.parametrize("name", ["mask_c", "scale_x"])
+def test_what_has_no_gradient_says_so(name):
+    u, x = normal(L, B, D, 3), normal(L, B, D)
+    value = normal(B, D) if name == "mask_c" else jnp.asarray(1.5)
+    with pytest.raises(TypeError, match=rf"no gradient of {name}: pass jax.lax.stop_gradient\({name}\)"):
+        jax.grad(lambda value: cj.sru(u, x, **{name: value})[0].sum())(value)
+    jax.grad(lambda value: cj.sru(u * value.sum(), x, **{name: jax.lax.stop_gradient(value)})[0].sum())(value)
+
+
+def test_derivatives_that_are_not_there_say_so():
+    u = normal(L, B, D, 3)
+    with pytest.raises(ValueError, match="save_every=None keeps no states"):
+        jax.grad(lambda u: cj.sru(u, save_every=None)[0].sum())(u)
+    for function, title in ((cj.sru, "SRU"), (cj.qrnn, "QRNN")):
+        inner = jax.grad(lambda u, function=function: function(u)[0].sum())
+        with pytest.raises(NotImplementedError, match=f"no derivative of the {title} recurrence's gradients"):
+            jax.grad(lambda u, inner=inner: inner(u).sum())(u)
+    for function in (lambda u: cj.sru(u), lambda u: cj.linear_recurrence(u[..., 0], u[..., 1])):
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.jvp(function, (u,), (u,))
+
+
+def test_numpys_arrays_are_taken_and_their_dtype_is_jaxs():
+    u = np.ones((L, B, D, 3), "f4")
+    assert cj.sru(u)[0].dtype == jnp.float32
+    with pytest.raises(TypeError, match="u has dtype"):
+        cj.sru(np.full((L, B, D, 3), None))
+
+
+# ---- the layer -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(bidirectional=True, highway_bias=-1.0), dict(v1=True, rescale=False), dict(has_skip_term=False)]
+)
+@pytest.mark.parametrize("input_size", [8, 5])
+def test_the_layer_is_torchs(input_size, options):
+    torch = pytest.importorskip("torch", reason='needs torch: pip install "cusru[torch]"')
+    from cusru.torch import SRUCell
+
+    cell = SRUCell(input_size, 8 if not options.get("bidirectional") else 4, **options).double()
+    layer = cj.SRU(input_size=input_size, hidden_size=cell.hidden_size, **options)
+    cell.scale_x.fill_(layer.scale_x)  # in float64 too
+    parameters = {n: jnp.asarray(a.detach().numpy()) for n, a in cell.state_dict().items() if n != "scale_x"}
+    mine = layer.init(jax.random.key(0), jnp.float64)
+    assert {n: a.shape for n, a in mine.items()} == {n: a.shape for n, a in parameters.items() if n != "weight_c" or not layer.v1}
+    x, c0, pad = normal(L, B, input_size), normal(B, 8), mask(L, B)
+    h, c_last = layer.apply(parameters, x, c0, mask_pad=pad, starts=pad)
+    as_torch = [torch.from_numpy(np.array(a)) for a in (x, c0, pad)]
+    expected = cell(as_torch[0], as_torch[1], as_torch[2], as_torch[2])
+    for found, wanted in zip((h, c_last), expected, strict=True):
+        np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=0, atol=1e-12)
+
+
+def test_the_layers_parameters_are_drawn_by_srus_rules():
+    layer = cj.SRU(input_size=64, hidden_size=256, dropout=0.5, highway_bias=-2.0)
+    parameters = jax.jit(layer.init)(jax.random.key(1))
+    w = parameters["weight"].reshape(64, 256, 4)
+    scale = (1 + 2 * np.exp(-2.0)) ** 0.5
+    spread = np.asarray(w).std((0, 1)) * 8  # Var = 1 / input_size
+    np.testing.assert_allclose(spread, [0.5**0.5, 0.5**0.5, 0.5**0.5, scale], rtol=0.03)
+    assert layer.scale_x == scale
+    assert (parameters["bias"][:256] == 0).all()
+    assert (parameters["bias"][256:] == -2).all()
+    assert parameters["weight"].dtype == jnp.float32
+    assert layer.init(jax.random.key(1), jnp.bfloat16)["weight_c"].dtype == jnp.bfloat16
+
+
+def test_the_layers_dropout_is_one_mask_for_all_steps():
+    layer = cj.SRU(input_size=D, hidden_size=D, dropout=0.5, has_skip_term=False)
+    parameters, x = layer.init(jax.random.key(0), jnp.float64), normal(L, B, D)
+    h = layer.apply(parameters, x)[0]
+    dropped = jax.jit(lambda key: layer.apply(parameters, x, key=key)[0])(jax.random.key(3))
+    ratio = np.asarray(dropped / h)
+    assert set(np.unique(ratio.round(12))) == {0.0, 2.0}
+    assert (ratio.round(12) == ratio[:1].round(12)).all()
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("input_size must be an integer", dict(input_size=0)), ("hidden_size must be", dict(hidden_size=2.0)),
+        ("dropout must be a probability", dict(dropout=1.0)), ("activation must be one of", dict(activation="gelu")),
+        ("highway_bias must be finite", dict(highway_bias=np.inf)),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_layer(message, options):
+    with pytest.raises(ValueError, match=message):
+        cj.SRU(**{"input_size": D, "hidden_size": D, **options})
+
+
+def test_what_is_wrong_with_a_layers_arguments():
+    layer = cj.SRU(input_size=D, hidden_size=D)
+    parameters = layer.init(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"x has shape \(6, 4, 5\); expected \(L, B, input_size\), input_size = 4"):
+        layer.apply(parameters, normal(L, B, 5, dtype="float32"))
+    with pytest.raises(TypeError, match="x has dtype float64, and the parameters float32"):
+        layer.apply(parameters, normal(L, B, D))
+    with pytest.raises(ValueError, match=r"c0 has shape \(3, 4\); expected \(4, 4\)"):
+        layer.apply(parameters, normal(L, B, D, dtype="float32"), normal(3, D, dtype="float32"))
