@@ -503,17 +503,22 @@ def _side_by_side(
             work = work or Workload(here, case, dtype)
             peer = make(work)
             for direction in PASSES:
-                call, moved = getattr(peer, direction), getattr(peer, f"{direction}_bytes")
-                call()
-                time_of, copy = here.time(call), here.time(work.copy(Floor(moved - moved // 2, moved // 2)))
-                figures = {"seconds": time_of, "bytes": moved, "gb_per_s": moved / time_of / 1e9, "of_copy": copy / time_of}
+                moved, seconds = getattr(peer, f"{direction}_bytes"), peers.time_of(peer, direction, here)
+                copy = here.time(work.copy(Floor(moved - moved // 2, moved // 2)))
+                figures = {"seconds": seconds, "bytes": moved, "gb_per_s": moved / seconds / 1e9, "of_copy": copy / seconds}
                 yield {**row, "pass": direction, **figures}
         except peers.Unavailable as error:
             if error.altogether:
                 gone[name] = error
             yield {**row, "skipped": str(error)}
         except Exception as error:
-            ours = name in ("cusru", "sru_layer", "linear_recurrence", "qrnn")  # a peer that breaks is not our failure
+            ours = name in (
+                "cusru",
+                "sru_layer",
+                "linear_recurrence",
+                "qrnn",
+                "jax_linear_recurrence",
+            )  # a peer that breaks is not our failure
             kind = "failed" if ours else "skipped"
             yield {**row, kind: f"it breaks: {_one_line(error)}"} | ({"lost": True} if _lost(error) else {})
             if _lost(error):
@@ -750,7 +755,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not options.simulate and not options.only and "tests" in chosen:  # the packages that compile, while the tests run
             nothing = subprocess.DEVNULL
-            builder = _start([sys.executable, "-m", "benchmarks.peers"], False, stdout=nothing, stderr=nothing)
+            builder = _start([sys.executable, "-m", "benchmarks.peers", "--build"], False, stdout=nothing, stderr=nothing)
         allowed = 0.0
         for name in chosen:
             if builder and name not in ("tests", "sanitizer"):  # nothing runs beside what is timed

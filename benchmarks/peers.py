@@ -7,24 +7,34 @@ Each function lays its arrays out and returns a `Peer`: two calls, forward and b
     sru_layer       ours as a whole layer: torch's GEMM, then cusru.torch.sru; to be held against the LSTM (TF32 allowed in both)
     linear_recurrence, qrnn     ours, as operators of torch: what the scans and HGRN compute, and the QRNN's fo-pooling
     associative_scan            torch's own, of the pairs (a, b), compiled
+    jax_linear_recurrence       ours, in a program that JAX compiles
+    jax_associative_scan        jax.lax's, of the pairs (a, b), likewise
     scan_triton, scan_warp      accelerated-scan: h_t = a_t h_{t-1} + b_t, time innermost; the second zeroes its output first
     hgrn_recurrent, hgrn_chunk  flash-linear-attention's HGRN: the same recurrence, its gates in logarithms, features innermost
     sru_operator    the `sru` package's own operator on the case's own values (on a CPU: compiled forward, autograd through its
                     Python recurrence backward; on a GPU: its CUDA kernels, where they build)
 
 A backward is torch.autograd.grad on a graph that is kept, which may make cuDNN's LSTM copy what it reserved. torch's current
-stream and CuPy's are both the default one, on which the caller's events lie.
+stream and CuPy's are both the default one, on which the caller's events lie; JAX has its own, so that its calls wait for the
+device, and their time is the host's, what JAX takes to start a program included.
+
+`python -m benchmarks.peers` holds cusru.jax.linear_recurrence against jax.lax.associative_scan, on this GPU or CPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import datetime
 import importlib
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from benchmarks import cases
 from benchmarks.workload import PASSES, Workload
+from cusru import measuring
 
 
 class Unavailable(Exception):
@@ -40,6 +50,7 @@ class Peer(NamedTuple):
     backward: Callable[[], Any]
     forward_bytes: int  #: its inputs read once, its outputs written once
     backward_bytes: int
+    waits: bool = False  #: for the device: then the host's clock tells the time
 
 
 def import_or_say_why(name: str, extra: str = "") -> Any:
@@ -204,6 +215,42 @@ def associative_scan(work: Workload) -> Peer:
     return Peer(lambda: run(a, b), backward, forward_bytes, backward_bytes)
 
 
+def jax_linear_recurrence(work: Workload) -> Peer:
+    function = import_or_say_why("cusru.jax", 'pip install ".[jax]"').linear_recurrence
+    return _in_jax(work, lambda a, b: function(a, b)[0])
+
+
+def jax_associative_scan(work: Workload) -> Peer:
+    lax = import_or_say_why("jax", 'pip install ".[jax]"').lax
+
+    def combine(one: Any, two: Any) -> Any:
+        return one[0] * two[0], two[0] * one[1] + two[1]
+
+    return _in_jax(work, lambda a, b: lax.associative_scan(combine, (a, b))[1])
+
+
+def _in_jax(work: Workload, function: Callable[[Any, Any], Any]) -> Peer:
+    """A scan as two compiled programs; the second gets what the first one's derivative has kept."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else little of a GPU's memory is left for CuPy and torch
+    jax = import_or_say_why("jax", 'pip install ".[jax]"')
+    platform = "gpu" if work.machine.name == "gpu" else "cpu"
+    try:
+        device = jax.devices(platform)[0]
+    except RuntimeError as error:
+        raise Unavailable(f"this JAX has no CUDA device: {' '.join(str(error).split())[:200]}", altogether=True) from error
+    case = work.case
+    if work.dtype == "float64":
+        raise Unavailable("JAX's default has no float64")
+    b = jax.random.normal(jax.random.key(0), (case.L, case.B, case.D), work.dtype)
+    a, b = (jax.device_put(one, device) for one in (jax.nn.sigmoid(b), b))
+    forward, derivative = jax.jit(function), jax.jit(lambda pull, grad: pull(grad))
+    _, pull = jax.jit(lambda a, b: jax.vjp(function, a, b))(a, b)
+    return Peer(
+        lambda: jax.block_until_ready(forward(a, b)), lambda: jax.block_until_ready(derivative(pull, b)), *_bytes_of_a_scan(b),
+        waits=True,
+    )  # fmt: skip
+
+
 def scan_triton(work: Workload) -> Peer:
     return _scan(work, "accelerated_scan.scalar")
 
@@ -256,6 +303,8 @@ PEERS: dict[str, Callable[[Workload], Peer]] = {
         linear_recurrence,
         qrnn,
         associative_scan,
+        jax_linear_recurrence,
+        jax_associative_scan,
         scan_triton,
         hgrn_recurrent,
         hgrn_chunk,
@@ -265,7 +314,50 @@ PEERS: dict[str, Callable[[Workload], Peer]] = {
 }
 SCANS = ("scan_triton", "hgrn_recurrent", "hgrn_chunk", "scan_warp")  # what the linear recurrence's goal is held against
 
-if __name__ == "__main__":  # so that what compiles is there when its turn comes
-    for name in ("sru.ops", "accelerated_scan.warp"):
-        with contextlib.suppress(Unavailable):
-            import_or_say_why(name)
+IN_JAX = ("jax_linear_recurrence", "jax_associative_scan")
+SHAPES = ((512, 32, 512), (4096, 8, 256), (16384, 1, 64))
+
+
+def time_of(peer: Peer, direction: str, machine: measuring.Machine) -> float:
+    """Seconds of one pass, after a first one."""
+    call = getattr(peer, direction)
+    call()
+    return (measuring.Numpy() if peer.waits else machine).time(call)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=str(__doc__).split("`python")[-1])
+    parser.add_argument("--build", action="store_true", help="only import what compiles, so that it is there when its turn comes")
+    parser.add_argument("--quick", action="store_true", help="one small shape: to try the command, not to measure")
+    options = parser.parse_args()
+    if options.build:
+        for name in ("sru.ops", "accelerated_scan.warp"):
+            with contextlib.suppress(Unavailable):
+                import_or_say_why(name)
+        return
+    machine = measuring.look_around()[0]
+    if machine.name == "simulator":
+        raise RuntimeError("the simulator is not to be measured: unset CUSRU_SIMULATE")
+    try:
+        jax = import_or_say_why("jax", 'pip install ".[jax]"')
+    except Unavailable as error:
+        raise RuntimeError(str(error)) from error
+    print(f"{machine.device}; JAX {jax.__version__}; {datetime.date.today()}; milliseconds, of two compiled programs", end="\n\n")
+    print(
+        "| L, B, D | dtype | pass | cusru.jax.linear_recurrence | jax.lax.associative_scan | over |", "| --- " * 6 + "|", sep="\n"
+    )
+    for shape in ((64, 4, 16),) if options.quick else SHAPES:
+        for dtype in ("float32", "bfloat16"):
+            work = Workload(machine, cases.Case("scan", *shape, save_every=32), dtype)
+            both = [PEERS[name](work) for name in IN_JAX]
+            for direction in PASSES:
+                ours, theirs = (time_of(peer, direction, machine) for peer in both)
+                where = ", ".join(map(str, shape))
+                print(
+                    f"| {where} | {dtype} | {direction} | {1e3 * ours:.3g} | {1e3 * theirs:.3g} | {theirs / ours:.3g} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    measuring.run_command(main)

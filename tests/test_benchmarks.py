@@ -557,6 +557,27 @@ def test_a_linear_recurrence_is_held_against_the_fastest_scan(on_numpy: measurin
     assert "- linear-16384x1x1024, float32, forward: 1.5 / 1.2 (hgrn_chunk)" in text.splitlines()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_scans_in_jax_compute_the_same(on_numpy: measuring.Numpy, dtype: str) -> None:
+    pytest.importorskip("jax", reason='JAX is missing: pip install ".[jax]"')
+    work = Workload(on_numpy, cases.CASES["small"], dtype)
+    ours, theirs = (peers.PEERS[name](work) for name in peers.IN_JAX)
+    assert (ours.forward_bytes, ours.backward_bytes) == (theirs.forward_bytes, theirs.backward_bytes)
+    bound = 1e-5 if dtype == "float32" else 0.1
+    for direction in PASSES:
+        found, wanted = (getattr(peer, direction)() for peer in (ours, theirs))
+        for a, b in zip(found, wanted, strict=True):
+            assert a.dtype == b.dtype == dtype
+            np.testing.assert_allclose(a.astype("f4"), b.astype("f4"), atol=bound)
+
+
+def test_what_waits_for_the_device_is_timed_by_the_host(on_numpy: measuring.Numpy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_numpy, "time", lambda call: 7.0)
+    slow = lambda: time.sleep(0.01)  # noqa: E731
+    assert peers.time_of(peers.Peer(slow, slow, 1, 1), "forward", on_numpy) == 7.0
+    assert 0.01 <= peers.time_of(peers.Peer(slow, slow, 1, 1, waits=True), "forward", on_numpy) < 1
+
+
 def test_layers_run_beside_ours(on_numpy: measuring.Numpy) -> None:
     work = Workload(on_numpy, cases.CASES["small"], "float32")
     for make in (peers.lstm, peers.sru_layer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import random
 from typing import Any
@@ -621,3 +622,34 @@ def test_what_is_wrong_with_a_layers_arguments():
         layer.apply(parameters, normal(L, B, D))
     with pytest.raises(ValueError, match=r"c0 has shape \(3, 4\); expected \(4, 4\)"):
         layer.apply(parameters, normal(L, B, D, dtype="float32"), normal(3, D, dtype="float32"))
+
+
+# ---- the example -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def example():
+    pytest.importorskip("flax", reason='needs flax: pip install "cusru[flax]"')
+    return importlib.import_module("examples.jax_nnx")
+
+
+def test_the_flax_module_is_the_layer(example):
+    with jax.enable_x64(False):
+        nnx = example.nnx
+        module = example.SRU(D, 8, rngs=nnx.Rngs(0), bidirectional=True)
+        state = nnx.state(module, nnx.Param)
+        parameters = {n: a[...] for n, a in module.parameters.items()}
+        assert {n: a.shape for n, a in parameters.items()} == {"weight": (D, 64), "bias": (32,), "weight_c": (32,)}
+        assert len(jax.tree.leaves(state)) == 3
+        x, c0, pad = normal(L, B, D, dtype="float32"), normal(B, 16, dtype="float32"), mask(L, B)
+        close(module(x, c0, mask_pad=pad), module.layer.apply(parameters, x, c0, mask_pad=pad))
+        grads = nnx.grad(lambda module: module(x, c0)[0].sum())(module)
+        wanted = jax.grad(lambda parameters: module.layer.apply(parameters, x, c0)[0].sum())(parameters)
+        close({n: grads["parameters"][n][...] for n in wanted}, wanted)
+
+
+def test_the_flax_example_learns(example):
+    with jax.enable_x64(False):
+        losses = example.train(steps=150, length=10, batch=32, hidden_size=32, layers=1)
+    assert np.mean(losses[:10]) > 0.1
+    assert np.mean(losses[-20:]) < 0.02

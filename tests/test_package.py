@@ -23,10 +23,21 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = (
     "README.md", "docs/torch.md", "docs/migrating-from-sru.md", "docs/migrating-from-qrnn.md", "docs/linear-recurrence.md",
-    "docs/sru-and-qrnn.md",
+    "docs/sru-and-qrnn.md", "docs/jax.md",
 )  # fmt: skip
 BLOCKS = {name: re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), flags=re.M | re.S) for name in DOCUMENTS}
-HEAVY = ("cupy", "torch", "jax", "tensorflow", "ml_dtypes", "scipy", "cusru.reference", "cusru.simulator", "cusru.torch")
+HEAVY = (
+    "cupy",
+    "torch",
+    "jax",
+    "tensorflow",
+    "ml_dtypes",
+    "scipy",
+    "cusru.reference",
+    "cusru.simulator",
+    "cusru.torch",
+    "cusru.jax",
+)
 
 
 def python(code, **options):
@@ -119,7 +130,7 @@ def test_the_compiler_knows_cusru_whichever_is_loaded_first(compiler_first):
 def test_import_of_cusru_torch_pulls_in_torch_alone():
     need("torch")
     loaded = python("import sys, cusru.torch; print(*sys.modules)").stdout.split()
-    assert not {"cupy", "jax", "tensorflow", "cusru.simulator"} & set(loaded)
+    assert not {"cupy", "jax", "tensorflow", "cusru.simulator", "cusru.jax"} & set(loaded)
 
 
 def test_cusru_torch_can_be_imported_again():
@@ -258,6 +269,23 @@ def test_every_public_name_of_cusru_torch_is_documented():
         for name, parameter in signature.parameters.items():
             shown = name if parameter.default is parameter.empty else f"{name}={parameter.default!r}".replace("'", '"')
             assert shown in told, shown
+
+
+def test_every_public_name_of_cusru_jax_is_documented_with_its_arguments():
+    need("jax")
+    module, document = importlib.import_module("cusru.jax"), (ROOT / "docs/jax.md").read_text()
+    for name in module.__all__:
+        assert getattr(module, name).__doc__
+        assert f"`{name}`" in document or f"`cusru.jax.{name}`" in document
+    for function in (module.sru, module.qrnn, module.linear_recurrence):
+        told = re.search(rf"cusru\.jax\.{function.__name__}\((.*?)\)\n", document, flags=re.S)[1]
+        given = [
+            name if p.default is p.empty else f"{name}={p.default!r}"
+            for name, p in inspect.signature(function).parameters.items()
+        ]
+        assert [one for one in re.split(r",\s+", told) if one != "*"] == [one.replace("'", '"') for one in given]
+    for name, p in inspect.signature(module.SRU).parameters.items():
+        assert f"`{name}`" in document if p.default is p.empty else f"`{name}={p.default!r}`".replace("'", '"') in document
 
 
 @pytest.mark.parametrize(("module", "column"), [("SRU", 1), ("SRUCell", 2)])
