@@ -650,6 +650,6 @@ def test_the_flax_module_is_the_layer(example):
 
 def test_the_flax_example_learns(example):
     with jax.enable_x64(False):
-        losses = example.train(steps=150, length=10, batch=32, hidden_size=32, layers=1)
+        losses = example.train(steps=200, length=10, batch=32, hidden_size=64, layers=2)
     assert np.mean(losses[:10]) > 0.1
     assert np.mean(losses[-20:]) < 0.02
