@@ -254,7 +254,8 @@ _TRACEABLE = "call cusru.torch.sru, qrnn or linear_recurrence, which can be trac
 
 
 def untraceable(function: _Function) -> _Function:
-    """torch.compile breaks its graph where it meets `function`, which runs as it is: it compiles no frame from there down."""
+    """torch.compile breaks its graph where it meets `function`, which runs as it is: it compiles no frame from there down.
+    TensorFlow's autograph does not rewrite it."""
 
     @functools.wraps(function)
     def call(*args: Any, **keywords: Any) -> Any:
@@ -267,7 +268,9 @@ def untraceable(function: _Function) -> _Function:
                 _watched_by(watcher)
         return function(*args, **keywords)
 
-    return _break_at(call)  # type: ignore[no-any-return]
+    marked = _break_at(call)
+    marked.autograph_info__ = {}  # as autograph marks what it is done with
+    return marked  # type: ignore[no-any-return]
 
 
 def _break_at(function: Any) -> Any:

@@ -113,9 +113,12 @@ def test_a_second_derivative_is_refused_and_not_zero(call):
         call(second, normal(9, 2, 4, 3))
 
 
-def test_a_traced_tensor_is_refused_by_the_kernels_own_functions():
+@pytest.mark.parametrize("autograph", [False, True])
+def test_a_traced_tensor_is_refused_by_the_kernels_own_functions(autograph, caplog):
+    """In as many words by autograph, which would warn of each line that it cannot rewrite."""
     with pytest.raises(TypeError, match=r"u is a traced value \(.*SymbolicTensor\)"):
-        tf.function(lambda u: cusru.sru_forward(u), autograph=False)(normal(9, 2, 4, 3))
+        tf.function(lambda u: cusru.sru_forward(u), autograph=autograph)(normal(9, 2, 4, 3))
+    assert not caplog.records
 
 
 def test_the_loss_falls_below_what_ignoring_the_marks_can_reach():
