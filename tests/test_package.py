@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = (
     "README.md", "docs/torch.md", "docs/migrating-from-sru.md", "docs/migrating-from-qrnn.md", "docs/linear-recurrence.md",
-    "docs/sru-and-qrnn.md", "docs/jax.md",
+    "docs/sru-and-qrnn.md", "docs/embedding.md", "docs/jax.md",
 )  # fmt: skip
 BLOCKS = {name: re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), flags=re.M | re.S) for name in DOCUMENTS}
 HEAVY = (
@@ -219,7 +219,7 @@ def test_readme_shows_the_three_frameworks_and_the_commands():
 
 
 def test_links_in_the_documents_lead_somewhere():
-    for document in (*DOCUMENTS, "CONTRIBUTING.md", "docs/performance.md"):
+    for document in (*DOCUMENTS, "CONTRIBUTING.md", "docs/README.md", "docs/performance.md"):
         path = ROOT / document
         for target, _, heading in (link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", path.read_text())):
             if target.startswith("https://"):
@@ -227,6 +227,16 @@ def test_links_in_the_documents_lead_somewhere():
             to = path.parent / target if target else path
             assert to.exists(), f"{document}: {target}"
             assert not heading or heading in anchors(to), f"{document}: {target}#{heading}"
+
+
+def test_every_document_is_a_step_from_the_page_that_leads_to_them():
+    linked = re.findall(r"\]\((\S+\.md)\)", (ROOT / "docs/README.md").read_text())
+    documents = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert documents <= set(linked), documents - set(linked)
+    assert "](docs/README.md)" in README
+    runnable = {document.removeprefix("docs/") for document in DOCUMENTS}
+    shown = {name for name in documents if "```python" in (ROOT / "docs" / name).read_text()}
+    assert shown <= runnable, f"whose blocks nothing runs: {shown - runnable}"
 
 
 def anchors(path):
