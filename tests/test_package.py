@@ -27,17 +27,8 @@ DOCUMENTS = (
 )  # fmt: skip
 BLOCKS = {name: re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), flags=re.M | re.S) for name in DOCUMENTS}
 HEAVY = (
-    "cupy",
-    "torch",
-    "jax",
-    "tensorflow",
-    "ml_dtypes",
-    "scipy",
-    "cusru.reference",
-    "cusru.simulator",
-    "cusru.torch",
-    "cusru.jax",
-)
+    "cupy", "torch", "jax", "tensorflow", "ml_dtypes", "scipy", "cusru.reference", "cusru.simulator", "cusru.torch", "cusru.jax",
+)  # fmt: skip
 
 
 def python(code, **options):
