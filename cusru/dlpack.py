@@ -523,13 +523,15 @@ def see(addresses: list[int], views: Iterable[View]) -> list[Any]:
 _MEMORY = ctypes.c_char * sys.maxsize
 
 
-def as_cupy(obj: Any, name: str, device: tuple[str, int]) -> Any:
-    """Any framework's device array as CuPy's over the same memory, ready for CuPy's current stream. It must outlive this."""
-    array = borrow(obj, name, None, device)
-    cupy, dtype = sys.modules["cupy"], _bfloat16() if array.dtype == "bfloat16" else storage(array.dtype)
-    memory = cupy.cuda.UnownedMemory(array.pointer, array.size * array.itemsize, array.owner, device[1])
-    strides = tuple([stride * array.itemsize for stride in array.strides])
-    return cupy.ndarray(array.shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
+def as_cupy(obj: Any, device: tuple[str, int]) -> Any:
+    """A compact device array of another framework as CuPy's over the same memory, in a fraction of the time that `borrow` takes.
+    What its framework has in hand is not waited for."""
+    cupy = _cupy(proven=False)
+    capsule = obj.__dlpack__()  # which is not consumed, and owns what is read here
+    tensor = _peek(capsule)
+    pointer, shape, dtype = (tensor.data or 0) + tensor.byte_offset, obj.shape, obj.dtype
+    memory = cupy.cuda.UnownedMemory(pointer, math.prod(shape) * dtype.itemsize, obj, device[1])
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
 
 
 # ---- out -----------------------------------------------------------------------------------------------------------

@@ -314,21 +314,19 @@ def _callback(static: Static) -> Callable[..., None]:
     count = max(map(ARRAYS.index, operator.inputs)) + 1
 
     def callback(context: Any, results: Sequence[Any], *buffers: Any) -> None:
-        device = dlpack.device_of(results[0], "u")
-        stream = context.stream if device[0] == "cuda" else None
-        with raw_kernels.current(device, stream):
-            given = dict(zip(static.slots, map(_view, buffers), strict=True))
-            out = dict(zip((*static.results, "workspace"), map(_view, results), strict=False))
-            if operator.number and static.number is not None:
-                given[operator.number] = static.number
-            inputs = [given.get(slot) for slot in ARRAYS[:count]]
-            members = [out.get(slot) for slot in operator.results]
+        device = dlpack.device_of(results[0], "a buffer of XLA's")
+        on_device = device[0] == "cuda"
+
+        def view(buffer: Any) -> Any:
+            return dlpack.as_cupy(buffer, device) if on_device else np.asarray(buffer)
+
+        given = dict(zip(static.slots, map(view, buffers), strict=True))
+        out = dict(zip((*static.results, "workspace"), map(view, results), strict=False))
+        if operator.number and static.number is not None:
+            given[operator.number] = static.number
+        inputs = [given.get(slot) for slot in ARRAYS[:count]]
+        members = [out.get(slot) for slot in operator.results]
+        with raw_kernels.current(device, context.stream if on_device else None):
             call.run(operator, inputs, static.options, members, out.get("workspace"), None)
 
     return callback
-
-
-def _view(buffer: Any) -> Any:
-    """XLA's memory as an array of NumPy's or CuPy's."""
-    device = dlpack.device_of(buffer, "a buffer of XLA's")
-    return np.asarray(buffer) if device == dlpack.CPU else dlpack.as_cupy(buffer, "a buffer of XLA's", device)
