@@ -27,4 +27,4 @@ __all__ = [
     "sru_forward",
     "workspace_size",
 ]
-__version__ = "0.1.0"
+__version__ = "0.9.0"
