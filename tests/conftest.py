@@ -6,14 +6,19 @@ a GPU), of one row of strategies.COVERING at a time.
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import dataclasses
+import hashlib
+import importlib.metadata
 import os
 import shutil
 import sys
+import sysconfig
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +36,34 @@ _COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, Healt
 settings.register_profile("repeatable", derandomize=True, database=None, **_COMMON)
 settings.register_profile("explore", **_COMMON)  # keeps its failures in .hypothesis/; long_run.py explores further
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def pytest_configure() -> None:
+    if os.environ.get("CUSRU_TEST_INSTALLED"):
+        site, beside = Path(sysconfig.get_path("purelib")), Path(__file__).parent.parent / "cusru"
+        loaded = [module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "cusru" and module.__file__]
+        if reasons := [*not_as_installed(site, loaded, beside)]:
+            raise pytest.UsageError(f"CUSRU_TEST_INSTALLED: {reasons[0]}")
+
+
+def not_as_installed(site: Path, loaded: list[str], beside: Path) -> Iterator[str]:
+    """What speaks against it that these tests, and the processes that they start, run cusru as a wheel brought it to `site`: the
+    files of its RECORD, with their hashes, and no others. Where nothing stands `beside` the tests, no working folder and no
+    PYTHONPATH of theirs hides it."""
+    if beside.exists():
+        yield f"{beside} is there, and would be tested instead"
+    recorded = {}
+    for distribution in importlib.metadata.distributions(name="cusru", path=[str(site)]):
+        recorded |= {Path(str(one.locate())): one.hash for one in distribution.files or () if one.parts[0] == "cusru"}
+    recorded = {path: digest for path, digest in recorded.items() if path.suffix != ".pyc"}
+    if not recorded:
+        yield f"{site} holds no cusru that a wheel brought (pip install ., without -e)"
+    for path, digest in recorded.items():
+        found = path.is_file() and digest and hashlib.new(digest.mode, path.read_bytes()).digest()
+        if not found or base64.urlsafe_b64encode(found).rstrip(b"=").decode() != digest.value:
+            yield f"{path} is not as it was installed"
+    others = {path for path in (site / "cusru").rglob("*") if path.is_file() and path.suffix != ".pyc"} | {*map(Path, loaded)}
+    yield from (f"{path} is none of the files that were installed" for path in sorted(others - recorded.keys()))
 
 
 GRADIENTS = dict(zip(strategies.FAMILIES, (cusru.Gradients, cusru.QRNNGradients, cusru.LinearRecurrenceGradients), strict=True))

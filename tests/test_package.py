@@ -1,7 +1,9 @@
 """What the package carries, what importing it costs, and that what the documents show runs."""
 
 import ast
+import base64
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -12,14 +14,17 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from importlib import resources
 from pathlib import Path
 
 import pytest
+from conftest import not_as_installed
 
 import cusru
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = Path(cusru.__file__).parent  # ROOT / "cusru" in a checkout, elsewhere where an installed cusru is tested
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = (
     "README.md", "docs/torch.md", "docs/migrating-from-sru.md", "docs/migrating-from-qrnn.md", "docs/linear-recurrence.md",
@@ -215,7 +220,9 @@ def test_links_in_the_documents_lead_somewhere():
         for target, _, heading in (link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", path.read_text())):
             if target.startswith("https://"):
                 continue
-            to = path.parent / target if target else path
+            to = Path(os.path.normpath(path.parent / target)) if target else path
+            if to.is_relative_to(ROOT / "cusru"):
+                to = PACKAGE / to.relative_to(ROOT / "cusru")
             assert to.exists(), f"{document}: {target}"
             assert not heading or heading in anchors(to), f"{document}: {target}#{heading}"
 
@@ -331,6 +338,68 @@ def test_version_is_the_installed_one_and_in_the_changelog():
     assert installed == cusru.__version__
 
 
+def test_the_citation_is_of_this_version_and_its_date_the_changelog_s():
+    cited = dict(re.findall(r'^([\w-]+): "?([^"\n]+)', (ROOT / "CITATION.cff").read_text(), flags=re.M))
+    version, date = re.search(r"^## \[(.*?)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.M).groups()
+    assert (cited["version"], cited["date-released"], cited["license"]) == (version, date, "MIT")
+    assert version == cusru.__version__
+
+
+def test_github_runs_what_ci_runs_and_the_readme_shows():
+    """As the project's one script and README's commands, with no right to write."""
+    yaml = pytest.importorskip("yaml", reason='needs PyYAML: pip install ".[dev]"')
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    assert not any("permissions" in job for job in workflow["jobs"].values())
+    run = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in workflow["jobs"].items()}
+    assert "bash .ci/run" in run["everything"]
+    assert (ROOT / ".ci/run").is_file()
+    assert run["readme"] == re.findall(r"^    (pip .*)$", README, flags=re.M)[:2]
+    ours = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    pythons = {"3.11", *workflow["jobs"]["readme"]["strategy"]["matrix"]["python"]}
+    assert pythons == {one.rpartition(" ")[2] for one in ours if re.fullmatch(r"Programming Language :: Python :: 3\.\d+", one)}
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """A folder as pip leaves it, with a package called cusru."""
+    files = {"cusru/__init__.py": "one = 1", "cusru/kernels/sru.cu": "// none", "cusru-1.dist-info/METADATA": "Name: cusru"}
+    lines = ["cusru/__pycache__/__init__.cpython-311.pyc,,", "cusru-1.dist-info/RECORD,,"]
+    for name, text in files.items():
+        path = tmp_path / "site" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+        lines.append(f"{name},sha256={digest},{len(text)}")
+    (tmp_path / "site/cusru-1.dist-info/RECORD").write_text("\n".join(lines))
+    return tmp_path / "site"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda site: None, None),
+        (lambda site: (site / "cusru/__init__.py").write_text("one = 2"), "cusru/__init__.py is not as it was installed"),
+        (lambda site: (site / "cusru/kernels/sru.cu").unlink(), "cusru/kernels/sru.cu is not as it was installed"),
+        (lambda site: (site / "cusru/more.py").touch(), "cusru/more.py is none of the files that were installed"),
+        (lambda site: (site / "cusru-1.dist-info/RECORD").write_text("__editable__.pth,,"), "no cusru that a wheel brought"),
+        (lambda site: (site.parent / "cusru").mkdir(), "is there, and would be tested instead"),
+    ],
+    ids=["as installed", "a changed byte", "a lost file", "a stray file", "editable", "a checkout"],
+)
+def test_an_installed_cusru_is_told_from_any_other(installed, change, reason):
+    """By what conftest.py asks before the tests run on it, in CI's last step."""
+    change(installed)
+    loaded = [str(installed / "cusru/__init__.py")]
+    reasons = [*not_as_installed(installed, loaded, beside=installed.parent / "cusru")]
+    assert not reasons if reason is None else any(reason in one for one in reasons), reasons
+
+
+def test_a_cusru_that_was_imported_from_elsewhere_is_none_that_was_installed(installed, tmp_path):
+    reasons = [*not_as_installed(installed, [str(tmp_path / "clone/cusru/__init__.py")], beside=tmp_path / "cusru")]
+    assert reasons == [f"{tmp_path}/clone/cusru/__init__.py is none of the files that were installed"]
+
+
 ONE_LOADER = """
 import sys
 from importlib.machinery import PathFinder
@@ -385,10 +454,9 @@ ORDER = (
 
 def test_imports_run_one_way_from_the_public_function_to_the_kernel() -> None:
     """No circle, and no arrow up; not even one that only a type checker would follow."""
-    package = ROOT / "cusru"
     found = {}
-    for path in (*package.glob("*.py"), package / "simulator" / "__init__.py"):
-        name = path.parent.name if path.parent != package else path.stem
+    for path in (*PACKAGE.glob("*.py"), PACKAGE / "simulator" / "__init__.py"):
+        name = path.parent.name if path.parent != PACKAGE else path.stem
         imported = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module == "cusru":
