@@ -11,12 +11,14 @@ from typing import Any
 from cusru.torch.functions import linear_recurrence, qrnn, sru
 from cusru.torch.legacy import PAGE
 from cusru.torch.modules import SRU, SRUCell
+from cusru.torch.sequence_parallel import sequence_parallel_linear_recurrence, sequence_parallel_qrnn, sequence_parallel_sru
 from cusru.torch.srupp import SRUpp, SRUppAttention, SRUppCell, SRUppProjectedLinear
 from cusru.torch.torchqrnn import QRNN, ForgetMult, QRNNLayer
 
 __all__ = [
     "QRNN", "SRU", "ForgetMult", "QRNNLayer", "SRUCell", "SRUpp", "SRUppAttention", "SRUppCell", "SRUppProjectedLinear",
-    "install_as_sru", "install_as_torchqrnn", "linear_recurrence", "qrnn", "sru",
+    "install_as_sru", "install_as_torchqrnn", "linear_recurrence", "qrnn", "sequence_parallel_linear_recurrence",
+    "sequence_parallel_qrnn", "sequence_parallel_sru", "sru",
 ]  # fmt: skip
 
 _SRU_VERSION = "2.6.0"  # the one whose interface these are

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,6 +123,24 @@ def run(family: str, inputs: tuple[Any, ...], options: Options) -> Results:
 
 def _run_with_care(family: str, inputs: tuple[Any, ...], options: Options) -> Results:
     one = _FAMILIES[family]
+    arguments = arguments_with_care(one, inputs, options)
+    traced = torch.jit.is_tracing()
+    if (traced or torch.compiler.is_compiling()) and torch.onnx.is_in_onnx_export():
+        from cusru.torch import onnx
+
+        with untraced():
+            check_without_memory(one, "forward", one.named(arguments))
+        h, _, c_last = getattr(onnx, f"{family}_forward")(*arguments)
+    elif traced:  # a trace is saved with operators only
+        h, _, c_last = one.op("forward")(*arguments)
+    else:
+        h, _, c_last = _Forward.apply(family, *arguments)
+    return h, c_last
+
+
+def arguments_with_care(one: Recurrence, inputs: tuple[Any, ...], options: Options) -> tuple[Any, ...]:
+    """Of the operators, after the checks that are torch's own."""
+    family = one.family
     given = {name: inputs[slot] for name, slot in zip(one.tensor_names, one.slots, strict=True)}
     number: Any = None
     if one.number:
@@ -159,19 +177,7 @@ def _run_with_care(family: str, inputs: tuple[Any, ...], options: Options) -> Re
     by_slot = list(one.by_slot(given))
     if number is not None and one.number_slot is not None:
         by_slot[one.number_slot] = number
-    arguments = one.arguments(by_slot, options)
-    traced = torch.jit.is_tracing()
-    if (traced or torch.compiler.is_compiling()) and torch.onnx.is_in_onnx_export():
-        from cusru.torch import onnx
-
-        with untraced():
-            _check_without_memory(one, "forward", one.named(arguments))
-        h, _, c_last = getattr(onnx, f"{family}_forward")(*arguments)
-    elif traced:  # a trace is saved with operators only
-        h, _, c_last = one.op("forward")(*arguments)
-    else:
-        h, _, c_last = _Forward.apply(family, *arguments)
-    return h, c_last
+    return one.arguments(by_slot, options)
 
 
 # ---- the straight way ----------------------------------------------------------------------------------------------
@@ -208,6 +214,32 @@ def _run(
     if results is None:
         raise _Unusual
     return results
+
+
+def run_forward(one: Recurrence, inputs: tuple[Any, ...], options: Options) -> tuple[Tensor, Tensor | None, Tensor]:
+    """h, c, c_last and no graph of them, of inputs that have been looked at."""
+    try:
+        h, c, c_last = _run(one.forward, inputs, options)
+    except _Unusual:
+        h, c, c_last = one.op("forward")(*one.arguments(inputs, options))
+        c = c[:-1] if options.save_every else None
+    return h, c, c_last
+
+
+def run_backward(
+    one: Recurrence, inputs: tuple[Any, ...], options: Options, c: Tensor, grad_h: Tensor, grad_c_last: Tensor | None,
+    wanted: Container[str],
+) -> dict[str, Tensor | None]:  # fmt: skip
+    """Likewise, the gradients by their slots."""
+    padded = (*inputs, *(None,) * (len(INPUTS) - one.count), None, c, None, grad_h, grad_c_last)
+    unwanted = tuple([slot for slot in one.backward.results if slot not in wanted])
+    found: Sequence[Tensor | None]
+    try:
+        found = _run(one.backward, padded, options, unwanted)
+    except _Unusual:
+        saved = torch.cat([c, torch.zeros_like(c[:1])])
+        found = _of_backward(one, grad_h, grad_c_last, saved, one.arguments(inputs, options), one.op("backward"))
+    return dict(zip(one.backward.results, found, strict=True))
 
 
 class _Straight(torch.autograd.Function):
@@ -364,7 +396,7 @@ def _backward(
 
 def _forward_without_memory(one: Recurrence, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     given = one.named(arguments)
-    _check_without_memory(one, "forward", given)
+    check_without_memory(one, "forward", given)
     return _new_outputs(one.first(given), given["save_every"] or 0)
 
 
@@ -372,11 +404,11 @@ def _backward_without_memory(
     one: Recurrence, grad_h: Tensor, grad_c_last: Tensor | None, c: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:  # fmt: skip
     given = one.named(arguments)
-    _check_without_memory(one, "backward", given | dict(grad_h=grad_h, grad_c_last=grad_c_last, c=c[:-1]))
+    check_without_memory(one, "backward", given | dict(grad_h=grad_h, grad_c_last=grad_c_last, c=c[:-1]))
     return _new_gradients(one.first(given), [given[name] for name in one.results])
 
 
-def _check_without_memory(one: Recurrence, direction: str, arguments: dict[str, Any]) -> None:
+def check_without_memory(one: Recurrence, direction: str, arguments: dict[str, Any]) -> None:
     """The checks of cusru's functions for tensors of a tracer, which have all that is looked at but memory."""
     operator = one.forward if direction == "forward" else one.backward
     described = {n: _describe(n, a) if isinstance(a, Tensor) else a for n, a in arguments.items()}
@@ -508,7 +540,7 @@ def _vmap(
     values, dims = dict(zip(names, arguments, strict=True)), dict(zip(names, in_dims, strict=True))
     if function is _Forward and size:  # the caller knows the sizes of one problem
         each = tuple(a if d is None else a.select(d, 0) for a, d in zip(arguments, in_dims, strict=True))
-        _check_without_memory(one, "forward", one.named(each))
+        check_without_memory(one, "forward", one.named(each))
     shared = ("mask_pad", "starts", "scale_x")
     if any(dims.get(name) is not None for name in shared):
         apart = [
