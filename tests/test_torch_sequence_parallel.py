@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch", reason='needs torch: pip install "cusru[tor
 import torch.distributed as dist  # noqa: E402
 
 import cusru.torch  # noqa: E402
-from cusru.torch import sequence_parallel_linear_recurrence, sequence_parallel_qrnn, sequence_parallel_sru  # noqa: E402
+from cusru.torch import operator, sequence_parallel_linear_recurrence, sequence_parallel_qrnn, sequence_parallel_sru  # noqa: E402
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
@@ -37,6 +37,16 @@ OVER_TIME = ("u", "x", "b", "mask_pad", "starts", "zoneout")  # and a with three
 WITH_GRADIENT = ("u", "x", "bias", "a", "b", "c0")
 DRAWN = 120
 DTYPES = ("float64", "float64", "float64", "float32", "float16", "bfloat16")
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: torch.Tensor) -> torch.Tensor:
+        return h.new_zeros((), dtype=torch.float64)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> None:
+        return None
 
 
 class Case:
@@ -91,7 +101,7 @@ class Case:
         self.save_every = draw.choice([1, 3, 32])
         self.grad_h = normal(length, batch, width)
         self.grad_c_last = normal(WORLD, batch, width, dtype=state)  # of each rank's loss
-        self.uses = [draw.choice(["h and c_last", "h", "c_last"]) for _ in range(WORLD)]
+        self.uses = [draw.choice(["h and c_last", "h", "c_last", "nothing"]) for _ in range(WORLD)]
         self.mine = [slice(sum(self.lengths[:rank]), sum(self.lengths[: rank + 1])) for rank in range(WORLD)]
 
     def whole(self, name: str, a: Any) -> bool:
@@ -108,7 +118,7 @@ class Case:
         found = {"h without a graph": h, "c_last without a graph": c_last}
         leaves = {n: given[n].requires_grad_() for n in WITH_GRADIENT if given.get(n) is not None}
         h, c_last = of(**given, save_every=self.save_every)
-        loss = 0 * c_last.sum()
+        loss = _NoGradient.apply(h)  # even so its backward has to come
         if "h" in self.uses[rank].split():
             loss = loss + (h * self.grad_h[self.mine[rank]]).sum()
         if "c_last" in self.uses[rank]:
@@ -335,6 +345,34 @@ def test_without_a_group_it_says_what_to_do():
 def both(of: Any, u: torch.Tensor) -> torch.Tensor:
     h, c_last = of(u, bidirectional=True)
     return h.sin().sum() + c_last.cos().sum()
+
+
+@pytest.mark.parametrize("of", FAMILIES)
+def test_tensors_that_are_not_plain_take_the_operators(alone, monkeypatch, of):
+    def unusual(*_: Any, **__: Any) -> Any:
+        raise operator._Unusual
+
+    def gradients(function: Any) -> Any:
+        inputs = [normal(5, 3, 4, *(3,) * (of != "linear_recurrence"), seed=i).requires_grad_() for i in range(2)]
+        inputs = inputs if of == "linear_recurrence" else inputs[:1]
+        c0 = normal(3, 4).requires_grad_()
+        h, c_last = function(*inputs, c0=c0, save_every=2, bidirectional=True)
+        return h, c_last, *torch.autograd.grad(h.sin().sum() + c_last.cos().sum(), (*inputs, c0))
+
+    expected = gradients(getattr(cusru.torch, of))
+    monkeypatch.setattr(operator, "_run", unusual)
+    torch.testing.assert_close(gradients(PARALLEL[of]), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_one_state_in_so_many_is_kept_and_none_without_a_graph(alone):
+    kept: list[tuple[int, ...]] = []
+    u = normal(5, 3, 4, 3)
+    with torch.autograd.graph.saved_tensors_hooks(lambda a: kept.append(tuple(a.shape)), lambda a: a):
+        sequence_parallel_qrnn(u)
+        assert not kept
+        sequence_parallel_qrnn(u.requires_grad_(), save_every=2)
+    assert kept.count((3, 3, 4)) == 1  # c
+    assert (5, 3, 4) not in kept
 
 
 @pytest.mark.parametrize("how", ["compiled", "checkpointed"])

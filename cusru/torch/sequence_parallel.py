@@ -58,8 +58,8 @@ def sequence_parallel_sru(
     Args:
         u, x, mask_pad, starts: this rank's slice, as `sru` takes it. A rank where nothing is padded, or begins, may leave out
             mask_pad, or starts. `starts` at a slice's first step cuts it from the slice before, in both directions.
-        bias, mask_c: the same on every rank. A parameter's gradient is this rank's share: summed over the group (all_reduce,
-            DistributedDataParallel) it is the gradient.
+        bias, mask_c: the same on every rank. A parameter's gradient is this rank's share: summed over the group (all_reduce; of
+            DistributedDataParallel's mean, the group's size times as much) it is the gradient.
         c0: (B, D): the initial state of the whole sequence, the same on every rank. Its gradient too is a share: all of it where
             the column begins, on the first rank or for a reversed column on the last, and 0 on the others.
         weight_c: refused: SRU v2 is not linear in c.
@@ -196,16 +196,14 @@ class _Call(NamedTuple):
 
 def _run(name: str, one: Recurrence, inputs: tuple[Any, ...], options: Options, group: Any) -> Results:
     ranks = _ranks(name, inputs[0], group)
-    call = own = error = None
     try:
         call = _look(name, one, inputs, options)
         with torch.no_grad():  # now, for what fails here, as where CuPy is missing, can be told to the others
             own = _factor(call), _summand(call)
-    except Exception as raised:
-        error = raised
-    lengths = _agree(name, ranks, call, error)
-    if call is None or own is None:
-        raise error or AssertionError
+    except Exception as error:
+        _exchange(ranks, error=_kind(error), text=str(error))
+        raise
+    lengths = _agree(name, ranks, call)
     with torch.no_grad():
         factors, summands, cuts = _gather_summaries(ranks, call, *own, is_first=not any(lengths[: ranks.rank]))
         c0 = call.inputs[_C0]
@@ -446,26 +444,26 @@ def _gather(ranks: _Ranks, own: Tensor) -> Tensor:
 _ERRORS = {one.__name__: one for one in (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError)}
 
 
-def _agree(name: str, ranks: _Ranks, call: _Call | None, error: Exception | None) -> list[int]:
-    """Every rank's L. Raises on every rank alike, but that a rank with an error of its own raises that one."""
-    if error is not None:
-        kind = next((one.__name__ for one in type(error).__mro__ if one.__name__ in _ERRORS), "RuntimeError")
-        said: dict[str, Any] = {"error": kind, "text": str(error)}
-    else:
-        assert call is not None
-        said = {"length": call.inputs[0].shape[0], "call": _description(name, call)}
-    with torch._C._DisableFuncTorch():  # which would wrap the word too, where it is the error
-        own = torch.tensor(list(_packed(said)), dtype=torch.uint8, device=ranks.device)
-        words = [json.loads(bytes(word)) for word in _gather(ranks, own).tolist()]
-    if error is not None:
-        raise error
+def _kind(error: Exception) -> str:
+    return next((one.__name__ for one in type(error).__mro__ if one.__name__ in _ERRORS), "RuntimeError")
+
+
+def _agree(name: str, ranks: _Ranks, call: _Call) -> list[int]:
+    """Every rank's L, once all have said that nothing is wrong there, and the same of their calls."""
+    words = _exchange(ranks, length=call.inputs[0].shape[0], call=_description(name, call))
     for rank, word in enumerate(words):
         if "error" in word:
             raise _ERRORS[word["error"]](f"{name}, rank {rank} of {ranks.size}: {word['text']}")
-    calls = [word["call"] for word in words]
-    if differences := list(_differences(calls)):
+    if differences := list(_differences([word["call"] for word in words])):
         raise ValueError(f"{name}: the ranks' calls differ in {'; '.join(differences)}")
     return [word["length"] for word in words]
+
+
+def _exchange(ranks: _Ranks, **said: Any) -> list[dict[str, Any]]:
+    """What each rank says."""
+    with torch._C._DisableFuncTorch():  # which would wrap the word too, where it is the error
+        own = torch.tensor(list(_packed(said)), dtype=torch.uint8, device=ranks.device)
+        return [json.loads(bytes(word)) for word in _gather(ranks, own).tolist()]
 
 
 def _packed(said: dict[str, Any]) -> bytes:
