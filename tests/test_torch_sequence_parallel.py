@@ -330,8 +330,9 @@ def test_a_group_may_be_some_of_the_processes(ranks):
 
 
 @pytest.fixture
-def alone(tmp_path):
+def alone(tmp_path, monkeypatch):
     """A group of one."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
     yield
     dist.destroy_process_group()
@@ -362,6 +363,19 @@ def test_tensors_that_are_not_plain_take_the_operators(alone, monkeypatch, of):
     expected = gradients(getattr(cusru.torch, of))
     monkeypatch.setattr(operator, "_run", unusual)
     torch.testing.assert_close(gradients(PARALLEL[of]), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
+@pytest.mark.parametrize("of", FAMILIES)
+def test_nothing_is_no_error(alone, of, shape):
+    inputs = [normal(*shape, *(3,) * (of != "linear_recurrence")).requires_grad_()] * (1 + (of == "linear_recurrence"))
+    c0 = normal(*shape[1:], seed=1).requires_grad_()
+    h, c_last = PARALLEL[of](*inputs, c0=c0, bidirectional=True, starts=torch.ones(shape[:2], dtype=torch.bool))
+    (h.sum() + c_last.sum()).backward()
+    assert h.shape == inputs[0].grad.shape[:3] == shape
+    if not shape[0]:
+        assert torch.equal(c_last, c0)
+        assert torch.equal(c0.grad, torch.ones_like(c0))
 
 
 def test_one_state_in_so_many_is_kept_and_none_without_a_graph(alone):
