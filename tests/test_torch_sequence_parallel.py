@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,9 @@ def wrong(rank: int) -> dict[str, Any]:
 
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, init_method=f"file://{folder}/store")
+    dist.init_process_group(
+        "gloo", rank=rank, world_size=WORLD, init_method=f"file://{folder}/store", timeout=timedelta(minutes=1)
+    )
     found: dict[str, Any] = {"drawn": [Case(seed).run(rank) for seed in range(DRAWN)]}
     found["long"] = {n: PARALLEL[n](**sliced(given, rank)) for n, given in long_memory().items()}
     found["not numbers"] = {}
