@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
+from conftest import scripted
 
 torch = pytest.importorskip("torch", reason='needs torch: pip install "cusru[torch]"')
 
@@ -392,6 +393,11 @@ def test_one_state_in_so_many_is_kept_and_none_without_a_graph(alone):
     assert (5, 3, 4) not in kept
 
 
+class Module(torch.nn.Module):
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        return sequence_parallel_qrnn(u)[0]
+
+
 @pytest.mark.parametrize("how", ["compiled", "checkpointed"])
 def test_it_works_under(alone, how):
     """torch.compile breaks the graph there; a checkpoint exchanges once more."""
@@ -413,6 +419,8 @@ def test_what_it_does_not_work_under_is_refused(alone):
         dual = torch.autograd.forward_ad.make_dual(u.detach(), torch.ones_like(u))
         with pytest.raises(NotImplementedError, match="reverse-mode autograd alone"):
             sequence_parallel_qrnn(dual)
+    with pytest.raises(NotImplementedError, match="reverse-mode autograd alone"):
+        torch.export.export(Module(), (u.detach(),), strict=False)
     (gradient,) = torch.autograd.grad(both(sequence_parallel_qrnn, u), u, create_graph=True)
     with pytest.raises(NotImplementedError, match="no derivative of the gradients of sequence_parallel_qrnn"):
         gradient.sum().backward()
@@ -420,6 +428,12 @@ def test_what_it_does_not_work_under_is_refused(alone):
         sequence_parallel_qrnn(u, group=3)
     with pytest.raises(ValueError, match="on meta"):
         sequence_parallel_qrnn(u.to("meta"))
+
+
+@scripted
+def test_a_trace_of_it_is_refused(alone):
+    with pytest.raises(NotImplementedError, match="reverse-mode autograd alone"):
+        torch.jit.trace(sequence_parallel_qrnn, normal(5, 3, 4, 3))
 
 
 if __name__ == "__main__":  # one import of torch for all

@@ -195,6 +195,8 @@ class _Call(NamedTuple):
 
 
 def _run(name: str, one: Recurrence, inputs: tuple[Any, ...], options: Options, group: Any) -> Results:
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # torch.export, where nothing can be told to the others
+        raise NotImplementedError(_EAGER.format(name))
     ranks = _ranks(name, inputs[0], group)
     try:
         call = _look(name, one, inputs, options)
@@ -215,6 +217,12 @@ def _run(name: str, one: Recurrence, inputs: tuple[Any, ...], options: Options, 
     return _SequenceParallel.apply(ranks, call, chain, *call.inputs)  # type: ignore[no-any-return]
 
 
+_EAGER = (
+    "{} exchanges numbers with other processes, under reverse-mode autograd alone: not in forward mode, in torch.func's "
+    "transforms (vmap, grad, jvp), in a trace or an export"
+)
+
+
 def _look(name: str, one: Recurrence, inputs: tuple[Any, ...], options: Options) -> _Call:
     if one is operator.SRU and inputs[_WEIGHT_C] is not None:
         raise ValueError(
@@ -222,12 +230,8 @@ def _look(name: str, one: Recurrence, inputs: tuple[Any, ...], options: Options)
             "state that enters it. Pipeline over the batch: each rank runs cusru.torch.sru on its slice of time, one micro-batch "
             "after the other, with the c_last of the rank before as c0, while that rank runs the next micro-batch"
         )
-    watched = torch.jit.is_tracing() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if watched or any(map(_is_dual, inputs)):
-        raise NotImplementedError(
-            f"{name} exchanges numbers with other processes, under reverse-mode autograd alone: not in forward mode, in "
-            "torch.func's transforms (vmap, grad, jvp), in a trace or an export"
-        )
+    if torch._C._are_functorch_transforms_active() or any(map(_is_dual, inputs)):
+        raise NotImplementedError(_EAGER.format(name))
     given = one.named(operator.arguments_with_care(one, inputs, options))
     operator.check_without_memory(one, "forward", given)
     u = one.first(given)
