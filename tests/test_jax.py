@@ -441,6 +441,39 @@ def test_sharded_time_is_the_whole(case, ways):
     close(jax.jit(jax.value_and_grad(many))(arrays), jax.value_and_grad(one)(arrays))
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("family", FUNCTIONS)
+def test_what_is_not_finite_goes_no_further_than_a_start(family, reverse):
+    """From the shard where it is to the first start after it, whichever shard has that, in its own columns; gradients too."""
+    u = normal(4 * L, B, D, 3).at[L + 1, 0, 1, 0].set(jnp.nan).at[L + 1, 1, 2, 1].set(jnp.inf)
+    starts = jnp.zeros((4 * L, B), bool).at[jnp.array([3 * L - 2, 1, 2 * L, L]), jnp.arange(4)].set(True)
+    given = (u[..., 1], u[..., 0]) if family == "linear_recurrence" else (u,)
+
+    def one(*given):
+        return FUNCTIONS[family](*given, starts=starts, reverse=reverse)
+
+    def many(*given):
+        run = functools.partial(PARALLEL[family], axis_name="i", reverse=reverse)
+        specs = dict(mesh=mesh(4), in_specs=P("i"), out_specs=(P("i"), P()))
+        return jax.shard_map(lambda given, starts: run(*given, starts=starts), **specs)(given, starts)
+
+    def results(function):
+        return *function(*given), jax.grad(lambda *given: (function(*given)[0] ** 2).sum())(*given)
+
+    for found, wanted in zip(jax.jit(results, static_argnums=0)(many), jax.jit(results, static_argnums=0)(one), strict=True):
+        np.testing.assert_array_equal(np.isfinite(found), np.isfinite(wanted))
+        np.testing.assert_allclose(*(jnp.where(jnp.isfinite(a), a, 0) for a in (found, wanted)), rtol=1e-10, atol=1e-12)
+        assert np.isfinite(wanted).any()
+
+
+def test_a_factor_that_overflows_leaves_a_state_of_0():
+    a, b = jnp.full((4 * L, B, D), 1e60), jnp.zeros((4 * L, B, D))
+    run = functools.partial(cj.sequence_parallel_linear_recurrence, axis_name="i")
+    h, c_last = jax.shard_map(run, mesh=mesh(4), in_specs=P("i"), out_specs=(P("i"), P()))(a, b)
+    assert not h.any()
+    assert not c_last.any()
+
+
 def test_sru_v2_is_not_linear_in_c():
     u = normal(4 * L, B, D, 3)
     run = functools.partial(cj.sequence_parallel_sru, axis_name="i", weight_c=jnp.zeros((2, D)))

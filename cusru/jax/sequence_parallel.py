@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cusru.jax.functions import linear_recurrence, qrnn, sru
 from cusru.jax.operator import SAVE_EVERY
@@ -47,7 +46,7 @@ def sequence_parallel_sru(
         weight_c: must be None: SRU v2 is not linear in c, so that a shard cannot tell what it does to a state before it has that.
 
     The other arguments are those of `cusru.jax.sru`. It takes three runs of the shard forward, and three
-    backward; each shard tells the others 2 * B * D values of the state's dtype.
+    backward; each shard tells the others 3 * B * D values of the state's dtype.
 
     Returns:
         h: this shard's steps, as `sru` has it; and c_last: (B, D), the state after the whole sequence, the same in each shard.
@@ -133,23 +132,29 @@ def _run(
     shape, state = u.shape[1:3], jnp.promote_types(u.dtype, jnp.float32)
     kept, taken_in = c_last_of_nothing(jnp.ones(shape, state)), c_last(jnp.zeros(shape, state))
     shards, shard = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
-    runs_back = np.zeros(shape[1], bool)
-    runs_back[shape[1] // 2 if bidirectional else shape[1] :] = True
-    runs_back ^= bool(reverse)
+    half = shape[1] // 2 if bidirectional else shape[1]
+    halves = [(slice(0, half), bool(reverse)), (slice(half, None), not reverse)]
+    cut = jnp.zeros(shape, bool)  # where what enters the shard does not leave it
     if starts is not None and starts.shape[0]:
-        # A column that runs back ends a sequence here: what it hands on to the shard before in time, the next to run, is nothing.
-        ended = (starts[0] != 0)[:, None] & runs_back & (shard > 0)
-        kept, taken_in = jnp.where(ended, 0, kept), jnp.where(ended, 0, taken_in)
+        begins = (starts != 0)[..., None]
+        # A column that runs back ends a sequence at the first step: the shard before in time, the next to run, gets none of it.
+        ended = begins[0] & (shard > 0)
+        for columns, backward in halves:
+            cut = cut.at[:, columns].set((begins[1:].any(0) | ended) if backward else begins.any(0))
+            if backward:
+                taken_in = taken_in.at[:, columns].set(jnp.where(ended, 0, taken_in[:, columns]))
     # A sum of tables in which each has filled in its own rows: a gather whose result is known to be the same everywhere
-    summaries = jnp.zeros((shards, 2, *shape), state).at[shard].set(jnp.stack([kept, taken_in]))
-    summaries = jax.lax.psum(summaries, axis_name)
+    own = jnp.stack([kept, taken_in, cut.astype(state)])
+    summaries = jax.lax.psum(jnp.zeros((shards, *own.shape), state).at[shard].set(own), axis_name)
     first = jnp.zeros(shape, state) if c0 is None else c0.astype(state)
-    before, last = [], []
-    for order in (range(shards), reversed(range(shards))):
-        c, arriving = first, {}
-        for one in order:
+    entering, leaving = [], []
+    for columns, backward in halves:
+        c, arriving = first[:, columns], {}
+        for one in reversed(range(shards)) if backward else range(shards):
             arriving[one] = c
-            c = summaries[one, 0] * c + summaries[one, 1]
-        before.append(jnp.stack([arriving[one] for one in range(shards)]))
-        last.append(c)
-    return h(jnp.where(runs_back, before[1], before[0])[shard]), jnp.where(runs_back, last[1], last[0])
+            factor, summand, is_cut = summaries[one, ..., columns]
+            c = jnp.where(is_cut != 0, 0, c)  # and no NaN before a start is felt after it
+            c = jnp.where((c == 0) & ~jnp.isfinite(factor), 0, factor) * c + summand
+        entering.append(jnp.stack([arriving[one] for one in range(shards)]))
+        leaving.append(c)
+    return h(jnp.concatenate(entering, -1)[shard]), jnp.concatenate(leaving, -1)
