@@ -31,6 +31,7 @@ from cusru import raw_kernels
 
 # Of JAX, which reads this when it first looks for devices: what is sharded is tested on this many
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is shared with CuPy, torch and other workers
 
 _COMMON = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], print_blob=True)
 settings.register_profile("repeatable", derandomize=True, database=None, **_COMMON)

@@ -28,8 +28,8 @@ FUNCTIONS = {"sru": cj.sru, "qrnn": cj.qrnn, "linear_recurrence": cj.linear_recu
 
 
 @pytest.fixture(autouse=True)
-def _wide():
-    with jax.enable_x64(True):
+def _wide_and_on_a_cpu():
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         yield
 
 
@@ -197,6 +197,45 @@ def test_results_and_workspace_are_xlas_own_memory(monkeypatch):
     ]
     assert out[1] is None, "no states without a gradient"
     assert workspace is None or workspace.nbytes == cusru.workspace_size("forward", np.asarray(u), c0=np.asarray(c0))
+
+
+@pytest.fixture
+def device():
+    if reason := missing("gpu"):
+        pytest.skip(reason)
+    try:
+        return jax.devices("gpu")[0]
+    except RuntimeError as error:
+        pytest.skip(f"this JAX has no CUDA device: {error}")
+
+
+@pytest.mark.gpu
+@every_case
+def test_on_a_gpu_it_is_the_same(case, device):
+    expected = jax.jit(jax.value_and_grad(loss(case)))(problem(case)[1])
+    with jax.default_device(device):
+        found = jax.jit(jax.value_and_grad(loss(case)))(problem(case)[1])
+    assert all(a.devices() == {device} for a in jax.tree.leaves(found))
+    close(jax.device_get(found), jax.device_get(expected))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_comes_after_what_it_needs_and_before_what_needs_it(device):
+    """XLA's own work on both sides, again and again: the bits are the first call's."""
+
+    def step(x, weight):
+        for _ in range(4):
+            x, _ = cj.sru((x @ weight).reshape(*x.shape, 3), x, weight_c=weight[:2, : x.shape[2]])
+        return (x**2).sum()
+
+    with jax.default_device(device):
+        x, weight = normal(512, 8, 256, dtype="float32"), normal(256, 768, dtype="float32") / 16
+        gradient = jax.jit(jax.value_and_grad(step, (0, 1)))
+        first = jax.device_get(gradient(x, weight))
+        for _ in range(20):
+            again = jax.device_get(gradient(x, weight))
+            assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True))
+    close(first, jax.device_get(gradient(*jax.device_put((x, weight), jax.devices("cpu")[0]))), 1e-2)
 
 
 def test_a_call_that_is_repeated_is_not_compiled_again():
