@@ -190,7 +190,11 @@ def outcomes(document):
 
 @pytest.mark.parametrize(
     ("document", "number"),
-    [pytest.param(name, i, id=f"{name}-{i}") for name, blocks in BLOCKS.items() for i in range(len(blocks))],
+    [
+        pytest.param(name, i, id=f"{name}-{i}", marks=pytest.mark.xdist_group(name))  # whose blocks one process runs, for all
+        for name, blocks in BLOCKS.items()
+        for i in range(len(blocks))
+    ],
 )
 def test_what_the_documents_show_runs(document, number):
     for framework in frameworks(BLOCKS[document][number]):
