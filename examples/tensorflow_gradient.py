@@ -29,7 +29,7 @@ def sru(
     Args:
         u, x, bias, weight_c, c0, mask_c, mask_pad, starts: tensors, variables or what TensorFlow makes tensors of; shapes and
             dtypes are those of `cusru.sru_forward`.
-        options: activation, candidate, scale_x (a number), mask_target, bidirectional, reverse, save_every, as there.
+        options: activation, candidate, scale_x and save_every (numbers), mask_target, bidirectional, reverse, as there.
 
     Returns:
         h: (L, B, D), u's dtype; and c_last: (B, D), float64 for float64 and float32 for the others.
