@@ -5,6 +5,7 @@ Four processes run all of it once (`python tests/test_torch_sequence_parallel.py
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -196,6 +197,22 @@ def wrong(rank: int) -> dict[str, Any]:
     }
 
 
+class Layers(torch.nn.Module):
+    """Two side by side, and a third on top; one bias for all."""
+
+    def __init__(self, of: Any) -> None:
+        super().__init__()
+        self.of = of
+        self.weights = torch.nn.ParameterList([normal(12, 4, seed=i) for i in range(3)])
+        self.bias = torch.nn.Parameter(normal(2, 4))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        def layer(x: torch.Tensor, i: int, **options: Any) -> Any:
+            return self.of((x @ self.weights[i].T).unflatten(-1, (4, 3)), x, bias=self.bias, **options)
+
+        return layer(layer(x, 0)[0] + layer(x, 1, reverse=True)[0], 2, bidirectional=True)
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -220,6 +237,12 @@ def work(rank: int, folder: str) -> None:
     else:
         with pytest.raises(ValueError, match="not in the group"):
             sequence_parallel_qrnn(u, group=odd)
+    model = torch.nn.parallel.DistributedDataParallel(Layers(sequence_parallel_sru))
+    for context in (model.no_sync(), contextlib.nullcontext()):
+        with context:
+            h, c_last = model(normal(8, 3, 4).chunk(WORLD)[rank])
+            (c_last.sum() if rank == 2 else h.sin().sum()).backward()
+    found["layers"] = [a.grad for a in model.parameters()]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -328,6 +351,17 @@ def test_a_group_may_be_some_of_the_processes(ranks):
     h, c_last = cusru.torch.qrnn(normal(4, 3, 4, 3))
     torch.testing.assert_close(torch.cat([ranks[1]["of two"][0], ranks[3]["of two"][0]]), h, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ranks[1]["of two"][1], c_last, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_learn_under_distributed_data_parallel(ranks):
+    """Calls side by side, two batches' gradients, and a loss that not every rank has from h: the mean, times the ranks, is the
+    gradient."""
+    model = Layers(cusru.torch.sru)
+    h, c_last = model(normal(8, 3, 4))
+    (c_last.sum() + torch.cat([h[:4], h[6:]]).sin().sum()).backward()
+    for rank in ranks:
+        for share, a in zip(rank["layers"], model.parameters(), strict=True):
+            torch.testing.assert_close(share * WORLD, 2 * a.grad, rtol=1e-12, atol=1e-12)
 
 
 # ---- in one process ----------------------------------------------------------------------------------------------------
