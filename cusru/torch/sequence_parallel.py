@@ -52,8 +52,9 @@ def sequence_parallel_sru(
     """`cusru.torch.sru` of a sequence whose slices of time lie on the ranks of a process group, SRU v1 alone, differentiable.
 
     Rank 0 has the first steps, the last rank the last ones; L may differ from rank to rank and be 0. All ranks call it, and all
-    run the backward through h or c_last: a rank whose loss has neither adds `0 * c_last.sum()`. The loss is the sum of the
-    ranks' losses, and the results are those of one call of the whole sequence, up to rounding.
+    run the backward through h or c_last, of several calls in the same order (one backward sees to that): a rank whose loss has
+    neither adds `0 * c_last.sum()`. The loss is the sum of the ranks' losses, and the results are those of one call of the whole
+    sequence, up to rounding.
 
     Args:
         u, x, mask_pad, starts: this rank's slice, as `sru` takes it. A rank where nothing is padded, or begins, may leave out
@@ -77,8 +78,8 @@ def sequence_parallel_sru(
 
     Raises:
         As `sru`: on every rank, if one rank's arguments are wrong, with that rank's words.
-        ValueError: weight_c is given; calls differ between ranks in what is to be the same; this process is not in the group.
-        RuntimeError: there is no process group.
+        ValueError: weight_c is given; calls differ between ranks in what is to be the same.
+        ValueError, TypeError, RuntimeError: this process is not in the group, `group` is none, there is no group: on this rank.
         NotImplementedError: forward-mode differentiation, a derivative of the gradients, torch.func's transforms, a trace or an
             export. torch.compile breaks the graph here.
     """
