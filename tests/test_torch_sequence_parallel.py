@@ -230,6 +230,14 @@ def work(rank: int, folder: str) -> None:
             found["wrong"][name] = call()
         except Exception as error:
             found["wrong"][name] = type(error).__name__, str(error)
+    two = [sequence_parallel_qrnn(normal(2, 3, 4, 3, seed=i).requires_grad_()) for i in range(2)]
+    found["another order"] = []
+    for h, _ in two[:: -1 if rank == 2 else 1]:
+        try:
+            found["another order"].append(h.sum().backward(retain_graph=True))
+        except RuntimeError as error:
+            found["another order"].append(str(error))
+    sum(h.sum() for h, _ in two).backward()
     odd = dist.new_group([1, 3])
     u = normal(4, 3, 4, 3)
     if rank % 2:
@@ -297,6 +305,13 @@ def test_what_is_remembered_for_long_keeps_its_digits(ranks, family):
     forward = oracle.forward if family == "sru" else getattr(oracle, f"{family}_forward")
     h = torch.cat([rank["long"][family][0] for rank in ranks])
     oracle.check({"h": wide(h), "c_last": wide(ranks[0]["long"][family][1])}, forward(**given, save_every=None), "float32")
+
+
+def test_backwards_in_another_order_at_one_rank_are_an_error_at_all(ranks):
+    for rank in ranks:
+        assert len(rank["another order"]) == 2
+        for text in rank["another order"]:
+            assert "the ranks run the backwards of different calls" in text
 
 
 @pytest.mark.parametrize("what", not_numbers())

@@ -13,6 +13,7 @@ rank that hands over nothing there (`_Cuts.outset`). What begins anew is told by
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -69,7 +70,7 @@ def sequence_parallel_sru(
         group: a torch.distributed.ProcessGroup; None: the default one.
 
     The ranks exchange 1 KB each about their calls, then 2 * B * D + 2 * B values of the state's dtype, and in the backward
-    2 * B * D. Call and backward wait for these; a rank that does not come is the group's time-out. With a group that has gloo
+    2 * B * D + 1. Call and backward wait for these; a rank that does not come is the group's time-out. With a group that has gloo
     alone for u's device they go by way of the CPU.
 
     Returns:
@@ -168,6 +169,7 @@ class _Ranks(NamedTuple):
     rank: int
     device: torch.device  # on which it exchanges what a CPU has to read
     backends: dict[str, str]  # by the type of device
+    number: int = 0  # of a call, the same at all ranks
 
 
 class _Cuts(NamedTuple):
@@ -206,7 +208,8 @@ def _run(name: str, one: Recurrence, inputs: tuple[Any, ...], options: Options, 
     except Exception as error:
         _exchange(ranks, error=_kind(error), text=str(error))
         raise
-    lengths = _agree(name, ranks, call)
+    lengths, number = _agree(name, ranks, call)
+    ranks = ranks._replace(number=number)
     with torch.no_grad():
         factors, summands, cuts = _gather_summaries(ranks, call, *own, is_first=not any(lengths[: ranks.rank]))
         c0 = call.inputs[_C0]
@@ -387,7 +390,13 @@ class _Gradients(torch.autograd.Function):
             grad_c_last = torch.zeros_like(entering)
         summand = operator.run_backward(one, inputs, options, c, grad_h, None, ("grad_c0",))["grad_c0"]
         assert summand is not None
-        summands, of_c_last = _gather(ranks, torch.stack([summand, grad_c_last])).unbind(1)
+        own = torch.cat([summand.flatten(), grad_c_last.flatten(), summand.new_full((1,), ranks.number)])
+        rows = _gather(ranks, own)
+        summands, of_c_last = rows[:, :-1].unflatten(1, (2, *summand.shape)).unbind(1)
+        same = (rows[:, -1] == ranks.number).all()
+        if rows.is_cpu and not same:
+            raise RuntimeError(_ORDER.format(one.family))
+        summands = torch.where(same, summands, torch.nan)  # on a device, which nobody waits for
         first = of_c_last.sum(0)  # of all ranks' losses
         arriving, _ = _through(ranks, options, first, factors, summands, cuts, against=True)
         gradients = operator.run_backward(one, inputs, options, c, grad_h, arriving, wanted)
@@ -404,6 +413,12 @@ class _Gradients(torch.autograd.Function):
         raise NotImplementedError(
             f"cusru has no derivative of the gradients of sequence_parallel_{ctx.family} (double backward, create_graph=True)"
         )
+
+
+_ORDER = (
+    "sequence_parallel_{0}: the ranks run the backwards of different calls. Several backwards must come in the same order on "
+    "every rank, or be one: of the sum of the losses"
+)
 
 
 # ---- the group -------------------------------------------------------------------------------------------------------
@@ -453,15 +468,16 @@ def _kind(error: Exception) -> str:
     return next((one.__name__ for one in type(error).__mro__ if one.__name__ in _ERRORS), "RuntimeError")
 
 
-def _agree(name: str, ranks: _Ranks, call: _Call) -> list[int]:
-    """Every rank's L, once all have said that nothing is wrong there, and the same of their calls."""
-    words = _exchange(ranks, length=call.inputs[0].shape[0], call=_description(name, call))
+def _agree(name: str, ranks: _Ranks, call: _Call) -> tuple[list[int], int]:
+    """Every rank's L, once all have said that nothing is wrong there, and the same of their calls; and the number of rank 0's
+    choice, below 2^24, that float32 holds."""
+    words = _exchange(ranks, length=call.inputs[0].shape[0], number=secrets.randbits(24), call=_description(name, call))
     for rank, word in enumerate(words):
         if "error" in word:
             raise _ERRORS[word["error"]](f"{name}, rank {rank} of {ranks.size}: {word['text']}")
     if differences := list(_differences([word["call"] for word in words])):
         raise ValueError(f"{name}: the ranks' calls differ in {'; '.join(differences)}")
-    return [word["length"] for word in words]
+    return [word["length"] for word in words], words[0]["number"]
 
 
 def _exchange(ranks: _Ranks, **said: Any) -> list[dict[str, Any]]:
