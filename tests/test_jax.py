@@ -364,6 +364,19 @@ def test_masks_of_each_example(name, shape, shared, monkeypatch):
         close(jax.tree.map(lambda a, i=i: a[i], found), jax.value_and_grad(one, (0, 1, 2))(*own))
 
 
+@pytest.mark.parametrize("name", ["u", "mask_pad"])
+def test_no_examples_have_the_shapes_of_one(name):
+    u, bias, value = normal(L, B, D, 3), normal(2 * D), {"u": normal(0, L, B, D, 3), "mask_pad": jnp.zeros((0, L, B), bool)}[name]
+
+    def one(u, bias, value):
+        h, c_last = cj.sru(**({"u": u, "bias": bias} | {name: value}))
+        return h.sum(), (h, c_last)
+
+    of = jax.vmap(jax.value_and_grad(one, (0, 1), has_aux=True), in_axes=(None, None, 0))
+    (_, found), gradients = of(u, bias, value)
+    assert [a.shape for a in (*found, *gradients)] == [(0, L, B, D), (0, B, D), (0, *u.shape), (0, *bias.shape)]
+
+
 # ---- shard_map -------------------------------------------------------------------------------------------------------
 
 

@@ -243,6 +243,9 @@ def _batched(static: Static, size: int, mapped: Sequence[bool], arrays: Sequence
     operator = OPERATORS[static.operator]
     given = dict(zip(static.slots, arrays, strict=True))
     is_mapped = dict(zip(static.slots, mapped, strict=True))
+    if not size:  # of no columns nobody could tell how many each problem has
+        one = (jax.ShapeDtypeStruct(a.shape[is_mapped[slot] :], a.dtype) for slot, a in given.items())
+        return _varying((jnp.zeros((0, *a.shape), a.dtype) for a in jax.eval_shape(_kernel(static), *one)), arrays)
     # "F", the two rows of a parameter laid end to end, as "RD"
     axes = {slot: operator.axes(slot, a.ndim - is_mapped[slot]).replace("F", "RD") for slot, a in given.items()}
     flat = {slot for slot, a in given.items() if a.ndim - is_mapped[slot] < len(axes[slot])}
@@ -279,7 +282,7 @@ def _fold(a: jax.Array, axis: int, halves: int) -> jax.Array:
 
 def _unfold(a: jax.Array, axis: int, halves: int, size: int) -> jax.Array:
     """The reverse of _fold."""
-    shape, width = a.shape, a.shape[axis] // size if size else 0
+    shape, width = a.shape, a.shape[axis] // size
     a = a.reshape(*shape[:axis], halves, size, width // halves, *shape[axis + 1 :])
     return jnp.moveaxis(a, axis + 1, 0).reshape(size, *shape[:axis], width, *shape[axis + 1 :])
 
