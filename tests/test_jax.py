@@ -526,6 +526,21 @@ def test_a_factor_that_overflows_leaves_a_state_of_0():
     assert not c_last.any()
 
 
+WRONG_IN_A_SHARD: list[tuple[type[Exception], str, Any]] = [
+    (ValueError, r"c0 has shape \(4,\); expected \(4, 4\)", lambda u, **i: cj.sequence_parallel_sru(u, c0=u[0, 0, :, 0], **i)),
+    (TypeError, "c0 has dtype int64; allowed", lambda u, **i: cj.sequence_parallel_qrnn(u, c0=jnp.ones((B, D), int), **i)),
+    (TypeError, "u must be an array of JAX's or NumPy's", lambda u, **i: cj.sequence_parallel_sru([u], **i)),
+    (TypeError, "b must be an array of JAX's or NumPy's", lambda u, **i: cj.sequence_parallel_linear_recurrence(u, None, **i)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "message", "call"), WRONG_IN_A_SHARD, ids=[w[1][:20] for w in WRONG_IN_A_SHARD])
+def test_what_is_wrong_in_a_shard_is_said_as_of_the_whole(kind, message, call):
+    run = functools.partial(call, axis_name="i")
+    with pytest.raises(kind, match=message):
+        jax.shard_map(run, mesh=mesh(4), in_specs=P("i"), out_specs=(P("i"), P()))(normal(4 * L, B, D, 3))
+
+
 def test_sru_v2_is_not_linear_in_c():
     u = normal(4 * L, B, D, 3)
     run = functools.partial(cj.sequence_parallel_sru, axis_name="i", weight_c=jnp.zeros((2, D)))

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cusru.jax.functions import linear_recurrence, qrnn, sru
 from cusru.jax.operator import SAVE_EVERY
@@ -45,8 +46,8 @@ def sequence_parallel_sru(
         bias, mask_c, scale_x: the same in each shard.
         weight_c: must be None: SRU v2 is not linear in c, so that a shard cannot tell what it does to a state before it has that.
 
-    The other arguments are those of `cusru.jax.sru`. It takes three runs of the shard forward, and three
-    backward; each shard tells the others 3 * B * D values of the state's dtype.
+    The other arguments are those of `cusru.jax.sru`. It takes three runs of the shard forward, and three backward; each shard
+    tells the others 2 * B * D values of the state's dtype, and with `starts` B * D bytes.
 
     Returns:
         h: this shard's steps, as `sru` has it; and c_last: (B, D), the state after the whole sequence, the same in each shard.
@@ -66,7 +67,7 @@ def sequence_parallel_sru(
     return _run(
         lambda c0: sru(u, x, c0=c0, **options)[0],
         lambda c0: sru(u, c0=c0, **options)[1],
-        lambda c0: sru(u.at[..., 0].set(0), c0=c0, **options)[1],
+        lambda c0: sru(jnp.asarray(u).at[..., 0].set(0), c0=c0, **options)[1],
         u, axis_name, c0, starts, bidirectional, reverse,
     )  # fmt: skip
 
@@ -93,7 +94,7 @@ def sequence_parallel_qrnn(
     return _run(
         lambda c0: qrnn(u, c0=c0, **options)[0],
         lambda c0: qrnn(u, c0=c0, **options)[1],
-        lambda c0: qrnn(u.at[..., 0].set(0), c0=c0, **options)[1],
+        lambda c0: qrnn(jnp.asarray(u).at[..., 0].set(0), c0=c0, **options)[1],
         u, axis_name, c0, starts, bidirectional, reverse,
     )  # fmt: skip
 
@@ -129,32 +130,35 @@ def _run(
     axis_name: str, c0: jax.Array | None, starts: jax.Array | None, bidirectional: bool, reverse: bool,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The first three are functions of the initial state; of nothing: where all candidates are 0."""
+    jax.eval_shape(lambda: h(c0))  # what is wrong is said of the caller's own arguments
     shape, state = u.shape[1:3], jnp.promote_types(u.dtype, jnp.float32)
     kept, taken_in = c_last_of_nothing(jnp.ones(shape, state)), c_last(jnp.zeros(shape, state))
     shards, shard = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
-    half = shape[1] // 2 if bidirectional else shape[1]
-    halves = [(slice(0, half), bool(reverse)), (slice(half, None), not reverse)]
-    cut = jnp.zeros(shape, bool)  # where what enters the shard does not leave it
+
+    def table(own: jax.Array) -> jax.Array:
+        """That of each shard: a sum of tables in which each has filled in its own row, so known to be the same everywhere."""
+        return jax.lax.psum(jnp.zeros((shards, *own.shape), own.dtype).at[shard].set(own), axis_name)
+
+    runs_back = np.zeros(shape[1], bool)
+    runs_back[shape[1] // 2 if bidirectional else shape[1] :] = True
+    runs_back ^= bool(reverse)
+    cuts = None
     if starts is not None and starts.shape[0]:
+        # A column that runs back ends a sequence here: what it hands on to the shard before in time, the next to run, is nothing.
         begins = (starts != 0)[..., None]
-        # A column that runs back ends a sequence at the first step: the shard before in time, the next to run, gets none of it.
-        ended = begins[0] & (shard > 0)
-        for columns, backward in halves:
-            cut = cut.at[:, columns].set((begins[1:].any(0) | ended) if backward else begins.any(0))
-            if backward:
-                taken_in = taken_in.at[:, columns].set(jnp.where(ended, 0, taken_in[:, columns]))
-    # A sum of tables in which each has filled in its own rows: a gather whose result is known to be the same everywhere
-    own = jnp.stack([kept, taken_in, cut.astype(state)])
-    summaries = jax.lax.psum(jnp.zeros((shards, *own.shape), state).at[shard].set(own), axis_name)
-    first = jnp.zeros(shape, state) if c0 is None else c0.astype(state)
-    entering, leaving = [], []
-    for columns, backward in halves:
-        c, arriving = first[:, columns], {}
-        for one in reversed(range(shards)) if backward else range(shards):
-            arriving[one] = c
-            factor, summand, is_cut = summaries[one, ..., columns]
-            c = jnp.where(is_cut != 0, 0, c)  # and no NaN before a start is felt after it
-            c = jnp.where((c == 0) & ~jnp.isfinite(factor), 0, factor) * c + summand
-        entering.append(jnp.stack([arriving[one] for one in range(shards)]))
-        leaving.append(c)
-    return h(jnp.concatenate(entering, -1)[shard]), jnp.concatenate(leaving, -1)
+        ended = begins[0] & runs_back & (shard > 0)
+        kept, taken_in = jnp.where(ended, 0, kept), jnp.where(ended, 0, taken_in)
+        # No state goes past a start, be it NaN, which times 0 is NaN.
+        cuts = _in_order(table((ended | begins[1:].any(0) | (begins[0] & ~runs_back)).astype(jnp.uint8)), runs_back)
+    summaries = _in_order(table(jnp.stack([kept, taken_in])), runs_back)
+    c = jnp.zeros(shape, state) if c0 is None else jnp.asarray(c0, state)
+    arriving = []
+    for one in range(shards):
+        arriving.append(c)
+        c = summaries[one, 0] * (c if cuts is None else jnp.where(cuts[one] != 0, 0, c)) + summaries[one, 1]
+    return h(_in_order(jnp.stack(arriving), runs_back)[shard]), c
+
+
+def _in_order(a: jax.Array, runs_back: np.ndarray) -> jax.Array:
+    """Of each shard, (shards, ..., D): from the order of time to that in which a column comes to them, or back."""
+    return jnp.where(runs_back, a[::-1], a)
