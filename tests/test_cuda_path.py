@@ -4,6 +4,7 @@ RawKernel options and argument list, with the launch handed to the simulator."""
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import types
 from typing import Any
@@ -249,6 +250,18 @@ def test_xlas_callback_runs_on_xlas_stream_in_xlas_memory(driver: Driver, monkey
     ]
     assert not driver.memory
     assert (driver.devices, driver.streams) == ([0], [CURRENT])
+
+
+def test_xlas_callback_without_cupy_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jax", reason='needs JAX: pip install "cusru[jax]"')
+    from cusru.jax import operator
+    from cusru.problem import Options
+
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    static = operator.Static("sru_forward", ("u",), Options(("identity", "identity", "state"), False, None), 1.0)
+    u, *results = (Buffer(np.zeros(shape, "f4")) for shape in ((2, 1, 1, 3), (2, 1, 1), (1, 1)))
+    with pytest.raises(ImportError, match=r"arrays on a CUDA device need CuPy: pip install 'cusru\[cuda13\]'"):
+        operator._callback(static)(types.SimpleNamespace(stream=77), results, u)
 
 
 def test_two_devices_are_named(driver: Driver) -> None:
