@@ -497,7 +497,7 @@ def test_sharded_time_is_the_whole(case, ways):
 @pytest.mark.parametrize("family", FUNCTIONS)
 def test_what_is_not_finite_goes_no_further_than_a_start(family, reverse):
     """From the shard where it is to the first start after it, whichever shard has that, in its own columns; gradients too."""
-    u = normal(4 * L, B, D, 3).at[L + 1, 0, 1, 0].set(jnp.nan).at[L + 1, 1, 2, 1].set(jnp.inf)
+    u = normal(4 * L, B, D, 3).at[L + 1, :, 1, 0].set(jnp.nan).at[L + 1, 1, 2, 1].set(jnp.inf)
     starts = jnp.zeros((4 * L, B), bool).at[jnp.array([3 * L - 2, 1, 2 * L, L]), jnp.arange(4)].set(True)
     given = (u[..., 1], u[..., 0]) if family == "linear_recurrence" else (u,)
 
