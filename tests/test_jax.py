@@ -655,23 +655,25 @@ def test_numpys_arrays_are_taken_and_their_dtype_is_jaxs():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, dict(bidirectional=True, highway_bias=-1.0), dict(v1=True, rescale=False), dict(has_skip_term=False)]
+    "options",
+    [{}, dict(bidirectional=True, highway_bias=-1.0), dict(v1=True, rescale=False), dict(has_skip_term=False, use_tanh=True)],
 )
 @pytest.mark.parametrize("input_size", [8, 5])
 def test_the_layer_is_torchs(input_size, options):
     torch = pytest.importorskip("torch", reason='needs torch: pip install "cusru[torch]"')
     from cusru.torch import SRUCell
 
+    options = dict(options)
     cell = SRUCell(input_size, 8 if not options.get("bidirectional") else 4, **options).double()
-    layer = cj.SRU(input_size=input_size, hidden_size=cell.hidden_size, **options)
+    activation = "tanh" if options.pop("use_tanh", False) else "identity"
+    layer = cj.SRU(input_size=input_size, hidden_size=cell.hidden_size, activation=activation, **options)
     cell.scale_x.fill_(layer.scale_x)  # in float64 too
     parameters = {n: jnp.asarray(a.detach().numpy()) for n, a in cell.state_dict().items() if n != "scale_x"}
     mine = layer.init(jax.random.key(0), jnp.float64)
     assert {n: a.shape for n, a in mine.items()} == {n: a.shape for n, a in parameters.items() if n != "weight_c" or not layer.v1}
-    x, c0, pad = normal(L, B, input_size), normal(B, 8), mask(L, B)
-    h, c_last = layer.apply(parameters, x, c0, mask_pad=pad, starts=pad)
-    as_torch = [torch.from_numpy(np.array(a)) for a in (x, c0, pad)]
-    expected = cell(as_torch[0], as_torch[1], as_torch[2], as_torch[2])
+    arrays = x, c0, pad, starts = normal(L, B, input_size), normal(B, 8), mask(L, B), mask(L, B, seed=1)
+    h, c_last = layer.apply(parameters, x, c0, mask_pad=pad, starts=starts)
+    expected = cell(*(torch.from_numpy(np.array(a)) for a in arrays))
     for found, wanted in zip((h, c_last), expected, strict=True):
         np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=0, atol=1e-12)
 
@@ -691,13 +693,15 @@ def test_the_layers_parameters_are_drawn_by_srus_rules():
 
 
 def test_the_layers_dropout_is_one_mask_for_all_steps():
-    layer = cj.SRU(input_size=D, hidden_size=D, dropout=0.5, has_skip_term=False)
+    """Of a column's own, and on the gate, which lets the skip term through where it is 0."""
+    layer = cj.SRU(input_size=D, hidden_size=D, dropout=0.5)
     parameters, x = layer.init(jax.random.key(0), jnp.float64), normal(L, B, D)
     h = layer.apply(parameters, x)[0]
     dropped = jax.jit(lambda key: layer.apply(parameters, x, key=key)[0])(jax.random.key(3))
-    ratio = np.asarray(dropped / h)
-    assert set(np.unique(ratio.round(12))) == {0.0, 2.0}
-    assert (ratio.round(12) == ratio[:1].round(12)).all()
+    ratio = np.asarray((dropped - layer.scale_x * x) / (h - layer.scale_x * x)).round(9)
+    assert set(np.unique(ratio)) == {0.0, 2.0}
+    assert (ratio == ratio[:1]).all()
+    assert len(np.unique(ratio[0], axis=0)) > 1
 
 
 @pytest.mark.parametrize(
@@ -705,7 +709,8 @@ def test_the_layers_dropout_is_one_mask_for_all_steps():
     [
         ("input_size must be an integer", dict(input_size=0)), ("hidden_size must be", dict(hidden_size=2.0)),
         ("dropout must be a probability", dict(dropout=1.0)), ("activation must be one of", dict(activation="gelu")),
-        ("highway_bias must be finite", dict(highway_bias=np.inf)),
+        ("highway_bias must be a finite", dict(highway_bias=np.inf)), ("highway_bias must be", dict(highway_bias="no")),
+        ("dropout must be", dict(dropout="0.1")), ("save_every must be at least 1", dict(save_every=0)),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_layer(message, options):
@@ -722,6 +727,19 @@ def test_what_is_wrong_with_a_layers_arguments():
         layer.apply(parameters, normal(L, B, D))
     with pytest.raises(ValueError, match=r"c0 has shape \(3, 4\); expected \(4, 4\)"):
         layer.apply(parameters, normal(L, B, D, dtype="float32"), normal(3, D, dtype="float32"))
+    with pytest.raises(TypeError, match="x must be an array of JAX's or NumPy's, not list"):
+        layer.apply(parameters, [1.0])
+    del parameters["weight_c"]
+    with pytest.raises(KeyError, match="weight_c"):
+        layer.apply(parameters, normal(L, B, D, dtype="float32"))
+
+
+def test_a_layer_of_v1_leaves_a_weight_c_that_it_is_given_as_it_is():
+    layer = cj.SRU(input_size=D, hidden_size=D, v1=True)
+    parameters = layer.init(jax.random.key(0), jnp.float64) | {"weight_c": normal(2 * D)}
+    gradients = jax.grad(lambda parameters: layer.apply(parameters, normal(L, B, D))[0].sum())(parameters)
+    assert not gradients["weight_c"].any()
+    assert gradients["weight"].all()
 
 
 # ---- the example -----------------------------------------------------------------------------------------------------

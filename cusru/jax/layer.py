@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from cusru.jax.functions import sru
-from cusru.jax.operator import SAVE_EVERY
-from cusru.problem import CHOICES, check_flag, one_of
+from cusru.jax.operator import SAVE_EVERY, as_array
+from cusru.problem import CHOICES, check_flag, check_save_every, one_of
 
 Parameters = dict[str, jax.Array]
 
@@ -31,7 +33,7 @@ class SRU:
         highway_bias: initial bias of the reset gate.
         has_skip_term: whether h has a skip (highway) term, of the input or, where sizes differ, of a projection of it.
         rescale: multiply the skip term so that activations keep their variance.
-        v1: gates that do not see the state: there is no weight_c.
+        v1: gates that do not see the state: there is no weight_c. One that is given is used, and does not learn.
         save_every: as for `cusru.jax.sru`.
 
     Raises:
@@ -52,15 +54,16 @@ class SRU:
     def __post_init__(self) -> None:
         for name in ("input_size", "hidden_size"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not hasattr(type(value), "__index__") or operator.index(value) < 1:
                 raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
         for name in ("bidirectional", "has_skip_term", "rescale", "v1"):
             check_flag(name, getattr(self, name))
         one_of("activation", self.activation, CHOICES["activation"])
-        if isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, numbers.Real) or isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be a probability, at least 0 and below 1; got {self.dropout!r}")
-        if not math.isfinite(self.highway_bias):
-            raise ValueError(f"highway_bias must be finite; got {self.highway_bias!r}")
+        if not isinstance(self.highway_bias, numbers.Real) or not math.isfinite(self.highway_bias):
+            raise ValueError(f"highway_bias must be a finite number; got {self.highway_bias!r}")
+        check_save_every(self.save_every)
 
     @property
     def output_size(self) -> int:
@@ -120,6 +123,7 @@ class SRU:
         Raises:
             ValueError, TypeError: an argument; names it.
         """
+        x = as_array("x", x)
         if x.ndim != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x has shape {x.shape}; expected (L, B, input_size), input_size = {self.input_size}")
         weight = parameters["weight"]
@@ -128,12 +132,13 @@ class SRU:
             raise ValueError(f"weight has shape {weight.shape}; expected {(self.input_size, width * k)}, (input_size, D * k)")
         if x.dtype != weight.dtype:
             raise TypeError(f"x has dtype {x.dtype}, and the parameters {weight.dtype}")
+        weight_c = jax.lax.stop_gradient(parameters.get("weight_c")) if self.v1 else parameters["weight_c"]
         mask_c = None
         if key is not None and self.dropout:
             kept = jax.random.bernoulli(key, 1 - self.dropout, (x.shape[1], width))
             mask_c = kept.astype(x.dtype) / (1 - self.dropout)
         return sru(
             (x @ weight).reshape(*x.shape[:2], width, k), x if self.has_skip_term and k == 3 else None, bias=parameters["bias"],
-            weight_c=parameters.get("weight_c"), c0=c0, mask_c=mask_c, mask_pad=mask_pad, activation=self.activation,
+            weight_c=weight_c, c0=c0, mask_c=mask_c, mask_pad=mask_pad, activation=self.activation,
             scale_x=self.scale_x, mask_target="gate", bidirectional=self.bidirectional, save_every=self.save_every, starts=starts,
         )  # fmt: skip

@@ -62,7 +62,7 @@ def run(family: str, inputs: Sequence[Any], options: Options) -> tuple[jax.Array
     for slot in operator.inputs:
         required = slot in operator.required or (slot == "scale_x" and number is None)
         if given[slot] is not None or required:
-            arrays[slot] = _array(operator.public(slot), given[slot])
+            arrays[slot] = as_array(operator.public(slot), given[slot])
     _check_devices({operator.public(slot): a for slot, a in arrays.items()})
     options = Options(
         tuple(problem.check_choices(operator, options.choices).values()),
@@ -82,7 +82,7 @@ def run(family: str, inputs: Sequence[Any], options: Options) -> tuple[jax.Array
 # ---- checks, at trace time -------------------------------------------------------------------------------------------
 
 
-def _array(name: str, value: Any) -> jax.Array:
+def as_array(name: str, value: Any) -> jax.Array:
     if isinstance(value, jax.Array):
         return value
     if not isinstance(value, np.ndarray | np.generic):
