@@ -259,6 +259,25 @@ def test_the_gradients_of_h_and_of_c_last_add_up():
     assert jax.grad(lambda c0: (cj.sru(u, c0=c0)[0] * 0).sum())(c0).max() == 0
 
 
+def test_nothing_is_promoted_that_jax_is_asked_not_to_promote():
+    """Ranks and dtypes, within our own functions: told when they are traced."""
+
+    def again(function, arrays, options):
+        inner = jax.grad(lambda arrays: sum(a.sum() for a in function(**arrays, **options)))
+        return jax.grad(lambda arrays: sum(a.sum() for a in jax.tree.leaves(inner(arrays))))(arrays)
+
+    def shards(u, starts):
+        own = functools.partial(cj.sequence_parallel_sru, axis_name="i", bidirectional=True)
+        return jax.vmap(lambda u, starts: own(u, starts=starts), axis_name="i")(u, starts)
+
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for case in ("affine", "blend", "complement"):
+            jax.eval_shape(functools.partial(again, FUNCTIONS["linear_recurrence"], options=problem(case)[2]), problem(case)[1])
+        jax.eval_shape(shards, normal(4, L, B, D, 3), jnp.zeros((4, L, B), bool))
+        layer = cj.SRU(input_size=D, hidden_size=8, dropout=0.5)
+        jax.eval_shape(lambda key, x: layer.apply(layer.init(key, x.dtype), x, key=key), jax.random.key(0), normal(L, B, D))
+
+
 # ---- jit, scan, checkpoint -------------------------------------------------------------------------------------------
 
 
@@ -593,6 +612,7 @@ WRONG: list[tuple[type[Exception], str, Any]] = [
     (ValueError, "pooling must be one of", lambda u, x: cj.qrnn(u, pooling="o")),
     (ValueError, "form must be one of", lambda u, x: cj.linear_recurrence(x, x, form="sum")),
     (ValueError, "zoneout must be a number from 0 to 1", lambda u, x: cj.qrnn(u, zoneout=1.5)),
+    (ValueError, "zoneout must be a number from 0 to 1, .* got True", lambda u, x: cj.qrnn(u, zoneout=True)),
     (ValueError, "save_every must be at least 1", lambda u, x: cj.sru(u, save_every=0)),
     (TypeError, "bidirectional must be a bool", lambda u, x: cj.sru(u, bidirectional=x[0, 0, 0] > 0)),
     (ValueError, "bidirectional needs an even D", lambda u, x: cj.sru(u[:, :, :3], bidirectional=True)),

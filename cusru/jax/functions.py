@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cusru.arguments import STATES
 from cusru.jax import operator
 from cusru.jax.operator import SAVE_EVERY
 from cusru.problem import Options
@@ -175,17 +176,17 @@ def _gradients(
 ) -> tuple[jax.Array | None, ...]:  # fmt: skip
     """Of a, b and c0. What runs back through a step is a linear recurrence that runs the other way; padded steps are steps that
     change nothing, for the states between are needed here."""
-    state = jnp.promote_types(b.dtype, jnp.float32)
+    state = STATES[b.dtype.name]
     coefficients, summand, gh = jnp.broadcast_to(a.astype(state), b.shape), b.astype(state), grad_h.astype(state)
     first, last = jnp.zeros(b.shape[1:], state) if c0 is None else c0.astype(state), grad_c_last.astype(state)
-    pad = None if mask_pad is None else (mask_pad != 0)[..., None]
+    pad = None if mask_pad is None else mask_pad.astype(bool)[..., None]
     if pad is not None:
         coefficients = jnp.where(pad, 1.0 if form == "affine" else 0.0, coefficients)
         summand, gh = jnp.where(pad, 0, summand), jnp.where(pad, 0, gh)
     ways: dict[str, Any] = dict(bidirectional=bidirectional, save_every=save_every)
     c, _ = linear_recurrence(coefficients, summand, form=form, c0=first, starts=starts, reverse=reverse, **ways)
     through = coefficients * gh if form == "affine" else gh - coefficients * gh
-    begins = ends = None if starts is None else (starts != 0)[..., None]
+    begins = ends = None if starts is None else starts.astype(bool)[..., None]
     if begins is not None:  # what ends at the first step is c0's gradient, and no column that runs backward looks at it
         ends = jnp.concatenate([jnp.zeros_like(begins[:1]), begins[1:]])
     carry, left = linear_recurrence(

@@ -89,7 +89,7 @@ class SRU:
         bound = math.sqrt(3 / self.input_size)  # E[w] = 0, Var[w] = 1 / input_size
         scales = [math.sqrt(1 - self.dropout), *([1.0] * 2 if self.v1 else [math.sqrt(0.5)] * 2), self.scale_x][:k]
         weight = jax.random.uniform(of_weight, (self.input_size, self.output_size, k), dtype, -bound, bound)
-        weight = weight * jnp.asarray(scales, dtype)
+        weight = weight * jnp.asarray([[scales]], dtype)
         bias = jnp.concatenate([jnp.zeros(self.output_size, dtype), jnp.full(self.output_size, self.highway_bias, dtype)])
         parameters = {"weight": weight.reshape(self.input_size, -1), "bias": bias}
         if not self.v1:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cusru.arguments import STATES
 from cusru.jax.functions import linear_recurrence, qrnn, sru
 from cusru.jax.operator import SAVE_EVERY
 
@@ -131,7 +132,7 @@ def _run(
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The first three are functions of the initial state; of nothing: where all candidates are 0."""
     jax.eval_shape(lambda: h(c0))  # what is wrong is said of the caller's own arguments
-    shape, state = u.shape[1:3], jnp.promote_types(u.dtype, jnp.float32)
+    shape, state = u.shape[1:3], STATES[u.dtype.name]
     kept, taken_in = c_last_of_nothing(jnp.ones(shape, state)), c_last(jnp.zeros(shape, state))
     shards, shard = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
 
@@ -139,26 +140,26 @@ def _run(
         """That of each shard: a sum of tables in which each has filled in its own row, so known to be the same everywhere."""
         return jax.lax.psum(jnp.zeros((shards, *own.shape), own.dtype).at[shard].set(own), axis_name)
 
-    runs_back = np.zeros(shape[1], bool)
-    runs_back[shape[1] // 2 if bidirectional else shape[1] :] = True
-    runs_back ^= bool(reverse)
+    half = shape[1] // 2 if bidirectional else shape[1]
+
+    def in_order(a: jax.Array) -> jax.Array:
+        """Of each shard: from the order of time to that in which a column comes to them, or back."""
+        ways = (a[..., columns] for columns in (slice(0, half), slice(half, None)))
+        return jnp.concatenate([one[::-1] if back else one for one, back in zip(ways, (reverse, not reverse), strict=True)], -1)
+
     cuts = None
     if starts is not None and starts.shape[0]:
         # A column that runs back ends a sequence here: what it hands on to the shard before in time, the next to run, is nothing.
-        begins = (starts != 0)[..., None]
+        begins = starts.astype(bool)[..., None]
+        runs_back = ((np.arange(shape[1]) >= half) != bool(reverse))[None]
         ended = begins[0] & runs_back & (shard > 0)
         kept, taken_in = jnp.where(ended, 0, kept), jnp.where(ended, 0, taken_in)
         # No state goes past a start, be it NaN, which times 0 is NaN.
-        cuts = _in_order(table((ended | begins[1:].any(0) | (begins[0] & ~runs_back)).astype(jnp.uint8)), runs_back)
-    summaries = _in_order(table(jnp.stack([kept, taken_in])), runs_back)
+        cuts = in_order(table((ended | begins[1:].any(0) | (begins[0] & ~runs_back)).astype(jnp.uint8)))
+    summaries = in_order(table(jnp.stack([kept, taken_in])))
     c = jnp.zeros(shape, state) if c0 is None else jnp.asarray(c0, state)
     arriving = []
     for one in range(shards):
         arriving.append(c)
         c = summaries[one, 0] * (c if cuts is None else jnp.where(cuts[one] != 0, 0, c)) + summaries[one, 1]
-    return h(_in_order(jnp.stack(arriving), runs_back)[shard]), c
-
-
-def _in_order(a: jax.Array, runs_back: np.ndarray) -> jax.Array:
-    """Of each shard, (shards, ..., D): from the order of time to that in which a column comes to them, or back."""
-    return jnp.where(runs_back, a[::-1], a)
+    return h(in_order(jnp.stack(arriving))[shard]), c
