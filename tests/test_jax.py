@@ -597,6 +597,16 @@ def test_no_steps_and_rows_of_length_0(compiled):
         assert run(jax.grad(lambda u: cj.sru(u)[0].sum()))(jnp.ones(empty)).shape == empty
 
 
+def test_no_steps_in_shards_of_time():
+    u, c0 = normal(0, B, D, 3), normal(B, D)
+    own = functools.partial(cj.sequence_parallel_sru, axis_name="i", starts=jnp.zeros((0, B), bool))
+    shards = jax.shard_map(lambda u, c0: own(u, c0=c0), mesh=mesh(4), in_specs=(P("i"), P()), out_specs=(P("i"), P()))
+    h, pull = jax.vjp(jax.jit(shards), u, c0)
+    assert h[0].shape == (0, B, D)
+    assert np.array_equal(h[1], c0)
+    assert np.array_equal(pull(h)[1], c0)
+
+
 WRONG: list[tuple[type[Exception], str, Any]] = [
     (ValueError, r"u has shape \(6, 4, 4\); expected \(L, B, D, 3\) or", lambda u, x: cj.sru(x)),
     (ValueError, r"x has shape \(5, 4, 4\); expected \(6, 4, 4\)", lambda u, x: cj.sru(u, x[1:])),
