@@ -161,5 +161,7 @@ def _run(
     arriving = []
     for one in range(shards):
         arriving.append(c)
-        c = summaries[one, 0] * (c if cuts is None else jnp.where(cuts[one] != 0, 0, c)) + summaries[one, 1]
+        factor, summand = summaries[one]
+        c = c if cuts is None else jnp.where(cuts[one] != 0, 0, c)
+        c = jnp.where((c == 0) & ~jnp.isfinite(factor), 0, factor) * c + summand  # 0 * inf is 0 here
     return h(in_order(jnp.stack(arriving))[shard]), c
