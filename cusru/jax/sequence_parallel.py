@@ -141,17 +141,16 @@ def _run(
         return jax.lax.psum(jnp.zeros((shards, *own.shape), own.dtype).at[shard].set(own), axis_name)
 
     half = shape[1] // 2 if bidirectional else shape[1]
+    runs_back = ((np.arange(shape[1]) >= half) != bool(reverse))[None]
 
     def in_order(a: jax.Array) -> jax.Array:
         """Of each shard: from the order of time to that in which a column comes to them, or back."""
-        ways = (a[..., columns] for columns in (slice(0, half), slice(half, None)))
-        return jnp.concatenate([one[::-1] if back else one for one, back in zip(ways, (reverse, not reverse), strict=True)], -1)
+        return jnp.where(np.expand_dims(runs_back, tuple(range(a.ndim - 2))), a[::-1], a)
 
     cuts = None
     if starts is not None and starts.shape[0]:
         # A column that runs back ends a sequence here: what it hands on to the shard before in time, the next to run, is nothing.
         begins = starts.astype(bool)[..., None]
-        runs_back = ((np.arange(shape[1]) >= half) != bool(reverse))[None]
         ended = begins[0] & runs_back & (shard > 0)
         kept, taken_in = jnp.where(ended, 0, kept), jnp.where(ended, 0, taken_in)
         # No state goes past a start, be it NaN, which times 0 is NaN.
