@@ -456,10 +456,12 @@ def _one_line(error: Exception) -> str:
 
 def beside(simulate: bool, seconds: float) -> Iterator[Row]:
     """Ours and the peers' times at a few shapes; GB/s of what each must move, since they do not compute the same. First the
-    linear recurrences that have a goal, beside those that compute it too."""
+    linear recurrences that have a goal, beside those that compute it too; at the end these in JAX, whose programs take long to
+    compile."""
     here = find(simulate)
     gone: dict[str, peers.Unavailable] = {}  # what is not there needs no second try
-    every = {"cusru": _ours, **peers.PEERS}
+    every = {"cusru": _ours, **{name: make for name, make in peers.PEERS.items() if name not in peers.IN_JAX}}
+    in_jax = {name: make for name, make in peers.PEERS.items() if name in peers.IN_JAX}
     scans = {name: make for name, make in every.items() if name == "cusru" or name in peers.SCANS}
     for goal in _goals(simulate):
         if not goal.of_peer:
@@ -486,6 +488,9 @@ def beside(simulate: bool, seconds: float) -> Iterator[Row]:
             yield row
             if row.get("lost"):
                 return
+    for goal in _goals(simulate):
+        if goal.of_peer:
+            yield from _side_by_side(simulate, here, goal.case, goal.dtype, in_jax, gone)
 
 
 def _side_by_side(
