@@ -7,10 +7,10 @@ a GPU), of one row of strategies.COVERING at a time.
 from __future__ import annotations
 
 import base64
+import csv
 import ctypes
 import dataclasses
 import hashlib
-import importlib.metadata
 import os
 import shutil
 import sys
@@ -53,15 +53,16 @@ def not_as_installed(site: Path, loaded: list[str], beside: Path) -> Iterator[st
     PYTHONPATH of theirs hides it."""
     if beside.exists():
         yield f"{beside} is there, and would be tested instead"
-    recorded = {}
-    for distribution in importlib.metadata.distributions(name="cusru", path=[str(site)]):
-        recorded |= {Path(str(one.locate())): one.hash for one in distribution.files or () if one.parts[0] == "cusru"}
-    recorded = {path: digest for path, digest in recorded.items() if path.suffix != ".pyc"}
+    recorded = {}  # by the file itself: importlib.metadata leaves out what is lost, from Python 3.12 on
+    for record in site.glob("cusru-*.dist-info/RECORD"):
+        rows = csv.reader(record.read_text().splitlines())
+        recorded |= {site / row[0]: row[1] for row in rows if row[0].startswith("cusru/") and not row[0].endswith(".pyc")}
     if not recorded:
         yield f"{site} holds no cusru that a wheel brought (pip install ., without -e)"
     for path, digest in recorded.items():
-        found = path.is_file() and digest and hashlib.new(digest.mode, path.read_bytes()).digest()
-        if not found or base64.urlsafe_b64encode(found).rstrip(b"=").decode() != digest.value:
+        method, _, value = digest.partition("=")
+        found = path.is_file() and method and hashlib.new(method, path.read_bytes()).digest()
+        if not found or base64.urlsafe_b64encode(found).rstrip(b"=").decode() != value:
             yield f"{path} is not as it was installed"
     others = {path for path in (site / "cusru").rglob("*") if path.is_file() and path.suffix != ".pyc"} | {*map(Path, loaded)}
     yield from (f"{path} is none of the files that were installed" for path in sorted(others - recorded.keys()))
