@@ -452,7 +452,7 @@ def test_a_compiler_that_is_blocked_is_not_asked_for():
 #: As a call travels: a module may import those that come after it, at its head or within a function
 ORDER = (
     "__main__", "measuring", "__init__", "api", "call", "problem", "plan", "raw_kernels", "specialisation", "reference_affine",
-    "reference", "simulator", "dlpack", "arguments",
+    "reference", "simulator", "linear_gradients", "dlpack", "arguments",
 )  # fmt: skip
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 
-from cusru.arguments import STATES
 from cusru.jax import operator
 from cusru.jax.operator import SAVE_EVERY
 from cusru.problem import Options
@@ -164,63 +160,3 @@ def linear_recurrence(
     """
     inputs = b, None, None, a, c0, None, mask_pad, starts
     return operator.run("linear_recurrence", inputs, Options((form,), bidirectional, save_every, reverse))
-
-
-# ---- the gradients of the linear recurrence as functions that have derivatives ------------------------------------------------
-
-
-def _gradients(
-    grad_h: jax.Array, grad_c_last: jax.Array, a: jax.Array, b: jax.Array, *, form: str, bidirectional: bool,
-    save_every: int, reverse: bool, c0: jax.Array | None = None, mask_pad: jax.Array | None = None,
-    starts: jax.Array | None = None,
-) -> tuple[jax.Array | None, ...]:  # fmt: skip
-    """Of a, b and c0. What runs back through a step is a linear recurrence that runs the other way; padded steps are steps that
-    change nothing, for the states between are needed here."""
-    state = STATES[b.dtype.name]
-    coefficients, summand, gh = jnp.broadcast_to(a.astype(state), b.shape), b.astype(state), grad_h.astype(state)
-    first, last = jnp.zeros(b.shape[1:], state) if c0 is None else c0.astype(state), grad_c_last.astype(state)
-    pad = None if mask_pad is None else mask_pad.astype(bool)[..., None]
-    if pad is not None:
-        coefficients = jnp.where(pad, 1.0 if form == "affine" else 0.0, coefficients)
-        summand, gh = jnp.where(pad, 0, summand), jnp.where(pad, 0, gh)
-    ways: dict[str, Any] = dict(bidirectional=bidirectional, save_every=save_every)
-    c, _ = linear_recurrence(coefficients, summand, form=form, c0=first, starts=starts, reverse=reverse, **ways)
-    through = coefficients * gh if form == "affine" else gh - coefficients * gh
-    begins = ends = None if starts is None else starts.astype(bool)[..., None]
-    if begins is not None:  # what ends at the first step is c0's gradient, and no column that runs backward looks at it
-        ends = jnp.concatenate([jnp.zeros_like(begins[:1]), begins[1:]])
-    carry, left = linear_recurrence(
-        coefficients, through, form="affine" if form == "affine" else "complement", c0=last,
-        starts=None if ends is None else ends[..., 0], reverse=not reverse, **ways,
-    )  # fmt: skip
-    half = b.shape[2] // 2 if bidirectional else b.shape[2]
-    before, arriving, grad_c0 = [], [], []
-    for columns, backward in ((slice(0, half), reverse), (slice(half, None), not reverse)):
-        own_c, own_carry, own_first, own_last, own_left = (one[..., columns] for one in (c, carry, first, last, left))
-        before.append(_shift(own_c, own_first, begins, backward))
-        arriving.append(_shift(own_carry, own_last, ends, not backward))
-        outset = None if begins is None or backward or not b.shape[0] else begins[0]
-        grad_c0.append(own_left if outset is None else jnp.where(outset, 0, own_left))
-    c_prev, gc = jnp.concatenate(before, -1), gh + jnp.concatenate(arriving, -1)
-    if form == "blend":
-        grad_a, grad_b = gc * (summand - c_prev), gc * coefficients
-    else:
-        grad_a, grad_b = gc * (c_prev if form == "affine" else -c_prev), gc
-    if pad is not None:
-        grad_a, grad_b = jnp.where(pad, 0, grad_a), jnp.where(pad, 0, grad_b)
-    if a.ndim < 3:
-        grad_a = grad_a.sum(tuple(range(3 - a.ndim)))
-    of_c0 = None if c0 is None else jnp.concatenate(grad_c0, -1).astype(c0.dtype)
-    return grad_a.astype(a.dtype), grad_b.astype(b.dtype), of_c0
-
-
-def _shift(states: jax.Array, first: jax.Array, begins: jax.Array | None, backward: bool) -> jax.Array:
-    """The states before each step, from those after it: of columns that run forward or backward in time."""
-    first = first[None][: states.shape[0]]
-    shifted = jnp.concatenate([states[1:], first] if backward else [first, states[:-1]])
-    if begins is None:
-        return shifted
-    return jnp.where(jnp.concatenate([begins[1:], jnp.zeros_like(begins[:1])]) if backward else begins, 0, shifted)
-
-
-operator.composites["linear_recurrence"] = _gradients

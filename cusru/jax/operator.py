@@ -16,8 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 
-from cusru import call, dlpack, problem, raw_kernels
-from cusru.arguments import ARRAYS, GRADIENTS, INPUTS, MASK, OPERATORS
+from cusru import call, dlpack, linear_gradients, problem, raw_kernels
+from cusru.arguments import (
+    ARRAYS,
+    BACKWARD,
+    GRADIENTS,
+    INPUTS,
+    LINEAR_BACKWARD,
+    MASK,
+    OPERATORS,
+    QRNN_BACKWARD,
+    STATES,
+)
 from cusru.dlpack import Array
 from cusru.problem import Checked, Options
 
@@ -175,28 +185,37 @@ def _gradients(static: Static, arrays: Arrays) -> Arrays:
     return _kernel(static)(*arrays)
 
 
-#: A family's gradients as functions that have derivatives: of (grad_h, grad_c_last) and the function's own arguments
-composites: dict[str, Callable[..., Sequence[jax.Array | None]]] = {}
-
-
 def _gradients_again(static: Static, arrays: Arrays) -> tuple[Arrays, Any]:
-    operator = OPERATORS[static.operator]
-    if operator.family not in composites:
-        title = {"sru": "SRU", "qrnn": "QRNN"}[operator.family]
+    """The gradients, and their own derivative, which the linear recurrence alone has."""
+    if static.operator != LINEAR_BACKWARD.name:
+        title = {BACKWARD.name: "SRU", QRNN_BACKWARD.name: "QRNN"}[static.operator]
         raise NotImplementedError(f"cusru has no derivative of the {title} recurrence's gradients (grad of grad)")
-
-    def composite(arrays: Arrays) -> Arrays:
-        given = {operator.public(slot): a for slot, a in zip(static.slots, arrays, strict=True)}
-        del given["c"]
-        choices = zip(operator.choices, static.options.choices, strict=True)
-        found = composites[operator.family](
-            given.pop("grad_h"), given.pop("grad_c_last"), **given, **dict(choices),
-            bidirectional=static.options.bidirectional, save_every=static.options.save_every, reverse=static.options.reverse,
-        )  # fmt: skip
-        return tuple(g for g in found if g is not None)
-
-    found: tuple[Arrays, Any] = jax.vjp(composite, arrays)
+    found: tuple[Arrays, Any] = jax.vjp(functools.partial(_linear_gradients, static), arrays)
     return found
+
+
+def _linear_gradients(static: Static, arrays: Arrays) -> Arrays:
+    given = dict(zip(static.slots, arrays, strict=True))
+    a, b = given["weight_c"], given["u"]
+    state = STATES[b.dtype.name]
+    first = given["c0"].astype(state) if "c0" in given else jnp.zeros(b.shape[1:], state)
+    padded, begins = (given[name].astype(bool)[..., None] if name in given else None for name in ("mask_pad", "starts"))
+
+    def recurrence(a: jax.Array, b: jax.Array, *, form: str, c0: jax.Array, starts: jax.Array | None, **ways: Any) -> Any:
+        return run("linear_recurrence", (b, None, None, a, c0, None, None, starts), Options((form,), **ways))
+
+    (form,), bidirectional, save_every, reverse = static.options
+    found = linear_gradients.gradients(
+        jnp, recurrence, given["grad_h"].astype(state), given["grad_c_last"].astype(state),
+        jnp.broadcast_to(a.astype(state), b.shape), b.astype(state), first, padded, begins,
+        form=form, bidirectional=bidirectional, save_every=save_every, reverse=reverse,
+    )  # fmt: skip
+    grad_a, grad_b, grad_c0 = found
+    grad_a = grad_a.sum(tuple(range(3 - a.ndim)))
+    gradients = {"grad_weight_c": grad_a.astype(a.dtype), "grad_u": grad_b.astype(b.dtype)}
+    if "c0" in given:
+        gradients["grad_c0"] = grad_c0.astype(given["c0"].dtype)
+    return tuple(gradients[slot] for slot in static.results)
 
 
 _gradients.defvjp(_gradients_again, lambda static, pullback, given: pullback(given))

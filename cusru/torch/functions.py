@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cusru import linear_gradients
 from cusru.problem import Options
 from cusru.torch import operator
 from cusru.torch.compiler import when_loaded
@@ -211,56 +212,18 @@ def _gradients(
     grad_h: Tensor, grad_c_last: Tensor | None, a: Tensor, b: Tensor, c0: Tensor | None, mask_pad: Tensor | None, form: str,
     bidirectional: bool, save_every: int | None, starts: Tensor | None, reverse: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Of a, b and c0. What runs back through a step, F(gc), is a linear recurrence that runs the other way; padded steps are
-    steps that change nothing, for the states between are needed here."""
+    """Of a, b and c0."""
     state = operator.state_dtype(b)
-    coefficients, summand, gh = a.to(state).expand(b.shape), b.to(state), grad_h.to(state)
     zeros = b.new_zeros(b.shape[1:], dtype=state)
     first, last = (zeros if t is None else t.to(state) for t in (c0, grad_c_last))
-    pad = None if mask_pad is None else (mask_pad != 0).unsqueeze(-1)
-    if pad is not None:
-        coefficients = torch.where(pad, 1.0 if form == "affine" else 0.0, coefficients)
-        summand, gh = (t.masked_fill(pad, 0) for t in (summand, gh))
-    c, _ = linear_recurrence(
-        coefficients, summand, form=form, c0=first, bidirectional=bidirectional, save_every=save_every, starts=starts,
-        reverse=reverse,
+    padded, begins = (None if mask is None else (mask != 0).unsqueeze(-1) for mask in (mask_pad, starts))
+    grad_a, grad_b, grad_c0 = linear_gradients.gradients(
+        torch, linear_recurrence, grad_h.to(state), last, a.to(state).expand(b.shape), b.to(state), first, padded, begins,
+        form=form, bidirectional=bidirectional, save_every=save_every, reverse=reverse,
     )  # fmt: skip
-    through = coefficients * gh if form == "affine" else gh - coefficients * gh
-    begins = ends = None if starts is None else (starts != 0).unsqueeze(-1)
-    if begins is not None:  # what ends at the first step is c0's gradient, and no column that runs backward looks at it
-        ends = torch.cat([torch.zeros_like(begins[:1]), begins[1:]])
-    carry, left = linear_recurrence(
-        coefficients, through, form="affine" if form == "affine" else "complement", c0=last, bidirectional=bidirectional,
-        save_every=save_every, starts=None if ends is None else ends.squeeze(-1), reverse=not reverse,
-    )  # fmt: skip
-    half = b.shape[2] // 2 if bidirectional else b.shape[2]
-    before, arriving, grad_c0 = [], [], []
-    for columns, backward in ((slice(0, half), reverse), (slice(half, None), not reverse)):
-        own = [t[..., columns] for t in (c, carry, first, last, left)]
-        before.append(_shift(own[0], own[2], begins, backward))
-        arriving.append(_shift(own[1], own[3], ends, not backward))
-        outset = None if begins is None or backward or not b.shape[0] else begins[0]
-        grad_c0.append(own[4] if outset is None else own[4].masked_fill(outset, 0))
-    c_prev, gc = torch.cat(before, -1), gh + torch.cat(arriving, -1)
-    if form == "blend":
-        grad_a, grad_b = gc * (summand - c_prev), gc * coefficients
-    else:
-        grad_a, grad_b = gc * (c_prev if form == "affine" else -c_prev), gc
-    if pad is not None:
-        grad_a, grad_b = (t.masked_fill(pad, 0) for t in (grad_a, grad_b))
     if a.dim() < 3:
         grad_a = grad_a.sum(tuple(range(3 - a.dim())))
-    of_c0 = None if c0 is None else torch.cat(grad_c0, -1).to(c0.dtype)
-    return grad_a.to(a.dtype), grad_b.to(b.dtype), of_c0
-
-
-def _shift(states: Tensor, first: Tensor, begins: Tensor | None, backward: bool) -> Tensor:
-    """The states before each step, from those after it: of columns that run forward or backward in time."""
-    first = first.unsqueeze(0)
-    shifted = torch.cat([states[1:], first[: states.shape[0]]] if backward else [first[: states.shape[0]], states[:-1]])
-    if begins is None:
-        return shifted
-    return shifted.masked_fill(torch.cat([begins[1:], torch.zeros_like(begins[:1])]) if backward else begins, 0)
+    return grad_a.to(a.dtype), grad_b.to(b.dtype), None if c0 is None else grad_c0.to(c0.dtype)
 
 
 operator.LINEAR.composite = _gradients
