@@ -481,16 +481,14 @@ def beside(simulate: bool, seconds: float) -> Iterator[Row]:
                 of_peer = theirs[fastest] / times["cusru", direction]
                 yield {**about, "fastest": fastest, "of_peer": of_peer, "goal": goal.wanted(direction == "backward")}
     chosen = ("small", "small-separation-k3") if simulate else PEER_CASES
-    for case, dtype in _each(cases.CASES[name]._replace(dtypes=("float32", "bfloat16")) for name in chosen):
-        if simulate and dtype != "float32":
-            continue
-        for row in _side_by_side(simulate, here, case, dtype, every, gone):
+    each = _each(cases.CASES[name]._replace(dtypes=("float32", "bfloat16")) for name in chosen)
+    runs = [(case, dtype, every) for case, dtype in each if not simulate or dtype == "float32"]
+    runs += [(goal.case, goal.dtype, in_jax) for goal in _goals(simulate) if goal.of_peer]
+    for case, dtype, candidates in runs:
+        for row in _side_by_side(simulate, here, case, dtype, candidates, gone):
             yield row
             if row.get("lost"):
                 return
-    for goal in _goals(simulate):
-        if goal.of_peer:
-            yield from _side_by_side(simulate, here, goal.case, goal.dtype, in_jax, gone)
 
 
 def _side_by_side(
@@ -517,13 +515,7 @@ def _side_by_side(
                 gone[name] = error
             yield {**row, "skipped": str(error)}
         except Exception as error:
-            ours = name in (
-                "cusru",
-                "sru_layer",
-                "linear_recurrence",
-                "qrnn",
-                "jax_linear_recurrence",
-            )  # a peer that breaks is not our failure
+            ours = name in peers.OURS  # a peer that breaks is not our failure
             kind = "failed" if ours else "skipped"
             yield {**row, kind: f"it breaks: {_one_line(error)}"} | ({"lost": True} if _lost(error) else {})
             if _lost(error):

@@ -314,6 +314,7 @@ PEERS: dict[str, Callable[[Workload], Peer]] = {
 }
 SCANS = ("scan_triton", "hgrn_recurrent", "hgrn_chunk", "scan_warp")  # what the linear recurrence's goal is held against
 
+OURS = ("cusru", "sru_layer", "linear_recurrence", "qrnn", "jax_linear_recurrence")
 IN_JAX = ("jax_linear_recurrence", "jax_associative_scan")
 SHAPES = ((512, 32, 512), (4096, 8, 256), (16384, 1, 64))
 

@@ -3,6 +3,7 @@ names the argument."""
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -71,6 +72,21 @@ def is_number(name: str, value: Any) -> bool:
     except OverflowError as error:
         raise ValueError(f"{name} is {type(value).__name__} too large for a float64") from error
     return True
+
+
+def check_size(name: str, value: Any) -> int:
+    """Of a layer."""
+    if isinstance(value, bool) or not hasattr(type(value), "__index__") or operator.index(value) < 1:
+        raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
+    return operator.index(value)
+
+
+def check_rate(name: str, value: Any, including_1: bool = False) -> float:
+    """The probability with which a layer drops something."""
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1 or (value == 1 and not including_1):
+        limits = "from 0 to 1" if including_1 else "at least 0 and below 1"
+        raise ValueError(f"{name} must be a probability, {limits}; got {value!r}")
+    return float(value)
 
 
 def check_probability(name: str, value: Any) -> float:

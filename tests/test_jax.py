@@ -242,7 +242,7 @@ def test_a_call_that_is_repeated_is_not_compiled_again():
     u = normal(L, B, D, 3)
     gradient = jax.grad(lambda u: cj.sru(u)[0].sum())
     gradient(u)
-    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         compiled: list[Any] = []
         patch.setattr("jax._src.compiler.backend_compile_and_load", lambda *a, **k: compiled.append(a))
         gradient(u)
@@ -643,6 +643,14 @@ def test_what_is_wrong_is_said_when_jax_traces(kind, message, call, transform):
         run = jax.jit(call) if transform == "jit" else call
     with pytest.raises(kind, match=message):
         run(u, x)
+
+
+@pytest.mark.parametrize(
+    "transform", [jax.jit, jax.vmap, lambda f: jax.grad(lambda u: f(u).h.sum())], ids=["jit", "vmap", "grad"]
+)
+def test_a_core_function_sends_what_is_traced_here(transform):
+    with pytest.raises(TypeError, match=r"u is a traced value .*; call cusru\.jax\.sru, qrnn or linear_recurrence"):
+        transform(cusru.sru_forward)(normal(L, B, D, 3))
 
 
 def test_arrays_that_are_bound_to_different_devices():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import operator
 from dataclasses import dataclass
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 
 from cusru.jax.functions import sru
 from cusru.jax.operator import SAVE_EVERY, as_array
-from cusru.problem import CHOICES, check_flag, check_save_every, one_of
+from cusru.problem import CHOICES, check_flag, check_rate, check_save_every, check_size, one_of
 
 Parameters = dict[str, jax.Array]
 
@@ -52,15 +51,12 @@ class SRU:
     save_every: int | None = SAVE_EVERY
 
     def __post_init__(self) -> None:
-        for name in ("input_size", "hidden_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not hasattr(type(value), "__index__") or operator.index(value) < 1:
-                raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
+        check_size("input_size", self.input_size)
+        check_size("hidden_size", self.hidden_size)
         for name in ("bidirectional", "has_skip_term", "rescale", "v1"):
             check_flag(name, getattr(self, name))
         one_of("activation", self.activation, CHOICES["activation"])
-        if not isinstance(self.dropout, numbers.Real) or isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be a probability, at least 0 and below 1; got {self.dropout!r}")
+        check_rate("dropout", self.dropout)
         if not isinstance(self.highway_bias, numbers.Real) or not math.isfinite(self.highway_bias):
             raise ValueError(f"highway_bias must be a finite number; got {self.highway_bias!r}")
         check_save_every(self.save_every)

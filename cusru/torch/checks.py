@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cusru.dlpack import check_torch
-from cusru.problem import check_flag
+from cusru.problem import check_flag, check_rate, check_size
 from cusru.torch.operator import type_name
 
 # ---- of a constructor ------------------------------------------------------------------------------------------------
@@ -29,12 +29,6 @@ def integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an integer, not {type_name(value)}") from None
 
 
-def size(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(type(value), "__index__") or operator.index(value) < 1:
-        raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
-    return operator.index(value)
-
-
 def number(name: str, value: Any) -> float:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, not {type_name(value)}")
@@ -49,11 +43,7 @@ def bound(name: str, value: Any) -> float:
     return number(name, value)
 
 
-def probability(name: str, value: Any, including_1: bool = False) -> float:
-    if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1 or (value == 1 and not including_1):
-        limits = "from 0 to 1" if including_1 else "at least 0 and below 1"
-        raise ValueError(f"{name} must be a probability, {limits}; got {value!r}")
-    return float(value)
+size, probability = check_size, check_rate
 
 
 # ---- of a call -------------------------------------------------------------------------------------------------------
